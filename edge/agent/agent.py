@@ -1,0 +1,433 @@
+"""The agent: waits for announcements, does rounds, sends updates.
+
+paho's thread only fills a queue; everything below runs in the main thread, one event after the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from fleetune.edge.agent.state import State
+from fleetune.edge.engine.backbone import Backbone
+from fleetune.edge.engine.cache import PrefixCache
+from fleetune.edge.engine.dataset import Dataset, read_dataset, typical_length
+from fleetune.edge.methods import METHODS
+from fleetune.edge.methods.base import Device, Method, Metrics, Round, Settings, Tensors, read_settings
+from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol import chunks
+from fleetune.edge.protocol.codec import decode_tensors, encode_tensors
+from fleetune.edge.protocol.errors import FleetuneError, MessageError
+from fleetune.edge.protocol.link import BrokerAddress, Connected, Link, Received
+from fleetune.edge.protocol.messages import (
+    Ack,
+    Announcement,
+    Missing,
+    Need,
+    Payload,
+    Presence,
+    UpdateManifest,
+    decode,
+    encode,
+    open_envelope,
+    seal,
+)
+from fleetune.edge.protocol.topics import Topics, check_name
+from fleetune.edge.resources.costs import Costs, measure
+from fleetune.edge.resources.guard import Guard
+from fleetune.edge.resources.planner import Budget, Plan, Workload, choose
+from fleetune.edge.resources.process import cpu_seconds, peak_mib
+
+log = logging.getLogger(__name__)
+
+_REPAIR_AFTER = 1.0
+"""Seconds without a new chunk after which the missing ones are asked for."""
+
+_RESEND_AFTER = 5.0
+"""Seconds without an answer after which an update is announced again."""
+
+_PROGRESS_EVERY = 0.5
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """What an agent is started with.
+
+    Attributes:
+        device: Its id.
+        fleet: The fleet it belongs to.
+        broker: Where the broker listens.
+        pack: The pack's folder.
+        data: The device's data file.
+        state: Its state folder.
+        budget: What it may spend.
+        threads: Threads of ONNX Runtime; 0 means one for each core.
+        codec: Number format of what goes up.
+        costs: Measured costs to start from; measured if absent.
+    """
+
+    device: str
+    fleet: str
+    broker: BrokerAddress
+    pack: Path
+    data: Path
+    state: Path
+    budget: Budget
+    threads: int = 0
+    codec: str = "f16"
+    costs: Costs | None = None
+
+
+@dataclass
+class _Download:
+    """A broadcast that is being put together."""
+
+    job: str
+    version: int
+    assembly: chunks.Assembly
+    last: float
+
+
+class Agent:
+    """One device.
+
+    Args:
+        config: What it is started with.
+    """
+
+    def __init__(self, config: AgentConfig) -> None:
+        check_name("device", config.device)
+        self._config = config
+        self._topics = Topics(config.fleet)
+        self._pack = Pack.open(config.pack)
+        self._data: Dataset = read_dataset(config.data, self._pack)
+        self._state = State(config.state, config.device)
+        counters = self._state.counters
+        counters.boot += 1
+        self._state.save_counters()
+        self._earlier = (counters.bytes_up, counters.bytes_down)
+        self._backbone = Backbone(self._pack, config.threads)
+        self._plans: dict[str, Plan] = {}
+        self._methods: dict[str, Method] = {}
+        self._announced: Announcement | None = None
+        self._downloads: dict[str, _Download] = {}
+        self._sent: dict[str, float] = {}
+        self._facts: Metrics = {}
+        self._costs: Costs | None = None
+        me = config.device
+        self._link = Link(
+            config.broker,
+            f"{config.fleet}-{me}",
+            subscriptions=[
+                self._topics.current("+"),
+                self._topics.broadcast_chunk("+", "+", "+"),
+                self._topics.down(me, "+"),
+            ],
+            will=(self._topics.presence(me), encode(self._presence("offline", "the connection broke"))),
+        )
+
+    def run(self) -> None:
+        """Serve until the process is told to stop.
+
+        Raises:
+            FleetuneError: The device cannot take part; the aggregator saw why.
+        """
+        self._link.connect()
+        try:
+            self._costs = self._measured_costs()
+            self._publish("online", "waits for a round")
+            while True:
+                for event in self._link.events(timeout=0.25):
+                    if isinstance(event, Connected):
+                        self._publish("online", "waits for a round")
+                        self._sent.clear()
+                    elif isinstance(event, Received):
+                        self._receive(event)
+                self._repair()
+                self._send_outbox()
+                self._work()
+        except FleetuneError as error:
+            self._publish("failed", str(error))
+            raise
+        finally:
+            self._count_bytes()
+            self._state.save_counters()
+            if not self._failed:
+                self._publish("offline", "stopped")
+            self._link.close()
+
+    _failed = False
+
+    # --- presence -----------------------------------------------------------------------------------------------
+
+    def _presence(self, state: str, detail: str) -> Presence:
+        return Presence(
+            name=self._config.device,
+            state=state,  # type: ignore[arg-type]  # one of the literals, checked by every caller's own text
+            boot=self._state.counters.boot,
+            kit=version("fleetune"),
+            detail=detail,
+            facts=dict(self._facts),
+        )
+
+    def _publish(self, state: str, detail: str) -> None:
+        self._failed = state == "failed"
+        self._count_bytes()
+        self._facts |= {"bytes_up": self._state.counters.bytes_up, "bytes_down": self._state.counters.bytes_down}
+        topic = self._topics.presence(self._config.device)
+        self._link.publish(topic, encode(self._presence(state, detail)), retain=True)
+
+    def _count_bytes(self) -> None:
+        counters = self._state.counters
+        counters.bytes_up = self._earlier[0] + self._link.bytes_out
+        counters.bytes_down = self._earlier[1] + self._link.bytes_in
+
+    def _progress(self) -> Callable[[float, float], None]:
+        last = 0.0
+
+        def tell(share: float, loss: float) -> None:
+            nonlocal last
+            self._facts |= {"progress": round(share, 3), "loss": round(loss, 4)}
+            if time.monotonic() - last > _PROGRESS_EVERY:
+                last = time.monotonic()
+                self._publish("working", "trains")
+
+        return tell
+
+    # --- what comes in ------------------------------------------------------------------------------------------
+
+    def _receive(self, event: Received) -> None:
+        levels = self._topics.split(event.topic)
+        try:
+            if levels[:1] == ("g",) and levels[2:] == ("current",):
+                self._receive_announcement(levels[1], event.payload)
+            elif levels[:1] == ("g",) and len(levels) == 4:
+                self._receive_chunk(levels[1], levels[2], levels[3], event.payload)
+            elif levels[:1] == ("dn",) and levels[2:] == ("ack",):
+                self._receive_ack(decode(event.payload, Ack))
+            elif levels[:1] == ("dn",) and levels[2:] == ("missing",):
+                self._receive_missing(decode(event.payload, Missing))
+        except MessageError as error:
+            log.warning("%s: %s (%s)", event.topic, error, error.reason)
+
+    def _receive_announcement(self, job: str, raw: bytes) -> None:
+        announced = open_envelope(raw, Announcement)
+        if announced.job != job or announced.fleet != self._config.fleet:
+            raise MessageError("the announcement belongs to another topic", "ignore it", reason="wrong-topic")
+        if announced.stage == "finished" or announced.expires < time.time():
+            if self._announced is not None and self._announced.job == job:
+                self._announced = None
+            return
+        if announced.method not in METHODS:
+            raise MessageError(
+                f"the method {announced.method!r} is unknown", "update Fleetune on this device", reason="unknown-method"
+            )
+        if announced.backbone != self._pack.manifest.backbone.sha256:
+            self._publish("failed", f"the job {job} is for another backbone than {self._pack.manifest.backbone.id}")
+            return
+        if announced.version <= self._state.counters.answered.get(check_name("job", job), -1):
+            return
+        self._announced = announced
+        self._downloads.clear()
+        wanted = [(announced.version, announced.payload)]
+        if announced.frozen:
+            wanted.append((announced.frozen.version, announced.frozen.payload))
+        for number, payload in wanted:
+            if payload is not None and self._state.payload(payload) is None:
+                assembly = chunks.Assembly(payload)
+                self._downloads[payload.sha256] = _Download(job, number, assembly, time.monotonic())
+
+    def _receive_chunk(self, job: str, number: str, index: str, data: bytes) -> None:
+        for sha256, download in self._downloads.items():
+            if download.job == job and number == str(download.version) and index.isdecimal():
+                download.assembly.add(int(index), data)
+                download.last = time.monotonic()
+                if not download.assembly.missing:
+                    self._state.save_payload(download.assembly.payload, download.assembly.finish())
+                    del self._downloads[sha256]
+                return
+
+    def _repair(self) -> None:
+        for download in self._downloads.values():
+            if time.monotonic() - download.last > _REPAIR_AFTER:
+                download.last = time.monotonic()
+                bitmap = chunks.pack_bitmap(download.assembly.missing, download.assembly.payload.chunks)
+                need = Need(job=download.job, version=download.version, bitmap=bitmap)
+                self._link.publish(self._topics.need(self._config.device), encode(need))
+
+    # --- a round ------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        announced = self._announced
+        if announced is None or self._downloads:
+            return
+        self._announced = None
+        start, cpu = time.monotonic(), cpu_seconds()
+        self._facts |= {"job": announced.job, "stage": announced.stage, "round": announced.round, "progress": 0.0}
+        self._publish("working", f"does round {announced.round} of {announced.job}")
+        plan = self._plan(announced)
+        method = self._method(announced, plan)
+        preparing = announced.stage == "prepare"
+        guard = Guard(None if preparing else self._config.budget.cpu_s)
+        outcome = method.run(
+            Round(
+                stage=announced.stage,
+                number=announced.round,
+                settings=announced.settings,
+                tensors=self._tensors(announced.payload),
+                frozen=self._tensors(announced.frozen.payload if announced.frozen else None),
+                guard=guard,
+            )
+        )
+        metrics: Metrics = {
+            **outcome.metrics,
+            "depth": outcome.depth,
+            "cpu_s": round(cpu_seconds() - cpu, 3),
+            "seconds": round(time.monotonic() - start, 3),
+            "peak_mib": round(peak_mib(), 1),
+            "stopped_early": guard.stopped_early,
+        }
+        self._facts |= {key: value for key, value in metrics.items() if key in ("loss", "test", "depth", "cpu_s", "peak_mib")}
+        self._queue_update(announced, outcome.tensors, metrics)
+        self._send_outbox()
+        self._publish("idle", "waits for the next round")
+
+    def _tensors(self, payload: Payload | None) -> Tensors:
+        if payload is None:
+            return {}
+        data = self._state.payload(payload)
+        if data is None:
+            raise MessageError("a payload vanished from the state folder", "check the disk", reason="payload-lost")
+        return decode_tensors(data, payload.codec)
+
+    def _measured_costs(self) -> Costs:
+        length, threads = int(self._data.lengths.max()), self._config.threads
+        for costs in (self._config.costs, self._state.costs()):
+            if costs is not None and costs.fit(self._pack, threads=threads, length=length):
+                self._state.save_costs(costs)
+                return costs
+        self._publish("working", "measures what it can afford")
+        costs = measure(
+            self._pack, self._config.data, threads=threads, length=length, typical=typical_length(self._data.lengths)
+        )
+        self._state.save_costs(costs)
+        return costs
+
+    def _plan(self, announced: Announcement) -> Plan:
+        job = announced.job
+        if job not in self._plans:
+            assert self._costs is not None
+            plan = self._state.plan(job)
+            if plan is None:
+                names = set(Settings.__struct_fields__)
+                common = {name: value for name, value in announced.settings.items() if name in names}
+                settings = read_settings(Round(announced.stage, announced.round, common, {}, {}, Guard()), Settings)
+                plan = choose(self._costs, self._workload(settings), self._config.budget)
+                self._state.save_plan(job, plan)
+            self._plans[job] = plan
+        plan = self._plans[job]
+        self._facts |= {
+            "plan": f"{plan.depth} blocks, {'recompute' if plan.recompute else 'keep'}, micro-batch {plan.micro_batch}",
+            "bound_by": plan.bound_by,
+        }
+        return plan
+
+    def _workload(self, settings: Settings) -> Workload:
+        data = self._data
+        return Workload(
+            train=len(data.indices("train")),
+            evaluate=len(data.indices("val")) + len(data.indices("test")),
+            epochs=settings.epochs,
+            batch=settings.batch,
+            max_depth=min(settings.max_depth, self._pack.manifest.blocks),
+        )
+
+    def _method(self, announced: Announcement, plan: Plan) -> Method:
+        if announced.job not in self._methods:
+            assert self._costs is not None
+            device = Device(
+                id=self._config.device,
+                backbone=self._backbone,
+                dataset=self._data,
+                cache=PrefixCache(
+                    self._config.state / "cache", self._backbone, self._data, micro_batch=plan.micro_batch
+                ),
+                plan=plan,
+                costs=self._costs,
+                store=self._state.store(announced.job),
+                progress=self._progress(),
+            )
+            self._methods = {announced.job: METHODS[announced.method](device)}
+        return self._methods[announced.job]
+
+    # --- what goes out ------------------------------------------------------------------------------------------
+
+    def _queue_update(self, announced: Announcement, tensors: Tensors, metrics: Metrics) -> None:
+        plan = self._plans[announced.job]
+        self._count_bytes()
+        counters = self._state.counters
+        metrics = metrics | {
+            "bytes_up": counters.bytes_up,
+            "bytes_down": counters.bytes_down,
+            "boot": counters.boot,
+            "plan_depth": plan.depth,
+            "plan_micro_batch": plan.micro_batch,
+            "plan_recompute": plan.recompute,
+            "plan_peak_mib": plan.peak_mib,
+            "plan_cpu_s": plan.cpu_s,
+            "plan_bound_by": plan.bound_by,
+        }
+        data = encode_tensors(tensors, self._config.codec) if tensors else b""
+        manifest = UpdateManifest(
+            fleet=self._config.fleet,
+            device=self._config.device,
+            update=f"{announced.job}-{announced.version}",
+            job=announced.job,
+            version=announced.version,
+            backbone=announced.backbone,
+            samples=len(self._data.indices("train")),
+            metrics=metrics,
+            payload=chunks.describe(data, self._config.codec) if data else None,
+        )
+        self._state.put_outbox(manifest, data)
+        counters.answered[announced.job] = announced.version
+        self._state.save_counters()
+
+    def _send_outbox(self) -> None:
+        for manifest, data in self._state.outbox():
+            first = manifest.update not in self._sent
+            if first or time.monotonic() - self._sent[manifest.update] > _RESEND_AFTER:
+                self._sent[manifest.update] = time.monotonic()
+                topic = self._topics.upload_manifest(manifest.device, manifest.update)
+                self._link.publish(topic, seal(manifest))
+                if first and manifest.payload:
+                    self._send_chunks(manifest, data, range(manifest.payload.chunks))
+
+    def _send_chunks(self, manifest: UpdateManifest, data: bytes, indices: range | list[int]) -> None:
+        payload = manifest.payload
+        assert payload is not None
+        self._link.publish_many(
+            (
+                self._topics.upload_chunk(manifest.device, manifest.update, index),
+                chunks.chunk(data, payload, index),
+            )
+            for index in indices
+        )
+
+    def _receive_missing(self, missing: Missing) -> None:
+        for manifest, data in self._state.outbox():
+            if manifest.update == missing.update and manifest.payload:
+                self._sent[manifest.update] = time.monotonic()
+                wanted = list(chunks.unpack_bitmap(missing.bitmap, manifest.payload.chunks))
+                self._send_chunks(manifest, data, wanted)
+
+    def _receive_ack(self, ack: Ack) -> None:
+        if self._state.drop_outbox(ack.update):
+            self._sent.pop(ack.update, None)
+            if not ack.accepted:
+                log.warning("update %s was refused: %s", ack.update, ack.reason)
+                self._publish("idle", f"update refused: {ack.reason}")

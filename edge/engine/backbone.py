@@ -1,0 +1,153 @@
+"""The frozen backbone on ONNX Runtime: one block at a time, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.errors import PackError
+
+FloatArray = NDArray[np.float32]
+Saved = dict[str, FloatArray]
+
+
+class Backbone:
+    """Runs a pack's graphs.
+
+    Hidden states are [b, t, d] and masks [b, 1, t] (1 for a real token), all float32. Only blocks that are
+    :meth:`held <hold>` stay dequantised; the others share one buffer, overwritten by the next block.
+
+    Args:
+        pack: The pack.
+        threads: Threads of ONNX Runtime; 0 means one for each core.
+    """
+
+    def __init__(self, pack: Pack, threads: int) -> None:
+        self.pack = pack
+        self.blocks = pack.manifest.blocks
+        self._weights = pack.weights()
+        self._threads = threads
+        self._sessions: dict[str, tuple[onnxruntime.InferenceSession, list[str], list[str]]] = {}
+        self._held: dict[int, dict[str, FloatArray] | None] = {}
+        self._scratch: tuple[int, dict[str, FloatArray]] | None = None
+        self._outer = {
+            name: self._weights.outer(name) for name in self._weights.outer_names if not name.endswith(".table")
+        }
+        self._positions = self._weights.outer("positions.table")
+
+    def hold(self, blocks: range) -> None:
+        """Keep these blocks dequantised (float32) from their next use on, and let go of all others."""
+        self._held = {block: self._held.get(block) for block in blocks}
+
+    def _block_weights(self, block: int) -> dict[str, FloatArray]:
+        if block in self._held:
+            held = self._held[block]
+            if held is None:
+                held = self._held[block] = self._weights.block(block)
+            return held
+        if self._scratch is None or self._scratch[0] != block:
+            into = self._scratch[1] if self._scratch else None
+            self._scratch = (block, self._weights.block(block, into))
+        return self._scratch[1]
+
+    def _run(self, stem: str, feeds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+        if stem not in self._sessions:
+            self._sessions[stem] = self._open(stem)
+        session, inputs, outputs = self._sessions[stem]
+        values: list[Any] = session.run(outputs, {name: feeds[name] for name in inputs})
+        return dict(zip(outputs, values, strict=True))
+
+    def _open(self, stem: str) -> tuple[onnxruntime.InferenceSession, list[str], list[str]]:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # A waiting thread that spins burns the CPU seconds that the device's other work needs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Memory goes back to the system after each run, so the process stays inside its budget between peaks.
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
+        try:
+            session = onnxruntime.InferenceSession(
+                str(self.pack.graph(stem)), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime raises classes of its own for each failure
+            raise PackError(
+                f"{self.pack.graph(stem)} does not load in onnxruntime {onnxruntime.__version__}: {error}",
+                "install onnxruntime >= 1.23.2, or write the pack again",
+            ) from error
+        return session, [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
+
+    # --- around the blocks --------------------------------------------------------------------------------------
+
+    def token_rows(self, ids: NDArray[np.int64]) -> FloatArray:
+        """Look up token embeddings: ids [b, t] → [b, t, d]."""
+        return self._weights.rows("tokens.table", ids)
+
+    def embed(self, sample: FloatArray) -> FloatArray:
+        """Token rows or patches [b, t, e] → hidden state before the first block."""
+        positions = self._positions[: sample.shape[1]]
+        return self._run("embed", {"sample": sample, "positions": positions, **self._outer})["h"]
+
+    def pool(self, hidden: FloatArray, mask: FloatArray) -> FloatArray:
+        """Last hidden state → features [b, d]."""
+        return self._run("pool", {"h": hidden, "mask": mask, **self._outer})["features"]
+
+    def pool_backward(self, hidden: FloatArray, mask: FloatArray, gradient: FloatArray) -> FloatArray:
+        """Gradient of the features [b, d] → gradient of the last hidden state."""
+        feeds = {"h": hidden, "mask": mask, "gradient": gradient, **self._outer}
+        return self._run("pool_backward", feeds)["grad.h"]
+
+    # --- the blocks ---------------------------------------------------------------------------------------------
+
+    def _feeds(
+        self, block: int, hidden: FloatArray, mask: FloatArray, adapters: Mapping[str, FloatArray]
+    ) -> dict[str, FloatArray]:
+        return {"h": hidden, "mask": mask, **self._block_weights(block), **adapters}
+
+    def forward(
+        self, block: int, hidden: FloatArray, mask: FloatArray, adapters: Mapping[str, FloatArray]
+    ) -> FloatArray:
+        """Hidden state after ``block``."""
+        return self._run("block_forward", self._feeds(block, hidden, mask, adapters))["y"]
+
+    def forward_keep(
+        self, block: int, hidden: FloatArray, mask: FloatArray, adapters: Mapping[str, FloatArray]
+    ) -> tuple[FloatArray, Saved]:
+        """Hidden state after ``block``, and what :meth:`backward` needs to not recompute it."""
+        saved = self._run("block_forward_keep", self._feeds(block, hidden, mask, adapters))
+        return saved.pop("y"), saved
+
+    def backward(
+        self,
+        block: int,
+        hidden: FloatArray,
+        mask: FloatArray,
+        adapters: Mapping[str, FloatArray],
+        gradient: FloatArray,
+        saved: Saved | None,
+        *,
+        bottom: bool = False,
+    ) -> dict[str, FloatArray]:
+        """Gradients of one block.
+
+        Args:
+            block: The block.
+            hidden: Its input.
+            mask: The mask.
+            adapters: Its adapters.
+            gradient: Gradient of the loss with respect to its output.
+            saved: What :meth:`forward_keep` returned, or None to recompute.
+            bottom: Whether the gradient of ``hidden`` is not wanted.
+
+        Returns:
+            ``grad.h`` (unless ``bottom``), ``grad.query.A`` and so on.
+        """
+        stem = "block_backward" if saved is None else "block_backward_keep"
+        feeds = self._feeds(block, hidden, mask, adapters) | {"gradient": gradient} | (saved or {})
+        return self._run(f"{stem}_bottom" if bottom else stem, feeds)

@@ -1,0 +1,152 @@
+"""An expert: the adapters of every block and a classification head, as one flat vector.
+
+Blocks come first, from the input upwards, then the head. The parameters that a device trains at depth k (the
+top k blocks and the head) are therefore one contiguous tail of the vector, and so are their gradient and the
+optimiser's state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetune.edge.pack.manifest import Manifest
+from fleetune.edge.protocol.errors import DataError
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each tensor of an expert lies in its vector.
+
+    Attributes:
+        blocks: Number of transformer blocks, L.
+        width: Width of the features, d.
+        rank: Rank r of the adapters.
+        targets: Linear map that carries an adapter → (in, out).
+        classes: Number of classes.
+    """
+
+    blocks: int
+    width: int
+    rank: int
+    targets: Mapping[str, tuple[int, int]]
+    classes: int
+
+    @classmethod
+    def of(cls, manifest: Manifest, classes: int) -> Layout:
+        """The layout of a pack's experts for a task with ``classes`` classes."""
+        return cls(manifest.blocks, manifest.width, manifest.rank, manifest.targets, classes)
+
+    @property
+    def block_size(self) -> int:
+        """Parameters of one block's adapters."""
+        return sum(self.rank * (rows + columns) for rows, columns in self.targets.values())
+
+    @property
+    def size(self) -> int:
+        """Parameters of the whole expert."""
+        return self.blocks * self.block_size + (self.width + 1) * self.classes
+
+    def tail(self, depth: int) -> slice:
+        """The parameters of the top ``depth`` blocks and the head."""
+        return slice((self.blocks - depth) * self.block_size, self.size)
+
+    def block_names(self, block: int) -> list[str]:
+        """Full names of one block's adapter tensors, in their order in the vector."""
+        return [f"blocks.{block}.{target}.{side}" for target in self.targets for side in "AB"]
+
+    def names(self, depth: int) -> list[str]:
+        """Full names of what depth ``depth`` trains, in order."""
+        lower = range(self.blocks - depth, self.blocks)
+        return [name for block in lower for name in self.block_names(block)] + ["head.weight", "head.bias"]
+
+    def views(self, vector: FloatArray) -> dict[str, FloatArray]:
+        """Full name → view into ``vector``: A is [in, r], B is [r, out], the head is [d, classes] and [classes]."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for block in range(self.blocks):
+            for target, (rows, columns) in self.targets.items():
+                shapes[f"blocks.{block}.{target}.A"] = (rows, self.rank)
+                shapes[f"blocks.{block}.{target}.B"] = (self.rank, columns)
+        shapes["head.weight"] = (self.width, self.classes)
+        shapes["head.bias"] = (self.classes,)
+        found, start = {}, 0
+        for name, shape in shapes.items():
+            found[name] = vector[start : start + math.prod(shape)].reshape(shape)
+            start += math.prod(shape)
+        return found
+
+
+class Expert:
+    """A vector with a layout.
+
+    Args:
+        layout: Where each tensor lies.
+        vector: Float32 of ``layout.size``; a zero vector by default.
+    """
+
+    def __init__(self, layout: Layout, vector: FloatArray | None = None) -> None:
+        self.layout = layout
+        self.vector: FloatArray = np.zeros(layout.size, dtype=np.float32) if vector is None else vector
+        self.tensors = layout.views(self.vector)
+
+    @classmethod
+    def initial(cls, layout: Layout, seed: int) -> Expert:
+        """Fresh adapters: A uniform in ±1/√in and B zero, so that the backbone starts unchanged (LoRA, section 4.1)."""
+        rng = np.random.default_rng(seed)
+        expert = cls(layout)
+        for name, tensor in expert.tensors.items():
+            if name.endswith(".A") or name == "head.weight":
+                bound = 1 / math.sqrt(tensor.shape[0])
+                tensor[...] = rng.uniform(-bound, bound, tensor.shape)
+        return expert
+
+    def copy(self) -> Expert:
+        """An independent copy."""
+        return Expert(self.layout, self.vector.copy())
+
+    def adapters(self, block: int) -> dict[str, FloatArray]:
+        """Graph input → tensor of one block (``query.A``, ``query.B`` …)."""
+        stem = f"blocks.{block}."
+        return {name.removeprefix(stem): self.tensors[name] for name in self.layout.block_names(block)}
+
+    def active(self, depth: int) -> dict[str, FloatArray]:
+        """What depth ``depth`` trains: full name → tensor."""
+        return {name: self.tensors[name] for name in self.layout.names(depth)}
+
+    def load(self, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """Overwrite the named tensors.
+
+        Raises:
+            DataError: A name is unknown or a shape differs.
+        """
+        for name, array in tensors.items():
+            target = self.tensors.get(name)
+            if target is None or target.shape != array.shape:
+                raise DataError(
+                    f"tensor {name} of shape {array.shape} does not fit the expert",
+                    "check that both sides use the same pack and the same number of classes",
+                )
+            target[...] = array
+
+    def fingerprint_below(self, block: int) -> str:
+        """Hash of the adapters below ``block``; adapters that change nothing (B = 0) count as none."""
+        digest = hashlib.sha256()
+        for index in range(block):
+            tensors = self.adapters(index)
+            if any(tensors[f"{target}.B"].any() for target in self.layout.targets):
+                digest.update(index.to_bytes(4, "little"))
+                for tensor in tensors.values():
+                    digest.update(tensor.tobytes())
+        return digest.hexdigest()
+
+    def logits(self, features: FloatArray) -> FloatArray:
+        """Class scores [n, classes] of features [n, d]."""
+        return features @ self.tensors["head.weight"] + self.tensors["head.bias"]

@@ -1,0 +1,173 @@
+"""What every method shares: the round it is given, the device it runs on, and what it hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetune.edge.engine.backbone import Backbone
+from fleetune.edge.engine.cache import PrefixCache
+from fleetune.edge.engine.dataset import Dataset
+from fleetune.edge.engine.expert import Layout
+from fleetune.edge.protocol.errors import DataError, MessageError
+from fleetune.edge.protocol.messages import Stage
+from fleetune.edge.resources.costs import Costs
+from fleetune.edge.resources.guard import Guard
+from fleetune.edge.resources.planner import Plan
+
+FloatArray = NDArray[np.float32]
+Tensors = dict[str, FloatArray]
+Metrics = dict[str, float | int | str | bool]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Hyper-parameters that every method has.
+
+    Attributes:
+        classes: Number of classes of the task.
+        seed: Seed of the job; with the device's id and the round it fixes every random choice.
+        max_depth: Deepest that any device of the job goes; everything below is frozen for good.
+        depth: Depth that SAL's schedule asks for in this round.
+        epochs: Passes over the training samples in a round.
+        batch: Samples an optimiser step.
+        learning_rate: Step size of Adam.
+        weight_decay: Its decoupled weight decay.
+    """
+
+    classes: int
+    seed: int
+    max_depth: int
+    depth: int
+    epochs: int
+    batch: int
+    learning_rate: float
+    weight_decay: float
+
+
+class TensorStore(Protocol):
+    """Keeps a method's private tensors between rounds and restarts."""
+
+    def save(self, name: str, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """Replace what is stored under ``name``, atomically."""
+        ...
+
+    def load(self, name: str) -> Tensors | None:
+        """What was stored under ``name``, if anything was."""
+        ...
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a method may use.
+
+    Attributes:
+        id: The device.
+        backbone: Runs blocks.
+        dataset: The device's samples.
+        cache: Hidden states at any boundary.
+        plan: What the device can afford.
+        costs: Measured costs, to know what an evaluation takes.
+        store: Private tensors of the job.
+        progress: Is told how far a round is: a share from 0 to 1 and the loss so far.
+    """
+
+    id: str
+    backbone: Backbone
+    dataset: Dataset
+    cache: PrefixCache
+    plan: Plan
+    costs: Costs
+    store: TensorStore
+    progress: Callable[[float, float], None]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round, as announced.
+
+    Attributes:
+        stage: What to do.
+        number: Number of the round within the job.
+        settings: Hyper-parameters, not yet converted to the method's own type.
+        tensors: This round's global tensors.
+        frozen: Global tensors of an earlier stage that do not change any more.
+        guard: Watches the budget.
+    """
+
+    stage: Stage
+    number: int
+    settings: Mapping[str, Any]
+    tensors: Tensors
+    frozen: Tensors
+    guard: Guard
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round produced.
+
+    Attributes:
+        metrics: Figures for the aggregator and the report.
+        tensors: What goes up; empty if nothing does.
+        depth: Active blocks in this round.
+    """
+
+    metrics: Metrics
+    tensors: Tensors = field(default_factory=dict)
+    depth: int = 0
+
+
+class Method(Protocol):
+    """One device's part in a job.
+
+    Args:
+        device: What it may use.
+    """
+
+    def __init__(self, device: Device) -> None: ...
+
+    def run(self, announced: Round) -> Outcome:
+        """Do one round."""
+        ...
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def read_settings(announced: Round, kind: type[AnySettings]) -> AnySettings:
+    """Convert the announced settings to a method's own.
+
+    Raises:
+        MessageError: A setting is missing, unknown or of a wrong type.
+    """
+    try:
+        return msgspec.convert(dict(announced.settings), type=kind)
+    except msgspec.ValidationError as error:
+        raise MessageError(
+            f"settings of the job: {error}", "use the same version of Fleetune on both sides", reason="bad-settings"
+        ) from error
+
+
+def task_layout(device: Device, settings: Settings) -> Layout:
+    """The layout of the task's experts.
+
+    Raises:
+        DataError: The device has labels that the job does not know.
+    """
+    if device.dataset.classes > settings.classes:
+        raise DataError(
+            f"the data holds label {device.dataset.classes - 1}, but the job has {settings.classes} classes",
+            f"label samples from 0 to {settings.classes - 1}, or start the job with more classes",
+        )
+    return Layout.of(device.backbone.pack.manifest, settings.classes)
+
+
+def random_for(device: Device, settings: Settings, announced: Round) -> np.random.Generator:
+    """The round's random numbers: the same whenever the same device repeats the same round of the same job."""
+    words = [settings.seed, announced.number, *device.id.encode()]
+    return np.random.default_rng(words)

@@ -1,0 +1,35 @@
+"""Adapters trained alone: the same depth, samples and steps as in the federation, and nothing goes up."""
+
+from __future__ import annotations
+
+from fleetune.edge.engine.expert import Expert
+from fleetune.edge.methods.base import Device, Outcome, Round, Settings, random_for, read_settings, task_layout
+from fleetune.edge.methods.local import LocalRun, accuracy
+
+_STATE = "standalone"
+
+
+class Standalone:
+    """One private expert from the job's initial values."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def run(self, announced: Round) -> Outcome:
+        """Train one more round, or evaluate; nothing goes up."""
+        device, dataset = self._device, self._device.dataset
+        settings = read_settings(announced, Settings)
+        expert = Expert.initial(task_layout(device, settings), settings.seed)
+        if announced.stage == "prepare":
+            device.cache.prefix(device.backbone.blocks - settings.max_depth, expert)
+            return Outcome({"samples": len(dataset.indices("train"))})
+        expert.load(device.store.load(_STATE) or {})
+        local = LocalRun(device, settings, expert)
+        val, test = dataset.indices("val"), dataset.indices("test")
+        loss = local.train(expert, random_for(device, settings, announced), announced.guard, evaluated=len(val) + len(test))
+        device.store.save(_STATE, expert.tensors)
+        scores = {
+            split: accuracy(expert.logits(local.features(expert, indices)), dataset.labels[indices])
+            for split, indices in (("val", val), ("test", test))
+        }
+        return Outcome({"loss": loss, **scores}, depth=local.depth)

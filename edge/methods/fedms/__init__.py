@@ -1,0 +1,1 @@
+"""FedMS: a global expert trained together, then a local expert and a gate on each device."""

@@ -1,0 +1,193 @@
+"""FedMS on one device.
+
+Stage ``global``: train the active blocks and the head of the shared expert; they go up.
+Stage ``personal``: the shared expert is frozen; train a private expert that starts as its copy, and the gate. Only
+the gate's adapter goes up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fleetune.edge.engine.cache import split
+from fleetune.edge.engine.expert import Expert
+from fleetune.edge.engine.optimiser import Adam
+from fleetune.edge.methods.base import (
+    Device,
+    FloatArray,
+    Metrics,
+    Outcome,
+    Round,
+    Settings,
+    random_for,
+    read_settings,
+    task_layout,
+)
+from fleetune.edge.methods.fedms.gate import ADAPTER, HEAD, Gate, Mix, mix
+from fleetune.edge.methods.local import Indices, LocalRun, accuracy
+
+_LOCAL = "local-expert"
+_GATE_HEAD = "gate-head"
+
+
+class FedMSSettings(Settings, frozen=True, kw_only=True):
+    """Hyper-parameters of FedMS.
+
+    Attributes:
+        gate_rank: Rank of the gate adapter.
+        gate_learning_rate: Step size of the gate.
+        gate_epochs: Passes of the gate over its samples in a round.
+        gate_split: Samples that the gate learns from: ``train``, or ``val``, which no expert was trained on.
+        mix: Whether experts are mixed at their logits or at their features.
+    """
+
+    gate_rank: int
+    gate_learning_rate: float
+    gate_epochs: int
+    gate_split: Literal["train", "val"]
+    mix: Mix
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """The two experts and the gate in one round of stage 2."""
+
+    run: LocalRun
+    settings: FedMSSettings
+    frozen: Expert
+    local: Expert
+    gate: Gate
+    frozen_features: FloatArray
+
+    def experts(self, local_features: FloatArray, indices: Indices) -> FloatArray:
+        """What is mixed for some samples: [n, 2, classes] or [n, 2, d]."""
+        shared = self.frozen_features[indices]
+        if self.settings.mix == "features":
+            return np.stack([shared, local_features], axis=1)
+        return np.stack([self.frozen.logits(shared), self.local.logits(local_features)], axis=1)
+
+    def head(self) -> tuple[FloatArray, FloatArray] | None:
+        """The head that classifies mixed features, if features are mixed."""
+        if self.settings.mix == "logits":
+            return None
+        return self.local.tensors["head.weight"], self.local.tensors["head.bias"]
+
+    def logits(self, weights: FloatArray, experts: FloatArray) -> FloatArray:
+        """Class scores of the mixture."""
+        mixed, head = mix(weights, experts), self.head()
+        return mixed if head is None else mixed @ head[0] + head[1]
+
+
+class FedMS:
+    """The device's part of FedMS."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._frozen_features: tuple[str, FloatArray] | None = None
+
+    def run(self, announced: Round) -> Outcome:
+        """Do one round."""
+        settings = read_settings(announced, FedMSSettings)
+        shared = Expert.initial(task_layout(self._device, settings), settings.seed)
+        if announced.stage == "prepare":
+            self._device.cache.prefix(self._device.backbone.blocks - settings.max_depth, shared)
+            return Outcome({"samples": len(self._device.dataset.indices("train"))})
+        if announced.stage == "global":
+            shared.load(announced.tensors)
+            return self._global(announced, settings, shared)
+        shared.load(announced.frozen)
+        return self._personal(announced, settings, shared)
+
+    def _global(self, announced: Round, settings: FedMSSettings, shared: Expert) -> Outcome:
+        dataset = self._device.dataset
+        run = LocalRun(self._device, settings, shared)
+        val, test = dataset.indices("val"), dataset.indices("test")
+        scores = {
+            split: accuracy(shared.logits(run.features(shared, indices)), dataset.labels[indices])
+            for split, indices in (("val", val), ("test", test))
+        }
+        loss = run.train(shared, random_for(self._device, settings, announced), announced.guard, evaluated=0)
+        metrics: Metrics = {"loss": loss, "val": scores["val"], "test": scores["test"]}
+        return Outcome(metrics, shared.active(run.depth), run.depth)
+
+    def _personal(self, announced: Round, settings: FedMSSettings, shared: Expert) -> Outcome:
+        device, dataset = self._device, self._device.dataset
+        local = shared.copy()
+        local.load(device.store.load(_LOCAL) or {})
+        run = LocalRun(device, settings, shared)
+        gate = Gate(shared.layout.width, settings.gate_rank, settings.seed)
+        gate.tensors.update({name: announced.tensors[name] for name in ADAPTER if name in announced.tensors})
+        gate.tensors.update(device.store.load(_GATE_HEAD) or {})
+        mixture = _Mixture(run, settings, shared, local, gate, self._features_of(shared, run))
+        loss = None
+        if announced.stage == "personal":
+            loss = self._train(announced, mixture)
+            device.store.save(_LOCAL, local.active(run.depth))
+            device.store.save(_GATE_HEAD, {name: gate.tensors[name] for name in HEAD})
+        metrics = self._scores(mixture)
+        if loss is not None:
+            metrics["loss"] = loss
+        tensors = {name: gate.tensors[name] for name in ADAPTER} if announced.stage == "personal" else {}
+        return Outcome(metrics, tensors, run.depth)
+
+    def _features_of(self, shared: Expert, run: LocalRun) -> FloatArray:
+        """The frozen expert's features of every sample, computed once."""
+        key = f"{run.depth} {shared.fingerprint_below(shared.layout.blocks)}"
+        if self._frozen_features is None or self._frozen_features[0] != key:
+            everything = np.arange(len(self._device.dataset))
+            self._frozen_features = (key, run.features(shared, everything))
+        return self._frozen_features[1]
+
+    def _train(self, announced: Round, mixture: _Mixture) -> float:
+        device, settings, gate = self._device, mixture.settings, mixture.gate
+        dataset = device.dataset
+        rng = random_for(device, settings, announced)
+        pooled = self._gate_input(mixture)
+        optimisers = {name: Adam(t.size, settings.gate_learning_rate) for name, t in gate.tensors.items()}
+
+        def step(indices: Indices, local_features: FloatArray) -> None:
+            experts = mixture.experts(local_features, indices)
+            _, gradients = gate.gradients(pooled[indices], experts, dataset.labels[indices], mixture.head())
+            for name, tensor in gate.tensors.items():
+                optimisers[name].step(tensor.reshape(-1), gradients[name].reshape(-1))
+
+        evaluated = len(dataset.indices("val")) + len(dataset.indices("test"))
+        if settings.gate_split == "train":
+            return mixture.run.train(mixture.local, rng, announced.guard, evaluated=evaluated, on_batch=step)
+        loss = mixture.run.train(mixture.local, rng, announced.guard, evaluated=evaluated)
+        held_out = dataset.indices("val")
+        features = mixture.run.features(mixture.local, held_out)
+        for _ in range(settings.gate_epochs):
+            for some in split(rng.permutation(len(held_out)), settings.batch):
+                step(held_out[some], features[some])
+        return loss
+
+    def _gate_input(self, mixture: _Mixture) -> FloatArray:
+        boundary = self._device.backbone.blocks - mixture.settings.max_depth
+        return self._device.cache.prefix(boundary, mixture.frozen).pooled
+
+    def _scores(self, mixture: _Mixture) -> Metrics:
+        """Accuracy of each expert and of the mixture on the device's test samples, and of the mixture on ``val``."""
+        dataset, pooled = self._device.dataset, self._gate_input(mixture)
+        metrics: Metrics = {}
+        for split in ("val", "test"):
+            indices = dataset.indices(split)
+            labels = dataset.labels[indices]
+            features = mixture.run.features(mixture.local, indices)
+            weights = mixture.gate.weights(pooled[indices])
+            experts = mixture.experts(features, indices)
+            scores = {
+                "global": accuracy(mixture.frozen.logits(mixture.frozen_features[indices]), labels),
+                "local": accuracy(mixture.local.logits(features), labels),
+                "mixture": accuracy(mixture.logits(weights, experts), labels),
+            }
+            if split == "val":
+                metrics["val"] = scores["mixture"]
+            else:
+                metrics |= {f"test_{name}": score for name, score in scores.items()}
+                metrics["test"] = scores["mixture"]
+                metrics["gate_local"] = float(weights[:, 1].mean())
+        return metrics

@@ -1,0 +1,131 @@
+"""Training and evaluating an expert on a device's own samples: the part that all methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetune.edge.engine.cache import CHUNK, Prefix, split
+from fleetune.edge.engine.expert import Expert
+from fleetune.edge.engine.loss import cross_entropy
+from fleetune.edge.engine.optimiser import Adam
+from fleetune.edge.engine.suffix import Suffix
+from fleetune.edge.methods.base import Device, Settings
+from fleetune.edge.protocol.errors import DataError
+from fleetune.edge.resources.guard import Guard
+
+FloatArray = NDArray[np.float32]
+Indices = NDArray[np.int64]
+
+
+class LocalRun:
+    """One expert's suffix on one device, at the depth that plan and schedule allow.
+
+    Args:
+        device: The device.
+        settings: Hyper-parameters.
+        expert: Its adapters below the active blocks decide which hidden states the suffix starts from.
+    """
+
+    def __init__(self, device: Device, settings: Settings, expert: Expert) -> None:
+        self.device, self.settings = device, settings
+        self.depth = min(device.plan.depth, settings.depth)
+        self.prefix: Prefix = device.cache.prefix(device.backbone.blocks - self.depth, expert)
+        self.suffix = Suffix(device.backbone, self.depth, recompute=device.plan.recompute)
+
+    def train(
+        self,
+        expert: Expert,
+        rng: np.random.Generator,
+        guard: Guard,
+        *,
+        evaluated: int,
+        on_batch: Callable[[Indices, FloatArray], None] = lambda _indices, _features: None,
+    ) -> float:
+        """Train the active blocks and the head in place.
+
+        Args:
+            expert: What is trained.
+            rng: Order of the samples.
+            guard: Ends the round before the budget is spent.
+            evaluated: Samples still to be evaluated in this round, for which CPU seconds are kept back.
+            on_batch: Sees the sample numbers and features of each batch after its optimiser step.
+
+        Returns:
+            Mean training loss.
+
+        Raises:
+            DataError: The loss became NaN or infinite; ``expert`` holds the values before that step.
+        """
+        settings, dataset = self.settings, self.device.dataset
+        train = dataset.indices("train")
+        tail = expert.layout.tail(self.depth)
+        optimiser = Adam(
+            tail.stop - tail.start, settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        gradient = Expert(expert.layout)
+        reserve = evaluated * self.depth * self.device.costs.forward_cpu_s
+        steps = settings.epochs * -(-len(train) // settings.batch)
+        total, seen = 0.0, 0
+        for step, batch in enumerate(self._batches(train, rng)):
+            if guard.must_stop(reserve):
+                break
+            gradient.vector[tail] = 0
+            features = np.empty((len(batch), expert.layout.width), dtype=np.float32)
+            loss = self._accumulate(expert, gradient, batch, features)
+            if not np.isfinite(loss):
+                raise DataError(
+                    f"the loss is {loss} at step {step} (samples {batch.tolist()})",
+                    "lower the learning rate, or check these samples",
+                )
+            optimiser.step(expert.vector[tail], gradient.vector[tail])
+            on_batch(batch, features)
+            total += loss
+            seen += len(batch)
+            self.device.progress((step + 1) / steps, total / seen)
+        return total / max(seen, 1)
+
+    def _batches(self, train: Indices, rng: np.random.Generator) -> Iterator[Indices]:
+        for _ in range(self.settings.epochs):
+            order = rng.permutation(train)
+            for batch in split(order, self.settings.batch):
+                # Short samples together: a micro-batch is cut to its longest sample.
+                yield batch[np.argsort(self.prefix.lengths[batch], kind="stable")]
+
+    def _accumulate(self, expert: Expert, gradient: Expert, batch: Indices, features: FloatArray) -> float:
+        total = 0.0
+        for rows in split(np.arange(len(batch)), self.device.plan.micro_batch):
+            some = batch[rows]
+            hidden, mask = self.prefix.batch(some)
+
+            def upstream(z: FloatArray, rows: Indices = rows, some: Indices = some) -> FloatArray:
+                nonlocal total
+                features[rows] = z
+                loss, slope = cross_entropy(expert.logits(z), self.device.dataset.labels[some])
+                total += loss
+                slope /= len(batch)
+                gradient.tensors["head.weight"] += z.T @ slope
+                gradient.tensors["head.bias"] += slope.sum(axis=0)
+                upstream_gradient: FloatArray = slope @ expert.tensors["head.weight"].T
+                return upstream_gradient
+
+            self.suffix.gradients(hidden, mask, expert, gradient, upstream)
+        return total
+
+    def features(self, expert: Expert, indices: Indices) -> FloatArray:
+        """Features [n, d] of some samples under ``expert``."""
+        out = np.empty((len(indices), expert.layout.width), dtype=np.float32)
+        order = np.argsort(self.prefix.lengths[indices], kind="stable")
+        for chunk in split(order, CHUNK):
+            rows = split(chunk, self.device.plan.micro_batch)
+            parts = [self.prefix.batch(indices[some]) for some in rows]
+            for some, features in zip(rows, self.suffix.features(parts, expert), strict=True):
+                out[some] = features
+        return out
+
+
+def accuracy(logits: FloatArray, labels: Indices) -> float:
+    """Share of samples whose largest logit is the label's."""
+    return float((logits.argmax(axis=1) == labels).mean())

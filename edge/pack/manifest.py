@@ -1,0 +1,110 @@
+"""``manifest.json``: what a pack holds, and the hash of each of its files."""
+
+from __future__ import annotations
+
+import msgspec
+
+SCHEMA = 1
+"""Version of the pack's layout that this Fleetune writes and reads."""
+
+FILE = "manifest.json"
+WEIGHTS_FILE = "weights.nf4"
+
+GRAPHS = (
+    "embed",
+    "block_forward",
+    "block_forward_keep",
+    "block_backward",
+    "block_backward_bottom",
+    "block_backward_keep",
+    "block_backward_keep_bottom",
+    "pool",
+    "pool_backward",
+)
+"""Stems of the graph files of every pack."""
+
+
+class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class Backbone(_Struct, frozen=True):
+    """Where the weights come from.
+
+    Attributes:
+        id: Name of the backbone.
+        architecture: ``model_type`` of its Hugging Face configuration.
+        sha256: Hash of the weight file that was packed.
+        licence: Licence of the weights, as their source states it.
+        source: Where they were taken from.
+    """
+
+    id: str
+    architecture: str
+    sha256: str
+    licence: str
+    source: str
+
+
+class Quantisation(_Struct, frozen=True):
+    """How matrices are stored: ``nf4`` in blocks of ``block_size`` (Dettmers et al. 2023, QLoRA, section 3)."""
+
+    type: str
+    block_size: int
+    code: tuple[float, ...]
+
+
+class Text(_Struct, frozen=True):
+    """How text becomes token ids: BERT's WordPiece over ``vocabulary``."""
+
+    vocabulary: str
+    lowercase: bool
+    max_length: int
+
+
+class Image(_Struct, frozen=True):
+    """How a picture becomes patches: resized to ``size`` pixels square, scaled to [0, 1], normalised per channel."""
+
+    size: int
+    patch: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class File(_Struct, frozen=True):
+    """Size and hash of one file of the pack."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Struct, frozen=True):
+    """The pack's table of contents.
+
+    Attributes:
+        schema: Version of the layout.
+        kit: Version of Fleetune that wrote the pack.
+        backbone: The source of the weights.
+        blocks: Number of transformer blocks, L.
+        width: Width of the hidden state, d.
+        rank: Rank r of the adapters.
+        targets: Linear map that carries an adapter → (in, out).
+        quantisation: How matrices are stored.
+        opset: ONNX operator set of the graphs.
+        files: Every other file of the pack.
+        text: Present when samples are text.
+        image: Present when samples are pictures.
+    """
+
+    schema: int
+    kit: str
+    backbone: Backbone
+    blocks: int
+    width: int
+    rank: int
+    targets: dict[str, tuple[int, int]]
+    quantisation: Quantisation
+    opset: int
+    files: dict[str, File]
+    text: Text | None = None
+    image: Image | None = None

@@ -1,0 +1,44 @@
+"""Pictures → the patches that a vision transformer embeds."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetune.edge.pack.manifest import Image
+
+
+def to_patches(pictures: NDArray[np.uint8], spec: Image) -> NDArray[np.float32]:
+    """Resize, normalise and cut pictures.
+
+    Args:
+        pictures: Grey [n, h, w] or colour [n, h, w, 3].
+        spec: How the backbone wants them.
+
+    Returns:
+        Float32 [n, 1 + (size / patch)², 3 · patch²]; the first row of each picture is zero, the class token's place.
+    """
+    if pictures.ndim == 3:
+        pictures = np.repeat(pictures[..., None], 3, axis=3)
+    scaled = _resize(pictures.astype(np.float32) / 255.0, spec.size)
+    normal = (scaled - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
+    side, patch = spec.size // spec.patch, spec.patch
+    grid = normal.reshape(len(normal), side, patch, side, patch, 3).transpose(0, 1, 3, 5, 2, 4)
+    out = np.zeros((len(normal), side * side + 1, 3 * patch * patch), dtype=np.float32)
+    out[:, 1:] = grid.reshape(len(normal), side * side, -1)
+    return out
+
+
+def _resize(pictures: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """Bilinear, pixel centres aligned as in torch's ``interpolate(align_corners=False)``."""
+    for axis in (1, 2):
+        old = pictures.shape[axis]
+        if old == size:
+            continue
+        position = np.clip((np.arange(size) + 0.5) * old / size - 0.5, 0, old - 1)
+        low = np.floor(position).astype(np.int64)
+        high = np.minimum(low + 1, old - 1)
+        share = (position - low).astype(np.float32)
+        share = share.reshape([-1 if i == axis else 1 for i in range(pictures.ndim)])
+        pictures = np.take(pictures, low, axis) * (1 - share) + np.take(pictures, high, axis) * share
+    return pictures

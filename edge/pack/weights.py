@@ -1,0 +1,92 @@
+"""The frozen weights: NF4 codes in a mapped file, turned into float32 only where and while they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetune.edge.pack.manifest import Manifest
+from fleetune.edge.pack.tensorfile import TensorFile
+from fleetune.edge.protocol.errors import PackError
+
+FloatArray = NDArray[np.float32]
+
+
+class Weights:
+    """Reads a pack's weights.
+
+    A quantised tensor ``x`` is stored as ``x.codes`` (two 4-bit codes a byte, the first in the high half) and
+    ``x.absmax`` (one float32 scale for each ``block_size`` values in row-major order); any other is float32.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self._file = TensorFile(path)
+        self._path = path
+        self._block_size = manifest.quantisation.block_size
+        code = np.asarray(manifest.quantisation.code, dtype=np.float32)
+        if manifest.quantisation.type != "nf4" or code.shape != (16,):
+            raise PackError(f"{path} is quantised as {manifest.quantisation.type!r}", "use a pack of type nf4")
+        byte = np.arange(256)
+        self._pairs = np.stack([code[byte >> 4], code[byte & 15]], axis=1)
+        self._blocks: list[dict[str, str]] = [{} for _ in range(manifest.blocks)]
+        self.outer_names: list[str] = []
+        for stored in self._file:
+            if stored.endswith(".absmax"):
+                continue
+            name = stored.removesuffix(".codes")
+            if name.startswith("blocks."):
+                _, index, rest = name.split(".", 2)
+                self._blocks[int(index)][rest] = name
+            else:
+                self.outer_names.append(name)
+        if any(block.keys() != self._blocks[0].keys() for block in self._blocks):
+            raise PackError(f"{path} does not hold the same tensors for every block", "write the pack again")
+
+    def outer(self, name: str) -> FloatArray:
+        """A float32 tensor from around the blocks."""
+        return self._file[name]
+
+    def block(self, index: int, into: Mapping[str, FloatArray] | None = None) -> dict[str, FloatArray]:
+        """Dequantise one block.
+
+        Args:
+            index: Block, counted from the input.
+            into: Matrices to overwrite, as an earlier call returned them, so that nothing is allocated.
+
+        Returns:
+            Canonical name → float32 array; matrices are [out, in].
+        """
+        tensors: dict[str, FloatArray] = {}
+        for short, name in self._blocks[index].items():
+            if name in self._file:
+                tensors[short] = self._file[name]
+            else:
+                tensors[short] = self._dequantise(name, into[short] if into else None, short)
+        self._file.release()
+        return tensors
+
+    def _dequantise(self, name: str, out: FloatArray | None, short: str) -> FloatArray:
+        codes, absmax = self._file[f"{name}.codes"], self._file[f"{name}.absmax"]
+        if out is None:
+            out = np.empty((codes.shape[0], codes.shape[1] * 2), dtype=np.float32)
+        np.take(self._pairs, codes.reshape(-1), axis=0, out=out.reshape(-1, 2), mode="clip")
+        out.reshape(-1, self._block_size)[...] *= absmax.reshape(-1, 1)
+        return out
+
+    def rows(self, name: str, indices: NDArray[np.int64]) -> FloatArray:
+        """Dequantise some rows of a table, such as the embeddings of the tokens of a batch.
+
+        Args:
+            name: The table.
+            indices: Row numbers, of any shape.
+
+        Returns:
+            Float32 of shape [*indices.shape, columns].
+        """
+        codes, absmax = self._file[f"{name}.codes"], self._file[f"{name}.absmax"]
+        picked = self._pairs[codes[indices.reshape(-1)]]
+        values = picked.reshape(-1, self._block_size) * absmax[indices.reshape(-1)].reshape(-1, 1)
+        return values.reshape(*indices.shape, codes.shape[1] * 2)

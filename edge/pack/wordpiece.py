@@ -1,0 +1,117 @@
+"""BERT's tokeniser: normalise, split, then greedy longest-match WordPiece (Devlin et al. 2018).
+
+The `tokenizers` library computes the same, but installs a hub client and its dependencies with it, which do not
+belong on a device; ``tests/edge/test_wordpiece.py`` holds this one against it, text by text.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetune.edge.protocol.errors import PackError
+
+_MAX_WORD = 100
+_CJK = (
+    (0x4E00, 0x9FFF),
+    (0x3400, 0x4DBF),
+    (0x20000, 0x2A6DF),
+    (0x2A700, 0x2B73F),
+    (0x2B740, 0x2B81F),
+    (0x2B820, 0x2CEAF),
+    (0xF900, 0xFAFF),
+    (0x2F800, 0x2FA1F),
+)
+
+
+class WordPiece:
+    """Text → token ids.
+
+    Args:
+        vocabulary: File with one token a line; the line number is the id.
+        lowercase: Whether to fold case and strip accents.
+        max_length: Longest sequence, the two special tokens included; longer texts are cut.
+    """
+
+    def __init__(self, vocabulary: Path, *, lowercase: bool, max_length: int) -> None:
+        lines = vocabulary.read_text(encoding="utf-8").split("\n")
+        self._ids = {token: i for i, token in enumerate(lines) if token}
+        self._lowercase = lowercase
+        self._max_length = max_length
+        missing = [token for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]") if token not in self._ids]
+        if missing:
+            raise PackError(f"{vocabulary} lacks {', '.join(missing)}", "write the pack again")
+        self._unknown, self._begin, self._end = (self._ids[t] for t in ("[UNK]", "[CLS]", "[SEP]"))
+        self._pad = self._ids["[PAD]"]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one text, with the special tokens at both ends."""
+        ids = [piece for word in self._words(text) for piece in self._pieces(word)]
+        return [self._begin, *ids[: self._max_length - 2], self._end]
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Encode and pad to the longest text.
+
+        Returns:
+            Token ids [n, t] and lengths [n].
+        """
+        encoded = [self.encode(text) for text in texts]
+        lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
+        batch = np.full((len(texts), int(lengths.max(initial=0))), self._pad, dtype=np.int64)
+        for row, ids in zip(batch, encoded, strict=True):
+            row[: len(ids)] = ids
+        return batch, lengths
+
+    def _words(self, text: str) -> Iterator[str]:
+        cleaned = "".join(_clean(char) for char in text)
+        if self._lowercase:
+            decomposed = unicodedata.normalize("NFD", cleaned)
+            cleaned = "".join(c for c in decomposed if unicodedata.category(c) != "Mn").lower()
+        for word in cleaned.split():
+            start = 0
+            for i, char in enumerate(word):
+                if _is_punctuation(char):
+                    if start < i:
+                        yield word[start:i]
+                    yield char
+                    start = i + 1
+            if start < len(word):
+                yield word[start:]
+
+    def _pieces(self, word: str) -> list[int]:
+        if len(word) > _MAX_WORD:
+            return [self._unknown]
+        pieces, start = [], 0
+        while start < len(word):
+            prefix = "##" if start else ""
+            for end in range(len(word), start, -1):
+                found = self._ids.get(prefix + word[start:end])
+                if found is not None:
+                    pieces.append(found)
+                    start = end
+                    break
+            else:
+                return [self._unknown]
+        return pieces
+
+
+def _clean(char: str) -> str:
+    code = ord(char)
+    if char in "\t\n\r":
+        return " "
+    category = unicodedata.category(char)
+    if code in (0, 0xFFFD) or category.startswith("C"):
+        return ""
+    if category == "Zs":
+        return " "
+    return f" {char} " if any(low <= code <= high for low, high in _CJK) else char
+
+
+def _is_punctuation(char: str) -> bool:
+    code = ord(char)
+    ascii_symbol = 33 <= code <= 47 or 58 <= code <= 64 or 91 <= code <= 96 or 123 <= code <= 126
+    return ascii_symbol or unicodedata.category(char).startswith("P")

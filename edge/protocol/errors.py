@@ -1,0 +1,100 @@
+"""Every failure that a user can meet, with its exit code and its remedy.
+
+A command prints ``error: <what happened>`` and ``remedy: <what to do>`` on standard error and exits with the
+code of the class; `docs/exit-codes.md` has a section for each code.
+"""
+
+from __future__ import annotations
+
+
+class FleetuneError(Exception):
+    """Base of all errors that Fleetune raises on purpose.
+
+    Args:
+        what: What happened, naming the file, the field and the value where there are any.
+        remedy: What the user can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.what} ({self.remedy})"
+
+
+class ConfigError(FleetuneError):
+    """A file or an option that a user wrote does not fit its schema."""
+
+    exit_code = 10
+
+
+class AssetError(FleetuneError):
+    """A backbone or data set is missing, or its bytes are not the ones that were pinned."""
+
+    exit_code = 11
+
+
+class UnsupportedBackboneError(FleetuneError):
+    """The backbone's architecture or weights are not ones that Fleetune can pack."""
+
+    exit_code = 12
+
+
+class PackError(FleetuneError):
+    """A pack is incomplete, altered, or made for another version of Fleetune."""
+
+    exit_code = 13
+
+
+class BudgetError(FleetuneError):
+    """No plan fits the device's budget, not even one active block."""
+
+    exit_code = 14
+
+
+class BrokerUnreachableError(FleetuneError):
+    """Nothing answers at the broker's address, or it went away and stayed away."""
+
+    exit_code = 15
+
+
+class BrokerProtocolError(FleetuneError):
+    """The broker answers, but refuses MQTT 5 or this client."""
+
+    exit_code = 16
+
+
+class DataError(FleetuneError):
+    """A device's data file does not fit its schema or the pack."""
+
+    exit_code = 17
+
+
+class RunFolderError(FleetuneError):
+    """A run's folder holds something that this command must not touch."""
+
+    exit_code = 18
+
+
+class RunFailedError(FleetuneError):
+    """A process of the run ended early, or the fleet did not finish in time."""
+
+    exit_code = 19
+
+
+class MessageError(FleetuneError):
+    """Bytes from the network are not a message of this protocol, or exceed its limits.
+
+    Args:
+        reason: A short code that the other side sees, such as ``payload-too-large``.
+    """
+
+    exit_code = 20
+
+    def __init__(self, what: str, remedy: str, *, reason: str) -> None:
+        super().__init__(what, remedy)
+        self.reason = reason

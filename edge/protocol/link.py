@@ -1,0 +1,248 @@
+"""The MQTT 5 connection, for devices and the aggregator alike.
+
+paho-mqtt runs the network in a thread of its own; its callbacks only put events on a queue, and everything else
+happens in the thread that calls :meth:`Link.events`.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import paho.mqtt.client as mqtt
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from fleetune.edge.protocol.errors import BrokerProtocolError, BrokerUnreachableError, ConfigError
+from fleetune.edge.protocol.messages import MAX_CHUNK, MAX_MESSAGE
+
+_PACKET_OVERHEAD = 4096
+_MAX_PACKET = max(MAX_CHUNK, MAX_MESSAGE) + _PACKET_OVERHEAD
+_WINDOW = 8
+"""Messages on their way at once: enough to fill a link, few enough to hold in memory."""
+
+
+@dataclass(frozen=True)
+class BrokerAddress:
+    """Where the broker listens."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, url: str) -> BrokerAddress:
+        """Parse ``mqtt://host[:port]``.
+
+        Raises:
+            ConfigError: It is not such an address.
+        """
+        remedy = "write mqtt://host or mqtt://host:port"
+        try:
+            parts = urlsplit(url)
+            port = parts.port or 1883
+        except ValueError as error:
+            raise ConfigError(f"broker: {url!r}: {error}", remedy) from error
+        if parts.scheme != "mqtt" or not parts.hostname:
+            raise ConfigError(f"broker: {url!r} is not an address", remedy)
+        return cls(parts.hostname, port)
+
+    def __str__(self) -> str:
+        return f"mqtt://{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Connected:
+    """The link is up, for the first time or again; subscriptions are in place."""
+
+
+@dataclass(frozen=True)
+class Disconnected:
+    """The link is down; it comes back by itself."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """A message."""
+
+    topic: str
+    payload: bytes
+
+
+Event = Connected | Disconnected | Received
+
+
+class Link:
+    """A connection that restores itself.
+
+    Args:
+        address: The broker.
+        client_id: Unique at the broker.
+        subscriptions: Topic filters, subscribed again after every reconnect.
+        will: Topic and payload that the broker publishes, retained, when this side dies.
+    """
+
+    def __init__(
+        self, address: BrokerAddress, client_id: str, *, subscriptions: Iterable[str], will: tuple[str, bytes]
+    ) -> None:
+        self.address = address
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._subscriptions = [(topic, mqtt.SubscribeOptions(qos=1)) for topic in subscriptions]
+        self._answer: ReasonCode | None = None
+        self._answered = threading.Event()
+        self._closing = False
+        self._max_packet = _MAX_PACKET
+        client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=client_id, protocol=mqtt.MQTTv5)
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_message = self._on_message
+        client.on_subscribe = self._on_subscribe
+        client.on_socket_open = _no_delay
+        client.will_set(will[0], will[1], qos=1, retain=True)
+        client.reconnect_delay_set(min_delay=1, max_delay=30)
+        client.max_inflight_messages_set(_WINDOW)
+        self._client = client
+
+    def connect(self, timeout: float = 10.0) -> None:
+        """Connect and wait for the broker's answer.
+
+        Raises:
+            BrokerUnreachableError: Nothing answers in time.
+            BrokerProtocolError: The broker refuses MQTT 5 or this client.
+        """
+        properties = Properties(PacketTypes.CONNECT)
+        properties.MaximumPacketSize = _MAX_PACKET
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                self._client.connect(
+                    self.address.host, self.address.port, keepalive=30, clean_start=True, properties=properties
+                )
+                break
+            except (OSError, mqtt.WebsocketConnectionError) as error:
+                if time.monotonic() > deadline:
+                    raise self._unreachable(str(error)) from error
+                time.sleep(0.2)
+        self._client.loop_start()
+        if not self._answered.wait(max(1.0, deadline - time.monotonic())):
+            self.close()
+            raise self._unreachable("it accepts connections but does not answer")
+        if self._answer is None or self._answer.is_failure:
+            self.close()
+            raise BrokerProtocolError(
+                f"the broker at {self.address} refuses an MQTT 5 connection: "
+                f"{self._answer or 'it hung up, as brokers of MQTT 3.1.1 do'}",
+                "use a broker that speaks MQTT 5 (Mosquitto 1.6 or newer, or `fleetune broker`)",
+            )
+
+    def _unreachable(self, why: str) -> BrokerUnreachableError:
+        return BrokerUnreachableError(
+            f"no broker answers at {self.address}: {why}",
+            "check the address and that the broker runs; `fleetune broker` starts one on this machine",
+        )
+
+    def close(self) -> None:
+        """Disconnect without triggering the Will."""
+        self._closing = True
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    # --- sending ------------------------------------------------------------------------------------------------
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, expiry: int | None = None) -> None:
+        """Send one message with QoS 1 and return at once."""
+        self._send(topic, payload, retain=retain, expiry=expiry)
+
+    def publish_many(
+        self, messages: Iterable[tuple[str, bytes]], *, expiry: int | None = None, timeout: float = 60.0
+    ) -> None:
+        """Send messages through a sliding window and return when the broker has acknowledged the last.
+
+        Raises:
+            BrokerUnreachableError: An acknowledgement does not come in time.
+        """
+        waiting: deque[mqtt.MQTTMessageInfo] = deque()
+        for topic, payload in messages:
+            waiting.append(self._send(topic, payload, retain=False, expiry=expiry))
+            if len(waiting) >= _WINDOW:
+                self._wait(waiting.popleft(), timeout)
+        while waiting:
+            self._wait(waiting.popleft(), timeout)
+
+    def _wait(self, info: mqtt.MQTTMessageInfo, timeout: float) -> None:
+        info.wait_for_publish(timeout)
+        if not info.is_published():
+            raise BrokerUnreachableError(
+                f"the broker at {self.address} did not acknowledge a message within {timeout:.0f} s",
+                "check the network; the message is kept and sent again",
+            )
+
+    def _send(self, topic: str, payload: bytes, *, retain: bool, expiry: int | None) -> mqtt.MQTTMessageInfo:
+        if len(payload) + len(topic) + 64 > self._max_packet:
+            # paho would send it, the broker would hang up, and the same would happen again after every reconnect.
+            raise BrokerProtocolError(
+                f"a message of {len(payload)} bytes exceeds the broker's maximum packet size of {self._max_packet}",
+                "raise the broker's limit (Mosquitto: max_packet_size) to 128 KiB or more",
+            )
+        properties = Properties(PacketTypes.PUBLISH)
+        if expiry is not None:
+            properties.MessageExpiryInterval = expiry
+        self.bytes_out += len(payload)
+        return self._client.publish(topic, payload, qos=1, retain=retain, properties=properties)
+
+    # --- receiving ----------------------------------------------------------------------------------------------
+
+    def events(self, timeout: float) -> Iterator[Event]:
+        """Wait up to ``timeout`` seconds for an event, then yield all that are there."""
+        try:
+            event = self._events.get(timeout=timeout)
+        except queue.Empty:
+            return
+        while True:
+            yield event
+            try:
+                event = self._events.get_nowait()
+            except queue.Empty:
+                return
+
+    # --- paho's thread ------------------------------------------------------------------------------------------
+
+    def _on_connect(
+        self, client: mqtt.Client, _u: Any, _f: mqtt.ConnectFlags, reason: ReasonCode, properties: Properties | None
+    ) -> None:
+        self._answer = reason
+        if reason.is_failure:
+            self._answered.set()
+            return
+        self._max_packet = getattr(properties, "MaximumPacketSize", _MAX_PACKET)
+        client.subscribe(self._subscriptions)
+
+    def _on_subscribe(self, _c: mqtt.Client, _u: Any, _mid: int, reasons: list[ReasonCode], _p: Any) -> None:
+        self._answer = next((reason for reason in reasons if reason.is_failure), self._answer)
+        self._answered.set()
+        self._events.put(Connected())
+
+    def _on_disconnect(self, _c: mqtt.Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
+        if not self._answered.is_set():
+            self._answer = reason if reason.is_failure else None
+            self._answered.set()
+        if not self._closing:
+            self._events.put(Disconnected())
+
+    def _on_message(self, _c: mqtt.Client, _u: Any, message: mqtt.MQTTMessage) -> None:
+        self.bytes_in += len(message.payload)
+        self._events.put(Received(message.topic, message.payload))
+
+
+def _no_delay(_c: mqtt.Client, _u: Any, sock: Any) -> None:
+    # Small acknowledgements must not wait for Nagle's algorithm.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,0 +1,213 @@
+"""The messages, as frozen structs. Each is small JSON; tensors travel apart from them, in chunks.
+
+A manifest travels inside an :class:`Envelope`, whose ``body`` is the manifest's canonical bytes: what a signature
+covers is exactly what was sent.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+import msgspec
+
+from fleetune.edge.protocol.errors import MessageError
+
+MAX_MESSAGE = 64 * 1024
+"""Largest message in bytes; anything above is refused before it is parsed."""
+
+MAX_CHUNK = 64 * 1024
+"""Largest chunk in bytes."""
+
+MAX_PAYLOAD = 64 * 1024 * 1024
+"""Largest tensor payload in bytes that a manifest may announce."""
+
+Stage = Literal["prepare", "global", "personal", "train", "evaluate", "finished"]
+
+
+class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    pass
+
+
+class Envelope(_Struct, frozen=True):
+    """A manifest as it travels.
+
+    Attributes:
+        body: Canonical bytes of the manifest.
+        key: Id of the signing key; absent while the fleet has no keys.
+        signature: Ed25519 signature of ``body``; absent while the fleet has no keys.
+    """
+
+    body: msgspec.Raw
+    key: str | None = None
+    signature: str | None = None
+
+
+class Payload(_Struct, frozen=True):
+    """Tensors that travel in chunks.
+
+    Attributes:
+        codec: How the tensors were turned into bytes.
+        sha256: Hash of those bytes.
+        size: Their number.
+        chunk_size: Bytes of every chunk but the last.
+    """
+
+    codec: str
+    sha256: str
+    size: int
+    chunk_size: int
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks."""
+        return -(-self.size // self.chunk_size)
+
+
+class Frozen(_Struct, frozen=True):
+    """Global tensors of an earlier version, which a round still needs and which do not change any more."""
+
+    version: int
+    payload: Payload
+
+
+class Announcement(_Struct, frozen=True):
+    """The aggregator announces a round, and the global tensors that it starts from.
+
+    Attributes:
+        fleet: Name of the fleet.
+        job: Name of the job.
+        version: Grows by one with every announcement of the job.
+        method: ``fedms``, ``standalone`` or ``frozen-head``.
+        stage: What devices do.
+        round: Number of the round within the job, from 0.
+        rounds: Number of rounds of the job.
+        backbone: Hash of the backbone's weights; a device with another one does not take part.
+        settings: Hyper-parameters of the method.
+        expires: Unix time after which the announcement is void.
+        payload: This version's global tensors; absent if there are none yet.
+        frozen: Tensors of an earlier version that the stage also needs.
+    """
+
+    fleet: str
+    job: str
+    version: int
+    method: str
+    stage: Stage
+    round: int
+    rounds: int
+    backbone: str
+    settings: dict[str, float | int | str | bool]
+    expires: float
+    payload: Payload | None = None
+    frozen: Frozen | None = None
+
+
+class UpdateManifest(_Struct, frozen=True):
+    """A device announces what it sends up.
+
+    Attributes:
+        fleet: Name of the fleet.
+        device: Id of the device.
+        update: Id of the update, unique for the device.
+        job: The job.
+        version: The announcement that it answers.
+        backbone: Hash of the backbone's weights.
+        samples: Weight of the update in the mean.
+        metrics: What the device measured in the round.
+        payload: The tensors; absent if nothing goes up.
+    """
+
+    fleet: str
+    device: str
+    update: str
+    job: str
+    version: int
+    backbone: str
+    samples: int
+    metrics: dict[str, float | int | str | bool]
+    payload: Payload | None = None
+
+
+class Ack(_Struct, frozen=True):
+    """The aggregator answers an update: it is in the journal, or it is refused for a reason."""
+
+    update: str
+    accepted: bool
+    reason: str = ""
+
+
+class Missing(_Struct, frozen=True):
+    """The aggregator asks a device for chunks of an update: bit i of byte i // 8, lowest bit first."""
+
+    update: str
+    bitmap: bytes
+
+
+class Need(_Struct, frozen=True):
+    """A device asks the aggregator for chunks of a broadcast that it missed."""
+
+    job: str
+    version: int
+    bitmap: bytes
+
+
+class Presence(_Struct, frozen=True):
+    """Where a device or the aggregator stands.
+
+    Attributes:
+        name: Id of the device, or ``aggregator``.
+        state: ``online``, ``working``, ``idle``, ``failed`` or ``offline``.
+        boot: Counts the starts of the process, so that the Will of an earlier one can be told from this one.
+        kit: Version of Fleetune.
+        detail: What it is doing, for people.
+        facts: Figures to show: plan, round, loss, accuracy, bytes.
+    """
+
+    name: str
+    state: Literal["online", "working", "idle", "failed", "offline"]
+    boot: int
+    kit: str
+    detail: str = ""
+    facts: dict[str, float | int | str | bool] = {}
+
+
+Message = TypeVar("Message", bound=msgspec.Struct)
+
+_encoder = msgspec.json.Encoder(order="deterministic")
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """Canonical bytes of a message."""
+    return _encoder.encode(message)
+
+
+def decode(raw: bytes, kind: type[Message]) -> Message:
+    """Parse a message.
+
+    Raises:
+        MessageError: It is too large (``message-too-large``) or not of this kind (``malformed``).
+    """
+    if len(raw) > MAX_MESSAGE:
+        raise MessageError(
+            f"a message of {len(raw)} bytes exceeds {MAX_MESSAGE}", "send tensors in chunks", reason="message-too-large"
+        )
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.MsgspecError as error:
+        raise MessageError(
+            f"not a {kind.__name__}: {error}", "use the same version of Fleetune on both sides", reason="malformed"
+        ) from error
+
+
+def seal(manifest: msgspec.Struct) -> bytes:
+    """Put a manifest into an envelope."""
+    return encode(Envelope(body=msgspec.Raw(encode(manifest))))
+
+
+def open_envelope(raw: bytes, kind: type[Message]) -> Message:
+    """Take a manifest out of its envelope.
+
+    Raises:
+        MessageError: The envelope or the manifest is malformed or too large.
+    """
+    return decode(bytes(decode(raw, Envelope).body), kind)

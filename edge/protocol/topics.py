@@ -1,0 +1,77 @@
+"""Topic names. Every topic below ``up`` and ``st`` carries the id of the only device that may write it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from fleetune.edge.protocol.errors import ConfigError
+
+PROTOCOL = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def check_name(kind: str, name: str) -> str:
+    """Return ``name`` if it may stand in a topic.
+
+    Raises:
+        ConfigError: It is empty, too long, or holds a character with a meaning in topics.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{kind}: {name!r} is not a valid name",
+            "use 1 to 64 letters, digits, '-' and '_', starting with a letter or a digit",
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Topics:
+    """The topics of one fleet."""
+
+    fleet: str
+
+    def __post_init__(self) -> None:
+        check_name("fleet", self.fleet)
+
+    @property
+    def _root(self) -> str:
+        return f"ft/{PROTOCOL}/{self.fleet}"
+
+    def presence(self, device: str) -> str:
+        """Retained presence of a device, and its Will."""
+        return f"{self._root}/st/{device}"
+
+    @property
+    def aggregator_presence(self) -> str:
+        """Retained presence of the aggregator, and its Will."""
+        return f"{self._root}/agg/st"
+
+    def current(self, job: str) -> str:
+        """Retained announcement of a job's newest version."""
+        return f"{self._root}/g/{job}/current"
+
+    def broadcast_chunk(self, job: str, version: int | str, index: int | str) -> str:
+        """One chunk of the broadcast tensors."""
+        return f"{self._root}/g/{job}/{version}/{index}"
+
+    def upload_manifest(self, device: str, update: str) -> str:
+        """Announces an update."""
+        return f"{self._root}/up/{device}/{update}/m"
+
+    def upload_chunk(self, device: str, update: str, index: int | str) -> str:
+        """One chunk of an update."""
+        return f"{self._root}/up/{device}/{update}/{index}"
+
+    def need(self, device: str) -> str:
+        """A device asks for broadcast chunks that it missed."""
+        return f"{self._root}/up/{device}/need"
+
+    def down(self, device: str, verb: str) -> str:
+        """What the aggregator says to one device: ``ack`` or ``missing``."""
+        return f"{self._root}/dn/{device}/{verb}"
+
+    def split(self, topic: str) -> tuple[str, ...]:
+        """The levels below the fleet's root; empty if the topic belongs elsewhere."""
+        prefix = f"{self._root}/"
+        return tuple(topic[len(prefix) :].split("/")) if topic.startswith(prefix) else ()

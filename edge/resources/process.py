@@ -1,0 +1,20 @@
+"""What this process has used, as the kernel counts it."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+
+def peak_mib() -> float:
+    """Largest resident set of this process so far, in MiB (``VmHWM``: mapped files are included)."""
+    match = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+    if match is None:
+        raise RuntimeError("this kernel does not report VmHWM in /proc/self/status")
+    return int(match[1]) / 1024
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process so far, all threads, user and system, in seconds."""
+    return time.process_time()

@@ -1,0 +1,145 @@
+"""One training step, measured in a process of its own: ``python -m fleetune.edge.resources.trial REQUEST``.
+
+The request is JSON. The process imports what an agent imports, so that its peak is an agent's peak, runs real
+forward and backward passes, and prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from fleetune.edge.protocol.errors import BudgetError
+
+
+_CHUNK_BLOCKS = 2
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What to measure.
+
+    Attributes:
+        pack: The pack's folder.
+        data: The device's data file, which an agent holds as well.
+        depth: Active blocks.
+        micro_batch: Samples a step.
+        length: Tokens of the longest sample, at which memory peaks.
+        typical: Tokens of a usual sample, at which time is measured.
+        recompute: Whether activations are recomputed.
+        threads: Threads of ONNX Runtime.
+        steps: How many steps are timed, after some that are not.
+    """
+
+    pack: str
+    data: str
+    depth: int
+    micro_batch: int
+    length: int
+    typical: int
+    recompute: bool
+    threads: int
+    steps: int = 4
+
+
+class Trial(msgspec.Struct, frozen=True):
+    """What was measured.
+
+    Attributes:
+        depth: Active blocks.
+        micro_batch: Samples a step.
+        recompute: Whether activations were recomputed.
+        peak_mib: Peak of the process in MiB.
+        step_cpu_s: CPU seconds of one forward and backward pass of a micro-batch.
+        forward_cpu_s: CPU seconds of one block's forward pass in a chunk, a sample.
+    """
+
+    depth: int
+    micro_batch: int
+    recompute: bool
+    peak_mib: float
+    step_cpu_s: float
+    forward_cpu_s: float
+
+
+def run_trial(request: Request, *, timeout: float = 300.0) -> Trial:
+    """Measure in a child process.
+
+    Raises:
+        BudgetError: The child was killed or failed, for example by the kernel for want of memory.
+    """
+    command = [sys.executable, "-m", "fleetune.edge.resources.trial", msgspec.json.encode(request).decode()]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise BudgetError(
+            f"a training step at depth {request.depth} takes longer than {timeout:.0f} s", "use a smaller backbone"
+        ) from error
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise BudgetError(
+            f"a trial step at depth {request.depth}, micro-batch {request.micro_batch} failed: {last[0]}",
+            "give the device more memory, or use a smaller backbone",
+        )
+    return msgspec.json.decode(done.stdout, type=Trial)
+
+
+def _measure(request: Request) -> Trial:
+    import numpy as np
+
+    import fleetune.edge.protocol.codec
+    import fleetune.edge.protocol.link  # noqa: F401 - counts towards the peak, as it does in an agent
+    from fleetune.edge.engine.backbone import Backbone
+    from fleetune.edge.engine.cache import CHUNK
+    from fleetune.edge.engine.dataset import read_dataset
+    from fleetune.edge.engine.expert import Expert, Layout
+    from fleetune.edge.engine.optimiser import Adam
+    from fleetune.edge.engine.suffix import Part, Suffix, forward_chunk
+    from fleetune.edge.pack.pack import Pack
+    from fleetune.edge.resources.process import cpu_seconds, peak_mib
+
+    pack = Pack.open(Path(request.pack), verify=False)
+    data = read_dataset(Path(request.data), pack)
+    backbone = Backbone(pack, request.threads)
+    layout = Layout.of(pack.manifest, data.classes)
+    expert, gradient = Expert.initial(layout, seed=0), Expert(layout)
+    suffix = Suffix(backbone, request.depth, recompute=request.recompute)
+    rng = np.random.default_rng(0)
+    optimiser = Adam(layout.size, 1e-4)
+
+    def part(length: int) -> Part:
+        hidden = rng.standard_normal((request.micro_batch, length, pack.manifest.width), dtype=np.float32)
+        return hidden, np.ones((request.micro_batch, 1, length), dtype=np.float32)
+
+    def step(of: Part) -> None:
+        suffix.gradients(*of, expert, gradient, lambda features: features)
+        optimiser.step(expert.vector, gradient.vector)
+
+    # What an agent does before and between steps: a chunk of samples through the frozen blocks, and steps of other
+    # lengths. The allocator keeps some of that memory, so it belongs to the peak.
+    lengths = [max(2, request.length * eighths // 8) for eighths in (3, 4, 5, 6, 7, 8)]
+    chunk = max(1, CHUNK // request.micro_batch)
+    forward_chunk(backbone, range(_CHUNK_BLOCKS), expert, [part(request.length) for _ in range(chunk)])
+    usual = [part(request.typical) for _ in range(chunk)]
+    start = cpu_seconds()
+    forward_chunk(backbone, range(_CHUNK_BLOCKS), expert, usual)
+    forward_cpu_s = (cpu_seconds() - start) / _CHUNK_BLOCKS / (chunk * request.micro_batch)
+    for length in lengths:
+        step(part(length))
+    start = cpu_seconds()
+    for _ in range(request.steps):
+        step(usual[0])
+    return Trial(
+        depth=request.depth,
+        micro_batch=request.micro_batch,
+        recompute=request.recompute,
+        peak_mib=peak_mib(),
+        step_cpu_s=(cpu_seconds() - start) / request.steps,
+        forward_cpu_s=forward_cpu_s,
+    )
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(msgspec.json.encode(_measure(msgspec.json.decode(sys.argv[1], type=Request))))

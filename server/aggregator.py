@@ -1,0 +1,431 @@
+"""The aggregator: announces rounds, collects updates, averages them, publishes the result."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetune.edge.protocol import chunks
+from fleetune.edge.protocol.codec import decode_tensors, encode_tensors
+from fleetune.edge.protocol.errors import MessageError, RunFailedError
+from fleetune.edge.protocol.link import BrokerAddress, Connected, Link, Received
+from fleetune.edge.protocol.messages import (
+    Ack,
+    Announcement,
+    Frozen,
+    Missing,
+    Need,
+    Payload,
+    Presence,
+    UpdateManifest,
+    decode,
+    encode,
+    open_envelope,
+    seal,
+)
+from fleetune.edge.protocol.topics import Topics
+from fleetune.server.aggregate import PartialSum
+from fleetune.server.job import Job
+from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal
+from fleetune.server.registry import Registry
+from fleetune.server.strategies import STRATEGIES
+from fleetune.server.strategies.base import ClosedRound, NextRound
+
+log = logging.getLogger(__name__)
+
+_REPAIR_AFTER = 1.0
+"""Seconds without a new chunk of an update after which the missing ones are asked for."""
+
+_BROADCAST_EXPIRY = 600
+"""Seconds that the broker keeps a chunk for a device that is not connected."""
+
+
+@dataclass(frozen=True)
+class AggregatorConfig:
+    """What the aggregator is started with.
+
+    Attributes:
+        fleet: Name of the fleet.
+        broker: Where the broker listens.
+        state: Folder of the journal.
+        jobs: What to train, one after the other.
+        devices: Ids of the fleet's devices; empty to take any that connects.
+        quorum: Updates without which a round does not close at its deadline.
+        deadline_s: Seconds a round may take before it closes with a quorum.
+    """
+
+    fleet: str
+    broker: BrokerAddress
+    state: Path
+    jobs: tuple[Job, ...]
+    devices: frozenset[str] = frozenset()
+    quorum: int = 1
+    deadline_s: float = 600.0
+
+
+@dataclass
+class _Upload:
+    """An update that is being put together."""
+
+    manifest: UpdateManifest
+    assembly: chunks.Assembly
+    last: float
+
+
+@dataclass
+class _Open:
+    """The round that is open."""
+
+    announcement: Announcement
+    plan: NextRound
+    accepted: dict[str, UpdateManifest] = field(default_factory=dict)
+    deadline: float = 0.0
+
+
+class Aggregator:
+    """One fleet's aggregator.
+
+    Args:
+        config: What it is started with.
+    """
+
+    def __init__(self, config: AggregatorConfig) -> None:
+        self._config = config
+        self._topics = Topics(config.fleet)
+        self._journal = Journal(config.state)
+        self._registry = Registry(config.devices)
+        self._uploads: dict[tuple[str, str], _Upload] = {}
+        self._globals: dict[str, NDArray[np.float32]] = {}
+        self._closed: list[ClosedRound] = []
+        self._open: _Open | None = None
+        self._frozen: Frozen | None = None
+        self._version = -1
+        self._boot = int(time.time())
+        self._link = Link(
+            config.broker,
+            f"{config.fleet}-aggregator",
+            subscriptions=[
+                self._topics.presence("+"),
+                self._topics.upload_manifest("+", "+"),
+                self._topics.upload_chunk("+", "+", "+"),
+                self._topics.need("+"),
+            ],
+            will=(self._topics.aggregator_presence, encode(self._presence("offline", "the connection broke"))),
+        )
+
+    def run(self) -> None:
+        """Lead every job to its end.
+
+        Raises:
+            RunFailedError: Too few devices are left for a quorum.
+        """
+        self._link.connect()
+        try:
+            for job in self._config.jobs:
+                self._lead(job)
+            self._publish("idle", "all jobs are done")
+        except RunFailedError as error:
+            self._publish("failed", str(error))
+            raise
+        else:
+            self._publish("offline", "all jobs are done")
+        finally:
+            self._link.close()
+            self._journal.close()
+
+    # --- a job --------------------------------------------------------------------------------------------------
+
+    def _lead(self, job: Job) -> None:
+        strategy = STRATEGIES[job.method](job)
+        if any(isinstance(record, Finished) and record.job == job.id for record in self._journal.records):
+            return
+        self._recover(job)
+        self._wait_for_devices()
+        while (plan := strategy.next(self._closed)) is not None:
+            if self._open is None:
+                self._announce(job, plan, strategy.rounds)
+            else:
+                self._open.plan = plan
+                self._send_announcement(self._open.announcement)
+            self._collect(job)
+            self._close(job)
+        self._journal.append(Finished(job.id))
+        self._version += 1
+        finished = self._announcement(job, NextRound("finished", 0), strategy.rounds, None)
+        self._link.publish(self._topics.current(job.id), seal(finished), retain=True)
+
+    def _recover(self, job: Job) -> None:
+        """Rebuild the state of a job from the journal."""
+        self._open, self._closed, self._globals, self._frozen, self._version = None, [], {}, None, -1
+        for record in self._journal.records:
+            if isinstance(record, Announced) and record.announcement.job == job.id:
+                announcement = record.announcement
+                self._version = announcement.version
+                self._frozen = announcement.frozen
+                self._open = _Open(announcement, NextRound(announcement.stage, 0))
+            elif isinstance(record, Accepted) and record.manifest.job == job.id and self._open:
+                self._open.accepted[record.manifest.device] = record.manifest
+            elif isinstance(record, Closed) and record.job == job.id and self._open:
+                self._closed.append(self._closed_round(self._open))
+                self._open = None
+        closed = [r.version for r in self._journal.records if isinstance(r, Closed) and r.job == job.id]
+        if closed:
+            self._globals = self._journal.load_globals(job.id, closed[-1])
+            log.info("job %s goes on after round %d", job.id, len(closed) - 1)
+
+    @staticmethod
+    def _closed_round(done: _Open) -> ClosedRound:
+        metrics = {device: manifest.metrics for device, manifest in sorted(done.accepted.items())}
+        return ClosedRound(done.announcement.stage, metrics)
+
+    def _wait_for_devices(self) -> None:
+        wanted = len(self._config.devices) or self._config.quorum
+        while len(self._registry.ready()) < wanted:
+            self._check_quorum()
+            self._publish("online", f"waits for devices: {len(self._registry.ready())} of {wanted} are there")
+            self._pump(1.0)
+            if self._open is not None and set(self._open.accepted) >= self._registry.members():
+                return  # after a restart: everyone had answered already
+
+    def _check_quorum(self) -> None:
+        if self._config.devices and len(self._registry.members()) < max(1, self._config.quorum):
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self._registry.failures().items())
+            raise RunFailedError(
+                f"too few devices are left for a quorum of {self._config.quorum} ({reasons})",
+                "mend the devices and start the same command again: the run goes on where it stopped",
+            )
+
+    # --- announcing ---------------------------------------------------------------------------------------------
+
+    def _announcement(
+        self, job: Job, plan: NextRound, rounds: int, payload: Payload | None
+    ) -> Announcement:
+        return Announcement(
+            fleet=self._config.fleet,
+            job=job.id,
+            version=self._version,
+            method=job.method,
+            stage=plan.stage,
+            round=len(self._closed),
+            rounds=rounds,
+            backbone=job.backbone,
+            settings={**job.settings, "depth": plan.depth},
+            expires=time.time() + 24 * 3600,
+            payload=payload,
+            frozen=self._frozen if plan.frozen else None,
+        )
+
+    def _announce(self, job: Job, plan: NextRound, rounds: int) -> None:
+        if plan.frozen and self._frozen is None:
+            payload = self._store_broadcast(job, plan.frozen)
+            assert payload is not None
+            self._frozen = Frozen(self._version, payload)
+        payload = self._store_broadcast(job, plan.broadcast)
+        announcement = self._announcement(job, plan, rounds, payload)
+        self._journal.append(Announced(announcement))
+        self._open = _Open(announcement, plan)
+        self._send_announcement(announcement)
+
+    def _store_broadcast(self, job: Job, prefixes: tuple[str, ...]) -> Payload | None:
+        """Take the next version, and keep the tensors with these prefixes under it."""
+        self._version += 1
+        tensors = {name: tensor for name, tensor in self._globals.items() if name.startswith(prefixes)}
+        if not prefixes or not tensors:
+            return None
+        data = encode_tensors(tensors, job.codec)
+        self._journal.save_broadcast(job.id, self._version, data)
+        return chunks.describe(data, job.codec)
+
+    def _send_announcement(self, announcement: Announcement) -> None:
+        assert self._open is not None
+        self._open.deadline = time.monotonic() + self._config.deadline_s
+        self._link.publish(self._topics.current(announcement.job), seal(announcement), retain=True)
+        references = [(announcement.version, announcement.payload)]
+        if announcement.frozen is not None and not any(c.stage == announcement.stage for c in self._closed):
+            references.append((announcement.frozen.version, announcement.frozen.payload))
+        for number, payload in references:
+            if payload is not None:
+                self._send_chunks(announcement.job, number, payload, range(payload.chunks))
+
+    def _send_chunks(self, job: str, number: int, payload: Payload, indices: range | list[int]) -> None:
+        data = self._journal.load_broadcast(job, number)
+        assert data is not None
+        self._link.publish_many(
+            ((self._topics.broadcast_chunk(job, number, i), chunks.chunk(data, payload, i)) for i in indices),
+            expiry=_BROADCAST_EXPIRY,
+        )
+
+    # --- collecting ---------------------------------------------------------------------------------------------
+
+    def _collect(self, job: Job) -> None:
+        """Wait until every member has answered, or until the deadline with a quorum."""
+        assert self._open is not None
+        while True:
+            self._check_quorum()
+            waiting = self._registry.members() - set(self._open.accepted)
+            if not waiting and len(self._open.accepted) >= self._config.quorum:
+                return
+            if time.monotonic() > self._open.deadline and len(self._open.accepted) >= self._config.quorum:
+                log.warning("job %s: round %d closes without %s", job.id, len(self._closed), ", ".join(sorted(waiting)))
+                return
+            self._pump(0.5, job)
+
+    def _pump(self, timeout: float, job: Job | None = None) -> None:
+        for event in self._link.events(timeout):
+            if isinstance(event, Connected) and self._open is not None:
+                self._send_announcement(self._open.announcement)
+            elif isinstance(event, Received):
+                self._receive(event, job)
+        for upload in self._uploads.values():
+            if time.monotonic() - upload.last > _REPAIR_AFTER:
+                self._ask_for_missing(upload)
+
+    def _ask_for_missing(self, upload: _Upload) -> None:
+        upload.last = time.monotonic()
+        bitmap = chunks.pack_bitmap(upload.assembly.missing, upload.assembly.payload.chunks)
+        missing = Missing(update=upload.manifest.update, bitmap=bitmap)
+        self._link.publish(self._topics.down(upload.manifest.device, "missing"), encode(missing))
+
+    def _receive(self, event: Received, job: Job | None) -> None:
+        levels = self._topics.split(event.topic)
+        try:
+            if levels[:1] == ("st",):
+                self._registry.update(decode(event.payload, Presence))
+            elif levels[:1] == ("up",) and levels[2:] == ("need",):
+                self._repair(decode(event.payload, Need))
+            elif levels[:1] == ("up",) and len(levels) == 4 and job is not None:
+                if levels[3] == "m":
+                    self._receive_manifest(levels[1], levels[2], event.payload, job)
+                else:
+                    self._receive_chunk(levels[1], levels[2], levels[3], event.payload, job)
+        except MessageError as error:
+            log.warning("%s: %s (%s)", event.topic, error, error.reason)
+            if levels[:1] == ("up",) and len(levels) == 4:
+                self._uploads.pop((levels[1], levels[2]), None)
+                self._answer(levels[1], levels[2], error.reason)
+
+    def _answer(self, device: str, update: str, reason: str = "") -> None:
+        self._link.publish(
+            self._topics.down(device, "ack"), encode(Ack(update=update, accepted=not reason, reason=reason))
+        )
+
+    def _receive_manifest(self, device: str, update: str, raw: bytes, job: Job) -> None:
+        manifest = open_envelope(raw, UpdateManifest)
+        if (manifest.device, manifest.update, manifest.fleet) != (device, update, self._config.fleet):
+            raise MessageError("the manifest belongs to another topic", "send it to its own", reason="wrong-topic")
+        if not self._registry.knows(device):
+            raise MessageError(f"{device} is not of this fleet", "add it to the fleet file", reason="unknown-device")
+        if manifest.backbone != job.backbone:
+            raise MessageError("the update is for another backbone", "pack the job's one", reason="wrong-backbone")
+        if self._is_journaled(manifest):
+            self._answer(device, update)
+            return
+        assert self._open is not None
+        if manifest.job != job.id or manifest.version != self._open.announcement.version:
+            raise MessageError("the update is for a round that is closed", "wait for the next", reason="stale-round")
+        if manifest.samples < 1:
+            raise MessageError("the update has no samples", "train on at least one", reason="no-samples")
+        if manifest.payload is None:
+            self._accept(manifest, b"")
+        elif (device, update) not in self._uploads:
+            self._uploads[device, update] = _Upload(manifest, chunks.Assembly(manifest.payload), time.monotonic())
+
+    def _is_journaled(self, manifest: UpdateManifest) -> bool:
+        return any(
+            isinstance(record, Accepted)
+            and (record.manifest.device, record.manifest.update) == (manifest.device, manifest.update)
+            for record in self._journal.records
+        )
+
+    def _receive_chunk(self, device: str, update: str, index: str, data: bytes, job: Job) -> None:
+        upload = self._uploads.get((device, update))
+        if upload is None or not index.isdecimal():
+            return  # a copy of a chunk that is here already, or one whose manifest was refused
+        upload.assembly.add(int(index), data)
+        upload.last = time.monotonic()
+        if not upload.assembly.missing:
+            whole = upload.assembly.finish()
+            self._check_tensors(upload.manifest, whole, job)
+            self._accept(upload.manifest, whole)
+            del self._uploads[device, update]
+
+    def _check_tensors(self, manifest: UpdateManifest, data: bytes, job: Job) -> None:
+        assert manifest.payload is not None
+        assert self._open is not None
+        for name, tensor in decode_tensors(data, manifest.payload.codec).items():
+            allowed = name.startswith(self._open.plan.broadcast) if self._open.plan.broadcast else False
+            if not allowed or job.shapes.get(name) != tensor.shape:
+                raise MessageError(
+                    f"tensor {name} of shape {tensor.shape} is not expected in this stage",
+                    "use the same pack and the same number of classes",
+                    reason="unexpected-tensor",
+                )
+
+    def _accept(self, manifest: UpdateManifest, data: bytes) -> None:
+        """Journal an update, then acknowledge it: in this order nothing that was acknowledged can be lost."""
+        assert self._open is not None
+        if data:
+            self._journal.save_update(manifest, data)
+        self._journal.append(Accepted(manifest, time.time()))
+        self._open.accepted[manifest.device] = manifest
+        self._answer(manifest.device, manifest.update)
+        self._publish_progress()
+
+    def _repair(self, need: Need) -> None:
+        if self._open is None or need.job != self._open.announcement.job:
+            return
+        announcement = self._open.announcement
+        for number, payload in (
+            (announcement.version, announcement.payload),
+            (announcement.frozen.version, announcement.frozen.payload) if announcement.frozen else (-1, None),
+        ):
+            if payload is not None and number == need.version:
+                self._send_chunks(need.job, number, payload, list(chunks.unpack_bitmap(need.bitmap, payload.chunks)))
+
+    # --- closing ------------------------------------------------------------------------------------------------
+
+    def _close(self, job: Job) -> None:
+        assert self._open is not None
+        total = PartialSum()
+        for _, manifest in sorted(self._open.accepted.items()):
+            total.add(self._journal.load_update(manifest), manifest.samples)
+        self._globals |= total.mean()
+        number = self._open.announcement.version
+        self._journal.save_globals(job.id, number, self._globals)
+        self._journal.append(Closed(job.id, number, sorted(self._open.accepted), time.time()))
+        self._closed.append(self._closed_round(self._open))
+        self._open = None
+        self._uploads.clear()
+
+    # --- presence -----------------------------------------------------------------------------------------------
+
+    def _presence(self, state: Literal["online", "working", "idle", "failed", "offline"], detail: str) -> Presence:
+        facts: dict[str, float | int | str | bool] = {}
+        if self._open is not None:
+            announcement = self._open.announcement
+            facts = {
+                "job": announcement.job,
+                "stage": announcement.stage,
+                "round": announcement.round,
+                "rounds": announcement.rounds,
+                "depth": int(announcement.settings["depth"]),
+                "updates": len(self._open.accepted),
+            }
+        return Presence(
+            name="aggregator", state=state, boot=self._boot, kit=version("fleetune"), detail=detail, facts=facts
+        )
+
+    def _publish(self, state: Literal["online", "working", "idle", "failed", "offline"], detail: str) -> None:
+        self._link.publish(self._topics.aggregator_presence, encode(self._presence(state, detail)), retain=True)
+
+    def _publish_progress(self) -> None:
+        assert self._open is not None
+        done, members = len(self._open.accepted), len(self._registry.members())
+        self._publish("working", f"collects round {self._open.announcement.round}: {done} of {members} updates")

@@ -1,0 +1,48 @@
+"""What the operator wants trained: one method, its hyper-parameters, and who must take part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job.
+
+    Attributes:
+        id: Its name, a level of its topics.
+        method: Name of the method.
+        backbone: Hash of the backbone's weights.
+        shapes: Full name → shape of every tensor that a device may send; anything else is refused.
+        rounds: Rounds of each training stage.
+        settings: Hyper-parameters that do not change from round to round.
+        schedule: When SAL deepens.
+        codec: Number format of the broadcast.
+    """
+
+    id: str
+    method: str
+    backbone: str
+    shapes: Mapping[str, tuple[int, ...]]
+    rounds: Mapping[str, int]
+    settings: Mapping[str, float | int | str | bool]
+    schedule: ScheduleSettings = field(default_factory=lambda: ScheduleSettings())
+    codec: str = "f16"
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """SAL's schedule, the "capability queue".
+
+    Attributes:
+        start: Depth of the first round.
+        step: Blocks added at once, s.
+        window: Validation results in the queue, w.
+        threshold: Mean gain below which the depth grows, τ.
+    """
+
+    start: int = 1
+    step: int = 1
+    window: int = 2
+    threshold: float = 0.01

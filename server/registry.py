@@ -1,0 +1,51 @@
+"""Which devices the fleet has, and where each stands."""
+
+from __future__ import annotations
+
+from fleetune.edge.protocol.messages import Presence
+
+
+class Registry:
+    """The newest presence of every device.
+
+    Args:
+        expected: Ids of the fleet's devices; empty to take any.
+    """
+
+    def __init__(self, expected: frozenset[str]) -> None:
+        self._expected = expected
+        self._presence: dict[str, Presence] = {}
+
+    def update(self, presence: Presence) -> bool:
+        """Take a presence message; False if it is from an unknown device or an earlier boot (a late Will)."""
+        if self._expected and presence.name not in self._expected:
+            return False
+        known = self._presence.get(presence.name)
+        if known is not None and presence.boot < known.boot:
+            return False
+        self._presence[presence.name] = presence
+        return True
+
+    def knows(self, device: str) -> bool:
+        """Whether a device belongs to the fleet."""
+        return device in self._expected if self._expected else device in self._presence
+
+    def members(self) -> set[str]:
+        """Devices that a round waits for: those expected or seen, less those that failed."""
+        known = set(self._expected) or {
+            name for name, presence in self._presence.items() if presence.state != "offline"
+        }
+        return {name for name in known if not self.failed(name)}
+
+    def ready(self) -> set[str]:
+        """Devices that are connected and have not failed."""
+        return {name for name, presence in self._presence.items() if presence.state not in ("offline", "failed")}
+
+    def failed(self, device: str) -> str | None:
+        """Why a device failed, or None if it did not."""
+        presence = self._presence.get(device)
+        return presence.detail if presence is not None and presence.state == "failed" else None
+
+    def failures(self) -> dict[str, str]:
+        """Device → why it failed."""
+        return {name: reason for name in sorted(self._presence) if (reason := self.failed(name)) is not None}

@@ -1,0 +1,70 @@
+"""What every strategy is: a function from the closed rounds to the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Protocol
+
+from fleetune.edge.protocol.messages import Stage
+from fleetune.server.job import Job
+from fleetune.server.schedule import scheduled_depth
+
+Metrics = Mapping[str, float | int | str | bool]
+
+
+@dataclass(frozen=True)
+class NextRound:
+    """What to announce.
+
+    Attributes:
+        stage: What devices do.
+        depth: Depth that SAL's schedule asks for.
+        broadcast: Prefixes of the global tensors that go down, and that may come up.
+        frozen: Prefixes of global tensors that go down once, because the stage does not change them.
+    """
+
+    stage: Stage
+    depth: int
+    broadcast: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ClosedRound:
+    """What came out of a round.
+
+    Attributes:
+        stage: What devices did.
+        metrics: Device → its figures.
+    """
+
+    stage: Stage
+    metrics: Mapping[str, Metrics]
+
+    def mean(self, name: str) -> float | None:
+        """Mean of a figure over the devices that reported it."""
+        values = [float(m[name]) for m in self.metrics.values() if name in m]
+        return fmean(values) if values else None
+
+
+class Strategy(Protocol):
+    """Leads one job. It keeps no state: a restarted aggregator asks it the same question again."""
+
+    def __init__(self, job: Job) -> None: ...
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds, the preparation included."""
+        ...
+
+    def next(self, closed: Sequence[ClosedRound]) -> NextRound | None:
+        """The round after these, or None when the job is done."""
+        ...
+
+
+def depth_after(closed: Sequence[ClosedRound], job: Job) -> int:
+    """SAL's depth for the next round, from the fleet's mean accuracy on ``val``."""
+    results = [mean for past in closed if (mean := past.mean("val")) is not None]
+    return scheduled_depth(results, job.schedule, int(job.settings["max_depth"]))

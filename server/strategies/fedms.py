@@ -1,0 +1,41 @@
+"""FedMS: prepare, stage 1 (the global expert), stage 2 (local experts and the gate's adapter), evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fleetune.server.job import Job
+from fleetune.server.strategies.base import ClosedRound, NextRound, depth_after
+
+EXPERT = ("blocks.", "head.")
+GATE = ("gate.",)
+
+
+class FedMS:
+    """``rounds["global"]`` rounds of stage 1, then ``rounds["personal"]`` rounds of stage 2.
+
+    In stage 2 the depth stays where stage 1 left it, so that a local expert has the shape of its global one.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds, preparation and evaluation included."""
+        return 2 + self._job.rounds["global"] + self._job.rounds["personal"]
+
+    def next(self, closed: Sequence[ClosedRound]) -> NextRound | None:
+        """The round after these."""
+        done = len(closed)
+        first, second = self._job.rounds["global"], self._job.rounds["personal"]
+        depth = depth_after([past for past in closed if past.stage == "global"], self._job)
+        if done == 0:
+            return NextRound("prepare", depth)
+        if done <= first:
+            return NextRound("global", depth, broadcast=EXPERT)
+        if done <= first + second:
+            return NextRound("personal", depth, broadcast=GATE, frozen=EXPERT)
+        if done < self.rounds:
+            return NextRound("evaluate", depth, broadcast=GATE, frozen=EXPERT)
+        return None

@@ -1,0 +1,211 @@
+"""A device's data file: good ones are read as they are; a bad one is refused with its line or field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fleetune.edge.engine.backbone import Backbone
+from fleetune.edge.engine.dataset import read_dataset
+from fleetune.edge.pack.pack import Pack, file_sha256
+from fleetune.edge.pack.patches import to_patches
+from fleetune.edge.protocol.errors import DataError
+
+GOOD = [
+    {"text": "a good film", "label": 1, "split": "train"},
+    {"text": "dull", "label": 0, "split": "val", "group": "one film"},
+    {"text": "the plot is very bad", "label": 0, "split": "test"},
+]
+
+
+def lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
+    return path
+
+
+def pictures(path: Path, **changes: Any) -> Path:
+    rng = np.random.default_rng(0)
+    tensors: dict[str, Any] = {
+        "images": rng.integers(0, 256, (4, 30, 26), dtype=np.uint8),
+        "labels": np.array([0, 2, 1, 0]),
+        "split": np.array([0, 1, 2, 0], dtype=np.uint8),
+    }
+    tensors |= changes
+    safetensors.numpy.save_file({name: t for name, t in tensors.items() if t is not None}, path)
+    return path
+
+
+# --- text ---------------------------------------------------------------------------------------------------
+
+
+def test_a_good_text_file(tiny_bert_pack: Pack, tmp_path: Path) -> None:
+    path = lines(tmp_path / "data.jsonl", GOOD)
+    data = read_dataset(path, tiny_bert_pack)
+    assert len(data) == 3
+    assert data.labels.tolist() == [1, 0, 0]
+    assert data.classes == 2
+    assert data.lengths.tolist() == [5, 3, 7]
+    assert [data.indices(split).tolist() for split in ("train", "val", "test")] == [[0], [1], [2]]
+    assert data.sha256 == file_sha256(path)
+
+
+def test_the_last_line_needs_no_line_end(tiny_bert_pack: Pack, tmp_path: Path) -> None:
+    path = lines(tmp_path / "data.jsonl", GOOD)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert len(read_dataset(path, tiny_bert_pack)) == 3
+
+
+def test_texts_are_embedded_as_torch_does(tiny_bert_pack: Pack, bert_reference: Any, tmp_path: Path) -> None:
+    import torch
+
+    data = read_dataset(lines(tmp_path / "data.jsonl", GOOD), tiny_bert_pack)
+    found = data.embed(Backbone(tiny_bert_pack, threads=1), np.array([2, 0]))
+    vocabulary = (tiny_bert_pack.path / "vocab.txt").read_text().split()
+    longest = ["[CLS]", "the", "plot", "is", "very", "bad", "[SEP]"]
+    shorter = ["[CLS]", "a", "good", "film", "[SEP]", "[PAD]", "[PAD]"]
+    ids = torch.tensor([[vocabulary.index(token) for token in row] for row in (longest, shorter)])
+    np.testing.assert_allclose(found, bert_reference.model.embeddings(input_ids=ids).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ("", "line 3: "),
+    ("{", "line 3: .*truncated"),
+    ("not json", "line 3: .*malformed"),
+    ("[]", "line 3: .*object.*array"),
+    ({"label": 0, "split": "train"}, "line 3: .*`text`"),
+    ({"text": "x", "split": "train"}, "line 3: .*`label`"),
+    ({"text": "x", "label": 0}, "line 3: .*`split`"),
+    ({"text": 5, "label": 0, "split": "train"}, r"line 3: .*\$\.text"),
+    ({"text": "x", "label": "good", "split": "train"}, r"line 3: .*\$\.label"),
+    ({"text": "x", "label": 0.5, "split": "train"}, r"line 3: .*\$\.label"),
+    ({"text": "x", "label": True, "split": "train"}, r"line 3: .*\$\.label"),
+    ({"text": "x", "label": None, "split": "train"}, r"line 3: .*\$\.label"),
+    ({"text": "x", "label": -1, "split": "train"}, "line 3: label -1"),
+    ({"text": "x", "label": 4096, "split": "train"}, "line 3: label 4096"),
+    ({"text": "x", "label": 0, "split": "dev"}, r"line 3: .*'dev'.*\$\.split"),
+    ({"text": "x", "label": 0, "split": "train", "weight": 2}, "line 3: .*weight"),
+    ('{"text": "\ud800", "label": 0, "split": "train"}', "line 3: "),
+])  # fmt: skip
+def test_a_bad_line_is_named(row: Any, message: str, tiny_bert_pack: Pack, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    good = [json.dumps(line) for line in GOOD]
+    text = row if isinstance(row, str) else json.dumps(row)
+    raw = "\n".join([*good[:2], text, good[2]]).encode("utf-8", "surrogatepass")
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match=f"{path}, {message}") as caught:
+        read_dataset(path, tiny_bert_pack)
+    assert caught.value.remedy
+
+
+def test_a_file_without_lines_is_empty(tiny_bert_pack: Pack, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data.jsonl is empty"):
+        read_dataset(lines(tmp_path / "data.jsonl", []), tiny_bert_pack)
+
+
+@pytest.mark.parametrize("missing", ["train", "val", "test"])
+def test_a_split_without_samples_is_named(missing: str, tiny_bert_pack: Pack, tmp_path: Path) -> None:
+    path = lines(tmp_path / "data.jsonl", [row for row in GOOD if row["split"] != missing])
+    with pytest.raises(DataError, match=f"{path} has no sample of split '{missing}'"):
+        read_dataset(path, tiny_bert_pack)
+
+
+# --- pictures -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_a_good_picture_file(colour: bool, tiny_dinov2_pack: Pack, tmp_path: Path) -> None:
+    images = np.random.default_rng(1).integers(
+        0, 256, (4, 28, 20, 3) if colour else (4, 28, 20), dtype=np.uint8
+    )
+    data = read_dataset(pictures(tmp_path / "data.safetensors", images=images), tiny_dinov2_pack)
+    assert data.labels.tolist() == [0, 2, 1, 0]
+    assert data.classes == 3
+    assert data.lengths.tolist() == [5, 5, 5, 5]
+    assert [data.indices(split).tolist() for split in ("train", "val", "test")] == [[0, 3], [1], [2]]
+    backbone = Backbone(tiny_dinov2_pack, threads=1)
+    assert tiny_dinov2_pack.manifest.image is not None
+    wanted = backbone.embed(to_patches(images[[2, 0]], tiny_dinov2_pack.manifest.image))
+    np.testing.assert_array_equal(data.embed(backbone, np.array([2, 0])), wanted)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"images": None}, "field images: expected uint8 of rank 3 or 4"),
+    ({"images": np.zeros((4, 30, 26), np.float32)}, "field images"),
+    ({"images": np.zeros((4, 30), np.uint8)}, "field images"),
+    ({"images": np.zeros((4, 28, 28, 4), np.uint8)}, "field images"),
+    ({"images": np.zeros((4, 0, 28), np.uint8)}, "field images"),
+    ({"labels": None}, "field labels: expected int64 of rank 1"),
+    ({"labels": np.zeros(4, np.float32)}, "field labels"),
+    ({"labels": np.zeros((4, 1), np.int64)}, "field labels"),
+    ({"labels": np.array([0, -1, 0, 0])}, "sample 1 has label -1"),
+    ({"labels": np.array([0, 0, 0, 4096])}, "sample 3 has label 4096"),
+    ({"labels": np.array([0, 0, 0])}, "lengths"),
+    ({"split": None}, "field split: expected uint8 of rank 1"),
+    ({"split": np.array([0, 1, 2, 3], np.uint8)}, "split"),
+    ({"split": np.array([0, 0, 1, 1], np.uint8)}, "no sample of split 'test'"),
+])  # fmt: skip
+def test_a_bad_field_is_named(
+    changes: dict[str, Any], message: str, tiny_dinov2_pack: Pack, tmp_path: Path
+) -> None:
+    path = pictures(tmp_path / "data.safetensors", **changes)
+    with pytest.raises(DataError, match=f"{path}.*{message}"):
+        read_dataset(path, tiny_dinov2_pack)
+
+
+def test_no_pictures_at_all(tiny_dinov2_pack: Pack, tmp_path: Path) -> None:
+    empty = {
+        "images": np.zeros((0, 28, 28), np.uint8),
+        "labels": np.zeros(0, np.int64),
+        "split": np.zeros(0, np.uint8),
+    }
+    with pytest.raises(DataError, match=r"data.safetensors"):
+        read_dataset(pictures(tmp_path / "data.safetensors", **empty), tiny_dinov2_pack)
+
+
+def test_a_damaged_picture_file_is_a_data_error(tiny_dinov2_pack: Pack, tmp_path: Path) -> None:
+    path = pictures(tmp_path / "data.safetensors")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"data.safetensors.*does not lie inside the file") as caught:
+        read_dataset(path, tiny_dinov2_pack)
+    assert "pack" not in caught.value.remedy
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_does_not_exist_is_named(tiny_bert_pack: Pack, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"{tmp_path}/no.jsonl does not exist"):
+        read_dataset(tmp_path / "no.jsonl", tiny_bert_pack)
+
+
+def test_a_folder_is_no_data_file(tiny_bert_pack: Pack, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=str(tmp_path)):
+        read_dataset(tmp_path, tiny_bert_pack)
+
+
+def test_another_ending_is_refused(tiny_bert_pack: Pack, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.csv is neither \.jsonl nor \.safetensors"):
+        read_dataset(lines(tmp_path / "data.csv", GOOD), tiny_bert_pack)
+
+
+def test_a_file_that_is_too_large_is_refused_before_it_is_read(tiny_bert_pack: Pack, tmp_path: Path) -> None:
+    with (tmp_path / "data.jsonl").open("wb") as file:
+        file.truncate((1 << 30) + 1)
+    with pytest.raises(DataError, match=r"data.jsonl is larger than 1 GiB"):
+        read_dataset(tmp_path / "data.jsonl", tiny_bert_pack)
+
+
+def test_texts_for_a_vision_pack_and_pictures_for_a_text_pack(
+    tiny_bert_pack: Pack, tiny_dinov2_pack: Pack, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"data.jsonl holds text, but the pack"):
+        read_dataset(lines(tmp_path / "data.jsonl", GOOD), tiny_dinov2_pack)
+    with pytest.raises(DataError, match=r"data.safetensors holds pictures, but the pack"):
+        read_dataset(pictures(tmp_path / "data.safetensors"), tiny_bert_pack)

@@ -1,0 +1,266 @@
+"""The cost model and the planner, on costs that follow a known formula."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.errors import BudgetError
+from fleetune.edge.resources.costs import Costs
+from fleetune.edge.resources.planner import (
+    CPU_MARGIN,
+    MEMORY_MARGIN,
+    Budget,
+    Plan,
+    Workload,
+    candidates,
+    choose,
+)
+from fleetune.edge.resources.trial import Trial
+
+Coefficients = tuple[float, float, float, float]
+BLOCKS = 6
+KEEP_MIB, RECOMPUTE_MIB = (60.0, 12.0, 3.0, 2.0), (70.0, 0.5, 3.0, 0.25)
+KEEP_S, RECOMPUTE_S = (0.002, 0.001, 0.002, 0.004), (0.004, 0.002, 0.002, 0.006)
+FORWARD_S = 0.002
+JOB = Workload(train=96, evaluate=40, epochs=2, batch=16, max_depth=BLOCKS)
+PLENTY = 1e9
+
+
+def bilinear(c: Coefficients, depth: int, micro_batch: int) -> float:
+    return c[0] + c[1] * depth + c[2] * micro_batch + c[3] * depth * micro_batch
+
+
+def costs_of(
+    memory: tuple[Coefficients, Coefficients] = (KEEP_MIB, RECOMPUTE_MIB),
+    seconds: tuple[Coefficients, Coefficients] = (KEEP_S, RECOMPUTE_S),
+) -> Costs:
+    trials = [
+        Trial(
+            depth=depth,
+            micro_batch=micro_batch,
+            recompute=recompute,
+            peak_mib=bilinear(memory[recompute], depth, micro_batch),
+            step_cpu_s=bilinear(seconds[recompute], depth, micro_batch),
+            forward_cpu_s=FORWARD_S * factor,
+        )
+        for recompute in (False, True)
+        for depth, factor in ((1, 0.5), (BLOCKS, 1.5))
+        for micro_batch in (2, 16)
+    ]
+    return Costs(
+        pack="pack",
+        kit="1",
+        onnxruntime="1",
+        machine="arm",
+        threads=1,
+        length=32,
+        typical=20,
+        trials=tuple(trials),
+    )
+
+
+COSTS = costs_of()
+amounts = st.floats(0, 100)
+coefficients = st.tuples(amounts, amounts, amounts, amounts)
+
+
+# --- the model ----------------------------------------------------------------------------------------------
+
+
+@given(coefficients, coefficients, st.integers(1, 12), st.integers(1, 64))
+def test_the_model_recovers_the_formula_away_from_the_trials(
+    keep: Coefficients, recompute: Coefficients, depth: int, micro_batch: int
+) -> None:
+    costs = costs_of(memory=(keep, recompute), seconds=(recompute, keep))
+    for policy, memory, seconds in ((False, keep, recompute), (True, recompute, keep)):
+        wanted = bilinear(memory, depth, micro_batch)
+        assert costs.peak_mib(depth, micro_batch, recompute=policy) == pytest.approx(wanted, abs=1e-6)
+        wanted = bilinear(seconds, depth, micro_batch)
+        assert costs.step_cpu_s(depth, micro_batch, recompute=policy) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_the_forward_pass_is_the_median_of_the_trials() -> None:
+    assert COSTS.forward_cpu_s == pytest.approx(FORWARD_S)
+
+
+def test_a_round_costs_its_steps_the_frozen_blocks_of_the_job_and_its_evaluation() -> None:
+    job = Workload(train=100, evaluate=40, epochs=3, batch=16, max_depth=6)
+    (plan,) = (p for p in candidates(COSTS, job) if (p.depth, p.micro_batch, p.recompute) == (4, 8, False))
+    steps = 3 * 13  # 100 samples in micro-batches of 8
+    frozen = (100 + 40) * 2 * FORWARD_S
+    evaluation = 40 * 4 * FORWARD_S
+    assert plan.cpu_s == pytest.approx(steps * bilinear(KEEP_S, 4, 8) + frozen + evaluation, abs=0.01)
+    assert plan.peak_mib == pytest.approx(bilinear(KEEP_MIB, 4, 8), abs=0.06)
+
+
+def test_micro_batches_that_do_not_divide_the_batch_are_counted() -> None:
+    job = Workload(train=100, evaluate=0, epochs=1, batch=10, max_depth=1)
+    (plan,) = (p for p in candidates(COSTS, job) if (p.depth, p.micro_batch, p.recompute) == (1, 4, True))
+    in_a_batch = [4, 4, 2]
+    assert plan.cpu_s >= 10 * sum(bilinear(RECOMPUTE_S, 1, size) for size in in_a_batch) - 0.005
+
+
+def test_no_candidate_is_deeper_than_the_job_or_larger_than_its_batch() -> None:
+    plans = candidates(COSTS, Workload(train=9, evaluate=1, epochs=1, batch=7, max_depth=3))
+    assert {plan.depth for plan in plans} == {1, 2, 3}
+    assert max(plan.micro_batch for plan in plans) == 4
+    assert {plan.recompute for plan in plans} == {False, True}
+
+
+def test_costs_are_only_for_their_own_pack_threads_and_length(tiny_bert_pack: Pack) -> None:
+    import platform
+    from importlib.metadata import version
+
+    costs = Costs(
+        tiny_bert_pack.sha256,
+        version("fleetune"),
+        version("onnxruntime"),
+        platform.machine(),
+        2,
+        32,
+        20,
+        COSTS.trials,
+    )
+    assert costs.fit(tiny_bert_pack, threads=2, length=32)
+    assert costs.fit(tiny_bert_pack, threads=2, length=31)
+    assert not costs.fit(tiny_bert_pack, threads=2, length=33)
+    assert not costs.fit(tiny_bert_pack, threads=1, length=32)
+    assert not COSTS.fit(tiny_bert_pack, threads=1, length=32)
+
+
+# --- the choice ---------------------------------------------------------------------------------------------
+
+
+def attempt(budget: Budget, job: Workload = JOB) -> Plan | None:
+    try:
+        return choose(COSTS, job, budget)
+    except BudgetError:
+        return None
+
+
+memories, seconds = st.floats(60, 400), st.floats(0.5, 20)
+
+
+@given(memories, seconds)
+def test_a_plan_stays_inside_both_budgets_with_a_margin(memory: float, cpu: float) -> None:
+    plan = attempt(Budget(memory, cpu))
+    if plan is not None:
+        assert plan.peak_mib * (1 + MEMORY_MARGIN) <= memory
+        assert plan.cpu_s * (1 + CPU_MARGIN) <= cpu
+    assert MEMORY_MARGIN >= 0.05
+    assert CPU_MARGIN >= 0.05
+
+
+@given(memories, seconds)
+def test_no_fitting_plan_is_deeper_or_as_deep_and_cheaper(memory: float, cpu: float) -> None:
+    plan = attempt(Budget(memory, cpu))
+    for other in candidates(COSTS, JOB):
+        fits = other.peak_mib * (1 + MEMORY_MARGIN) <= memory and other.cpu_s * (1 + CPU_MARGIN) <= cpu
+        if fits:
+            assert plan is not None
+            assert (other.depth, -other.cpu_s) <= (plan.depth, -plan.cpu_s)
+
+
+@given(memories, seconds, st.floats(0, 200), st.floats(0, 10))
+def test_a_larger_budget_never_gives_a_shallower_plan(
+    memory: float, cpu: float, more: float, longer: float
+) -> None:
+    small, large = attempt(Budget(memory, cpu)), attempt(Budget(memory + more, cpu + longer))
+    assert (large.depth if large else 0) >= (small.depth if small else 0)
+
+
+def test_with_plenty_the_plan_is_the_deepest_and_quickest() -> None:
+    plan = choose(COSTS, JOB, Budget(PLENTY, PLENTY))
+    assert (plan.depth, plan.recompute, plan.bound_by) == (BLOCKS, False, "job")
+    assert plan.cpu_s == min(p.cpu_s for p in candidates(COSTS, JOB) if p.depth == BLOCKS)
+
+
+def test_recomputing_is_chosen_when_memory_bites() -> None:
+    roomy = bilinear(KEEP_MIB, BLOCKS, 1) * (1 + MEMORY_MARGIN)
+    assert not choose(COSTS, JOB, Budget(roomy + 1, PLENTY)).recompute
+    plan = choose(COSTS, JOB, Budget(roomy - 1, PLENTY))
+    assert (plan.depth, plan.recompute) == (BLOCKS, True)
+
+
+def test_smaller_micro_batches_are_chosen_when_memory_bites() -> None:
+    assert choose(COSTS, JOB, Budget(PLENTY, PLENTY)).micro_batch == 16
+    assert (
+        choose(
+            COSTS, JOB, Budget(bilinear(KEEP_MIB, BLOCKS, 4) * (1 + MEMORY_MARGIN) + 1, PLENTY)
+        ).micro_batch
+        == 4
+    )
+
+
+def test_the_limit_that_stands_in_the_way_is_named() -> None:
+    cheapest = {
+        d: min(p.cpu_s for p in candidates(COSTS, JOB) if p.depth == d) * (1 + CPU_MARGIN) for d in (3, 4)
+    }
+    by_time = choose(COSTS, JOB, Budget(PLENTY, (cheapest[3] + cheapest[4]) / 2))
+    assert (by_time.depth, by_time.bound_by) == (3, "cpu")
+    smallest = {
+        d: min(p.peak_mib for p in candidates(COSTS, JOB) if p.depth == d) * (1 + MEMORY_MARGIN)
+        for d in (3, 4)
+    }
+    by_memory = choose(COSTS, JOB, Budget((smallest[3] + smallest[4]) / 2, PLENTY))
+    assert (by_memory.depth, by_memory.bound_by) == (3, "memory")
+
+
+def test_two_limits_that_bind_only_together_are_both_named() -> None:
+    # Deeper plans fit the memory when recomputing and fit the time when keeping, but never both.
+    deep = [p for p in candidates(COSTS, JOB) if p.depth == 2]
+    memory = min(p.peak_mib for p in deep if not p.recompute) * (1 + MEMORY_MARGIN) - 0.5
+    cpu = min(p.cpu_s for p in deep) * (1 + CPU_MARGIN) + 0.01
+    plan = choose(COSTS, JOB, Budget(memory, cpu))
+    assert (plan.depth, plan.bound_by) == (1, "memory+cpu")
+
+
+# --- nothing fits -------------------------------------------------------------------------------------------
+
+
+def refusal(memory: float, cpu: float) -> BudgetError:
+    with pytest.raises(BudgetError) as caught:
+        choose(COSTS, JOB, Budget(memory, cpu))
+    return caught.value
+
+
+def least(of: Callable[[Plan], float]) -> float:
+    return min(of(plan) for plan in candidates(COSTS, JOB) if plan.depth == 1)
+
+
+def test_a_refusal_says_how_many_mib_are_missing() -> None:
+    need = least(lambda plan: plan.peak_mib) * (1 + MEMORY_MARGIN)
+    error = refusal(50, PLENTY)
+    found = [int(number) for number in re.findall(r"(\d+) MiB", error.what)]
+    assert found == [round(need), round(need - 50), 50]
+    assert "memory" in error.what
+    assert "memory" in error.remedy
+
+
+def test_a_refusal_says_how_many_cpu_seconds_are_missing() -> None:
+    need = least(lambda plan: plan.cpu_s) * (1 + CPU_MARGIN)
+    error = refusal(PLENTY, 0.5)
+    found = [float(number) for number in re.findall(r"\d+\.\d", error.what)]
+    assert found == pytest.approx([need, need - 0.5, 0.5], abs=0.051)
+    assert "cpu_s" in error.what
+    assert "CPU" in error.remedy
+
+
+def test_a_refusal_says_when_each_limit_alone_would_do() -> None:
+    memory, cpu = (
+        least(lambda plan: plan.peak_mib) * (1 + MEMORY_MARGIN),
+        least(lambda plan: plan.cpu_s) * (1 + CPU_MARGIN),
+    )
+    assert "at once" in refusal(memory + 0.1, cpu + 0.01).what
+
+
+def test_a_prediction_without_margin_does_not_fit() -> None:
+    smallest = least(lambda plan: plan.peak_mib)
+    refusal(smallest, PLENTY)
+    assert choose(COSTS, JOB, Budget(smallest * (1 + MEMORY_MARGIN) + 0.01, PLENTY)).depth >= 1

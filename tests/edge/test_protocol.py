@@ -1,0 +1,455 @@
+"""Tensors, chunks, messages, topics: good ones arrive as they left, bad ones are refused for a reason."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from fleetune.edge.protocol.chunks import Assembly, chunk, describe, pack_bitmap, unpack_bitmap
+from fleetune.edge.protocol.codec import CODECS, decode_tensors, encode_tensors
+from fleetune.edge.protocol.errors import ConfigError, MessageError
+from fleetune.edge.protocol.link import BrokerAddress
+from fleetune.edge.protocol.messages import (
+    MAX_CHUNK,
+    MAX_MESSAGE,
+    MAX_PAYLOAD,
+    Ack,
+    Announcement,
+    Envelope,
+    Frozen,
+    Missing,
+    Need,
+    Payload,
+    Presence,
+    UpdateManifest,
+    decode,
+    encode,
+    open_envelope,
+    seal,
+)
+from fleetune.edge.protocol.topics import Topics, check_name
+
+
+def reason(call: Any, *arguments: Any) -> str:
+    with pytest.raises(MessageError) as caught:
+        call(*arguments)
+    assert caught.value.remedy
+    return caught.value.reason
+
+
+# --- tensors ------------------------------------------------------------------------------------------------
+
+names = st.text(st.sampled_from("abc.019_AB"), min_size=1, max_size=12)
+floats = st.floats(-60000, 60000, width=16)
+tensors = st.dictionaries(
+    names,
+    arrays.arrays(np.float32, arrays.array_shapes(min_dims=0, max_dims=3, min_side=0), elements=floats),
+    max_size=4,
+)
+
+
+@given(tensors, st.sampled_from(sorted(CODECS)))
+def test_tensors_that_fit_the_codec_arrive_exactly(sent: dict[str, Any], codec: str) -> None:
+    found = decode_tensors(encode_tensors(sent, codec), codec)
+    assert set(found) == set(sent)
+    for name, tensor in sent.items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], tensor)
+
+
+@given(arrays.arrays(np.float32, 20, elements=st.floats(-100, 100, width=32)))
+def test_half_precision_rounds_to_eleven_bits(sent: Any) -> None:
+    found = decode_tensors(encode_tensors({"x": sent}, "f16"), "f16")["x"]
+    np.testing.assert_allclose(found, sent, rtol=2**-11, atol=2**-24)
+
+
+def test_views_are_sent_as_what_they_show() -> None:
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    for view in (array.T, array[:, ::2], array[::-1]):
+        np.testing.assert_array_equal(decode_tensors(encode_tensors({"x": view}, "f32"), "f32")["x"], view)
+
+
+def test_the_same_tensors_give_the_same_bytes_in_any_order() -> None:
+    a, b = np.ones(3, np.float32), np.zeros(2, np.float32)
+    assert encode_tensors({"a": a, "b": b}, "f16") == encode_tensors({"b": b, "a": a}, "f16")
+
+
+SENT = encode_tensors({"x": np.ones(8, np.float32), "y": np.zeros((2, 3), np.float32)}, "f16")
+
+
+@pytest.mark.parametrize(("data", "codec", "why"), [
+    (SENT, "int4", "unknown-codec"),
+    (SENT, "", "unknown-codec"),
+    (SENT, "f32", "wrong-dtype"),
+    (safetensors.numpy.save({"x": np.ones(3, np.int64)}), "f16", "wrong-dtype"),
+    (SENT[:-1], "f16", "malformed"),
+    (SENT[:9], "f16", "malformed"),
+    (b"", "f16", "malformed"),
+    (b"\x80\x04K\x01.", "f16", "malformed"),
+    (encode_tensors({"x": np.array([1, np.nan], np.float32)}, "f16"), "f16", "not-finite"),
+    (encode_tensors({"x": np.array([[np.inf]], np.float32)}, "f32"), "f32", "not-finite"),
+])  # fmt: skip
+def test_payloads_that_are_refused(data: bytes, codec: str, why: str) -> None:
+    assert reason(decode_tensors, data, codec) == why
+
+
+def test_a_value_too_large_for_the_codec_is_noticed() -> None:
+    with np.errstate(over="ignore"):
+        sent = encode_tensors({"x": np.array([1e6], np.float32)}, "f16")
+    assert reason(decode_tensors, sent, "f16") == "not-finite"
+
+
+def test_a_payload_that_is_too_large_is_refused() -> None:
+    assert reason(decode_tensors, bytes(MAX_PAYLOAD + 1), "f16") == "payload-too-large"
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.tuples(st.integers(0, len(SENT) - 1), st.integers(0, 255)), max_size=4),
+    st.integers(0, len(SENT)),
+)
+def test_whatever_the_bytes_only_a_message_error_comes_out(
+    changes: list[tuple[int, int]], length: int
+) -> None:
+    data = bytearray(SENT)
+    for position, value in changes:
+        data[position] = value
+    try:
+        decode_tensors(bytes(data[:length]), "f16")
+    except MessageError as error:
+        assert error.reason
+
+
+# --- chunks -------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def deliveries(draw: st.DrawFn) -> tuple[bytes, Payload, list[int]]:
+    """A payload, and the order in which its chunks come: every one at least once."""
+    data = draw(st.binary(min_size=1, max_size=300))
+    payload = describe(data, "f16", draw(st.integers(1, 320)))
+    extra = draw(st.lists(st.integers(0, payload.chunks - 1), max_size=20))
+    return data, payload, draw(st.permutations([*range(payload.chunks), *extra]))
+
+
+@given(deliveries())
+def test_chunks_may_come_twice_and_in_any_order(delivery: tuple[bytes, Payload, list[int]]) -> None:
+    data, payload, order = delivery
+    assembly = Assembly(payload)
+    for index in order:
+        assembly.add(index, chunk(data, payload, index))
+    assert assembly.missing == []
+    assert assembly.finish() == data
+
+
+@given(deliveries(), st.data())
+def test_missing_chunks_are_known_and_can_be_asked_for(
+    delivery: tuple[bytes, Payload, list[int]], draw: Any
+) -> None:
+    data, payload, order = delivery
+    lost = draw.draw(st.sets(st.sampled_from(order)))
+    assembly = Assembly(payload)
+    for index in order:
+        if index not in lost:
+            assembly.add(index, chunk(data, payload, index))
+    assert assembly.missing == sorted(lost)
+    bitmap = pack_bitmap(assembly.missing, payload.chunks)
+    assert len(bitmap) <= payload.chunks // 8 + 1
+    for index in unpack_bitmap(bitmap, payload.chunks):
+        assembly.add(index, chunk(data, payload, index))
+    assert assembly.finish() == data
+
+
+@given(deliveries(), st.data())
+def test_a_chunk_of_a_wrong_length_or_number_is_refused_and_changes_nothing(
+    delivery: tuple[bytes, Payload, list[int]], draw: Any
+) -> None:
+    data, payload, order = delivery
+    assembly = Assembly(payload)
+    index = draw.draw(st.sampled_from(order))
+    good = chunk(data, payload, index)
+    for number, raw in (
+        (index, good[:-1]),
+        (index, good + b"x"),
+        (-1, good),
+        (payload.chunks, good),
+        (1 << 80, good),
+    ):
+        assert reason(assembly.add, number, raw) == "wrong-chunk"
+    assert assembly.missing == sorted(set(order))
+    for number in order:
+        assembly.add(number, chunk(data, payload, number))
+    assert assembly.finish() == data
+
+
+@given(deliveries(), st.data())
+def test_altered_bytes_are_noticed_and_the_assembly_starts_over(
+    delivery: tuple[bytes, Payload, list[int]], draw: Any
+) -> None:
+    data, payload, order = delivery
+    assembly = Assembly(payload)
+    altered = bytearray(data)
+    altered[draw.draw(st.integers(0, len(data) - 1))] ^= 1 << draw.draw(st.integers(0, 7))
+    for index in order:
+        assembly.add(index, chunk(bytes(altered), payload, index))
+    assert reason(assembly.finish) == "wrong-hash"
+    assert assembly.missing == sorted(set(order))
+    for index in order:
+        assembly.add(index, chunk(data, payload, index))
+    assert assembly.finish() == data
+
+
+@pytest.mark.parametrize(("size", "chunk_size"), [
+    (0, 10), (-1, 10), (MAX_PAYLOAD + 1, MAX_CHUNK), (1 << 60, MAX_CHUNK),
+    (10, 0), (10, -1), (10, MAX_CHUNK + 1),
+])  # fmt: skip
+def test_sizes_beyond_the_limits_are_refused_before_memory_is_taken(size: int, chunk_size: int) -> None:
+    assert reason(Assembly, Payload("f16", "0" * 64, size, chunk_size)) in (
+        "payload-too-large",
+        "chunk-too-large",
+    )
+
+
+def test_more_chunks_than_a_request_for_missing_ones_can_name_are_refused() -> None:
+    payload = Payload("f16", "0" * 64, size=1 << 20, chunk_size=1)
+    need = encode(Need(job="fedms", version=1, bitmap=pack_bitmap([], payload.chunks)))
+    assert len(need) > MAX_MESSAGE
+    reason(Assembly, payload)
+
+
+def test_the_largest_payload_is_accepted_in_the_usual_chunks() -> None:
+    payload = Payload("f16", "0" * 64, MAX_PAYLOAD, MAX_CHUNK)
+    assert len(Assembly(payload).missing) == payload.chunks == 1024
+
+
+def test_a_description_fits_its_data() -> None:
+    payload = describe(b"x" * (MAX_CHUNK + 1), "f16")
+    assert (payload.size, payload.chunk_size, payload.chunks) == (MAX_CHUNK + 1, MAX_CHUNK, 2)
+    assert payload.sha256 == hashlib.sha256(b"x" * (MAX_CHUNK + 1)).hexdigest()
+
+
+@given(st.integers(1, 200), st.data())
+def test_bitmaps_round_trip(count: int, data: Any) -> None:
+    indices = data.draw(st.sets(st.integers(0, count - 1)))
+    assert list(unpack_bitmap(pack_bitmap(sorted(indices), count), count)) == sorted(indices)
+
+
+@given(st.binary(max_size=30), st.integers(0, 100))
+def test_a_bitmap_from_the_network_names_no_chunk_beyond_the_count(bitmap: bytes, count: int) -> None:
+    assert all(0 <= index < count for index in unpack_bitmap(bitmap, count))
+
+
+# --- messages -----------------------------------------------------------------------------------------------
+
+PAYLOAD = Payload(codec="f16", sha256="ab" * 32, size=5, chunk_size=4)
+ANNOUNCEMENT = Announcement(
+    fleet="lab",
+    job="fedms",
+    version=3,
+    method="fedms",
+    stage="global",
+    round=2,
+    rounds=11,
+    backbone="cd" * 32,
+    settings={"learning_rate": 1e-3, "depth": 2, "mix": "logits", "fast": True},
+    expires=1.5e9,
+    payload=PAYLOAD,
+    frozen=Frozen(1, PAYLOAD),
+)
+UPDATE = UpdateManifest(
+    fleet="lab", device="nano-1", update="fedms-3", job="fedms", version=3, backbone="cd" * 32, samples=7,
+    metrics={"loss": 0.25, "depth": 2, "stopped_early": False, "bound_by": "cpu"},
+)  # fmt: skip
+MESSAGES = [
+    ANNOUNCEMENT,
+    UPDATE,
+    msgspec.structs.replace(UPDATE, payload=PAYLOAD),
+    Ack("fedms-3", accepted=False, reason="stale-round"),
+    Missing("fedms-3", b"\x05\x00\xff"),
+    Need("fedms", 3, b"\x01"),
+    Presence("nano-1", "working", 3, "0.1.0", "trains", {"loss": 0.5, "round": 2}),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_a_message_arrives_as_it_left(message: Any) -> None:
+    raw = encode(message)
+    assert decode(raw, type(message)) == message
+    assert encode(decode(raw, type(message))) == raw
+    assert open_envelope(seal(message), type(message)) == message
+
+
+def test_whole_numbers_and_truth_values_keep_their_type() -> None:
+    metrics = decode(encode(UPDATE), UpdateManifest).metrics
+    assert {name: type(value) for name, value in metrics.items()} == {
+        "loss": float, "depth": int, "stopped_early": bool, "bound_by": str,
+    }  # fmt: skip
+
+
+def test_canonical_bytes_are_these_whatever_the_order_of_the_settings() -> None:
+    turned = msgspec.structs.replace(
+        ANNOUNCEMENT, settings=dict(reversed(ANNOUNCEMENT.settings.items())), payload=None, frozen=None
+    )
+    assert encode(turned) == (
+        b'{"fleet":"lab","job":"fedms","version":3,"method":"fedms","stage":"global","round":2,"rounds":11,"backbone":"'
+        + b"cd" * 32
+        + b'","settings":{"depth":2,"fast":true,"learning_rate":0.001,"mix":"logits"},"expires":1500000000.0}'
+    )
+
+
+def test_the_envelope_holds_the_canonical_bytes() -> None:
+    assert bytes(decode(seal(ANNOUNCEMENT), Envelope).body) == encode(ANNOUNCEMENT)
+
+
+def changed(**changes: Any) -> bytes:
+    document = json.loads(encode(msgspec.structs.replace(UPDATE, payload=PAYLOAD))) | changes
+    return json.dumps({name: value for name, value in document.items() if value is not ...}).encode()
+
+
+@pytest.mark.parametrize("raw", [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"\x00\x01",
+    b'{"fleet": "\xff"}',
+    b"[" * 50_000,
+    b'{"metrics": ' + b"[" * 50_000,
+    changed(samples="7"),
+    changed(samples=7.5),
+    changed(samples=None),
+    changed(version=...),
+    changed(surprise=1),
+    changed(metrics={"loss": None}),
+    changed(metrics={"loss": [1]}),
+    changed(payload={"codec": "f16"}),
+])  # fmt: skip
+def test_what_is_not_a_message_is_malformed(raw: bytes) -> None:
+    assert reason(decode, raw, UpdateManifest) == "malformed"
+    assert reason(open_envelope, raw, UpdateManifest) == "malformed"
+    if raw.startswith(b"{") and raw.endswith(b"}"):
+        assert reason(open_envelope, b'{"body": ' + raw + b"}", UpdateManifest) == "malformed"
+
+
+@pytest.mark.parametrize("sha256", ["", "../../../etc/passwd", "ab" * 31, "AB" * 32, "zz" * 32, "ab" * 200])
+def test_a_payload_without_a_proper_hash_is_malformed(sha256: str) -> None:
+    assert (
+        reason(decode, changed(payload=json.loads(encode(PAYLOAD)) | {"sha256": sha256}), UpdateManifest)
+        == "malformed"
+    )
+
+
+def test_a_bitmap_that_is_not_base64_is_malformed() -> None:
+    assert reason(decode, b'{"update": "u", "bitmap": "%%%"}', Missing) == "malformed"
+
+
+def test_a_state_that_does_not_exist_is_malformed() -> None:
+    assert reason(decode, encode(MESSAGES[-1]).replace(b"working", b"dancing"), Presence) == "malformed"
+
+
+@pytest.mark.parametrize("call", [decode, open_envelope])
+def test_a_message_that_is_too_large_is_refused_before_it_is_parsed(call: Any) -> None:
+    assert reason(call, b" " * (MAX_MESSAGE + 1), Ack) == "message-too-large"
+
+
+def test_a_message_of_exactly_the_largest_size_is_read() -> None:
+    raw = encode(Ack("u", accepted=True))
+    assert decode(raw + b" " * (MAX_MESSAGE - len(raw)), Ack) == Ack("u", accepted=True)
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from(MESSAGES),
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=3),
+    st.integers(0, 600),
+)
+def test_whatever_the_message_only_a_message_error_comes_out(
+    message: Any, changes: list[tuple[int, int]], length: int
+) -> None:
+    raw = bytearray(seal(message))
+    for position, value in changes:
+        raw[position % len(raw)] = value
+    try:
+        open_envelope(bytes(raw[:length]), type(message))
+    except MessageError as error:
+        assert error.reason in ("malformed", "message-too-large")
+
+
+# --- topics and addresses -----------------------------------------------------------------------------------
+
+BAD_NAMES = ["", "a/b", "+", "#", "a+", "a#b", "-a", "_a", "a b", "a.b", "ä", "a\n", "$SYS", "a" * 65, "a\0"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_names_with_a_meaning_in_topics_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="device: "):
+        check_name("device", name)
+    with pytest.raises(ConfigError, match="fleet: "):
+        Topics(name)
+
+
+@pytest.mark.parametrize("name", ["a", "0", "nano-1", "A_b-C", "a" * 64])
+def test_good_names_are_returned(name: str) -> None:
+    assert check_name("device", name) == name
+
+
+def test_topics_split_into_what_they_were_made_of() -> None:
+    topics = Topics("lab")
+    assert topics.split(topics.presence("nano-1")) == ("st", "nano-1")
+    assert topics.split(topics.aggregator_presence) == ("agg", "st")
+    assert topics.split(topics.current("fedms")) == ("g", "fedms", "current")
+    assert topics.split(topics.broadcast_chunk("fedms", 3, 7)) == ("g", "fedms", "3", "7")
+    assert topics.split(topics.upload_manifest("nano-1", "u")) == ("up", "nano-1", "u", "m")
+    assert topics.split(topics.upload_chunk("nano-1", "u", 2)) == ("up", "nano-1", "u", "2")
+    assert topics.split(topics.need("nano-1")) == ("up", "nano-1", "need")
+    assert topics.split(topics.down("nano-1", "ack")) == ("dn", "nano-1", "ack")
+
+
+@pytest.mark.parametrize("topic", ["ft/1/lab2/st/a", "ft/2/lab/st/a", "lab/st/a", "ft/1/lab", ""])
+def test_topics_of_others_are_not_split(topic: str) -> None:
+    assert Topics("lab").split(topic) == ()
+
+
+@pytest.mark.parametrize(("url", "host", "port"), [
+    ("mqtt://broker", "broker", 1883),
+    ("mqtt://broker:1884", "broker", 1884),
+    ("mqtt://10.0.0.1:1", "10.0.0.1", 1),
+    ("mqtt://[::1]:1885", "::1", 1885),
+    ("mqtt://[fe80::1]", "fe80::1", 1883),
+])  # fmt: skip
+def test_addresses_are_parsed_and_written_alike(url: str, host: str, port: int) -> None:
+    address = BrokerAddress.parse(url)
+    assert address == BrokerAddress(host, port)
+    assert BrokerAddress.parse(str(address)) == address
+
+
+@pytest.mark.parametrize("url", [
+    "",
+    "broker",
+    "broker:1883",
+    "http://broker",
+    "mqtts://broker",
+    "mqtt://",
+    "mqtt://:1883",
+    "mqtt://broker:port",
+    "mqtt://broker:65536",
+    "mqtt://broker:-1",
+    "mqtt://broker:0",
+    "mqtt://[::1",
+    "mqtt://user:secret@broker",
+    "mqtt://broker/lab",
+])  # fmt: skip
+def test_what_is_not_an_address_is_refused_by_name(url: str) -> None:
+    with pytest.raises(ConfigError, match="broker: ") as caught:
+        BrokerAddress.parse(url)
+    assert repr(url) in caught.value.what
+    assert "mqtt://host:port" in caught.value.remedy

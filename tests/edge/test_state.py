@@ -1,0 +1,252 @@
+"""The agent's folder: what was written is there after a restart, whole; what is damaged is named."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fleetune.edge.agent.state import State
+from fleetune.edge.protocol import chunks
+from fleetune.edge.protocol.errors import ConfigError
+from fleetune.edge.protocol.messages import Payload, UpdateManifest
+from fleetune.edge.resources.costs import Costs
+from fleetune.edge.resources.planner import Plan
+from fleetune.edge.resources.trial import Trial
+
+PLAN = Plan(depth=2, micro_batch=4, recompute=True, peak_mib=80.5, cpu_s=1.25, bound_by="memory")
+TRIAL = Trial(depth=1, micro_batch=2, recompute=False, peak_mib=70.0, step_cpu_s=0.1, forward_cpu_s=0.01)
+COSTS = Costs(
+    pack="p", kit="1", onnxruntime="1", machine="arm", threads=1, length=8, typical=6, trials=(TRIAL,)
+)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> State:
+    return State(tmp_path / "state", "nano-1")
+
+
+def again(state: State) -> State:
+    """The same folder after a restart."""
+    return State(state.folder, "nano-1")
+
+
+def update(name: str, data: bytes = b"") -> UpdateManifest:
+    return UpdateManifest(
+        fleet="lab",
+        device="nano-1",
+        update=name,
+        job="fedms",
+        version=1,
+        backbone="b",
+        samples=5,
+        metrics={"loss": 0.5, "depth": 2, "stopped_early": False, "bound_by": "cpu"},
+        payload=chunks.describe(data, "f16") if data else None,
+    )
+
+
+def stray_files(folder: Path) -> list[str]:
+    return [file.name for file in folder.rglob(".*")]
+
+
+# --- counters, costs, plans ---------------------------------------------------------------------------------
+
+
+def test_counters_survive_a_restart(state: State) -> None:
+    assert state.counters.boot == 0
+    state.counters.boot = 3
+    state.counters.bytes_up = 5 << 40
+    state.counters.answered["fedms"] = 7
+    state.save_counters()
+    counters = again(state).counters
+    assert (counters.boot, counters.bytes_up, counters.answered) == (3, 5 << 40, {"fedms": 7})
+
+
+def test_two_states_do_not_share_their_counters(tmp_path: Path) -> None:
+    first, second = State(tmp_path / "a", "a"), State(tmp_path / "b", "b")
+    first.counters.answered["fedms"] = 1
+    assert second.counters.answered == {}
+
+
+def test_costs_and_plans_survive_a_restart(state: State) -> None:
+    assert state.costs() is None
+    assert state.plan("fedms") is None
+    state.save_costs(COSTS)
+    state.save_plan("fedms", PLAN)
+    assert again(state).costs() == COSTS
+    assert again(state).plan("fedms") == PLAN
+    assert again(state).plan("other") is None
+
+
+def test_the_folder_of_another_device_is_refused(state: State) -> None:
+    with pytest.raises(ConfigError, match=f"{state.folder} belongs to the device 'nano-1', not to 'nano-2'"):
+        State(state.folder, "nano-2")
+    again(state)
+
+
+DAMAGED = [
+    b"",
+    b"{",
+    b"[]",
+    b'{"boot": "x", "depth": "x", "pack": 1}',
+    b'{"\xff": 1, "answered": {"\xff": 1}, "pack": "\xff"}',
+]
+
+
+@pytest.mark.parametrize("raw", DAMAGED)
+@pytest.mark.parametrize(("file", "read"), [
+    ("counters.json", lambda state: again(state)),
+    ("costs.json", lambda state: state.costs()),
+    ("jobs/fedms/plan.json", lambda state: state.plan("fedms")),
+    ("outbox/u-1.json", lambda state: state.outbox()),
+])  # fmt: skip
+def test_a_damaged_file_is_named(
+    file: str, read: Callable[[State], object], raw: bytes, state: State
+) -> None:
+    state.save_counters()
+    state.save_costs(COSTS)
+    state.save_plan("fedms", PLAN)
+    state.put_outbox(update("u-1"), b"")
+    (state.folder / file).write_bytes(raw)
+    with pytest.raises(ConfigError, match=f"{state.folder / file}"):
+        read(state)
+
+
+# --- updates that wait --------------------------------------------------------------------------------------
+
+
+def test_updates_wait_in_the_order_in_which_they_came(state: State) -> None:
+    for name, data in (("z-1", b"first"), ("a-2", b""), ("m-3", b"third")):
+        state.put_outbox(update(name, data), data)
+        time.sleep(0.02)
+    assert again(state).outbox() == [
+        (update("z-1", b"first"), b"first"), (update("a-2"), b""), (update("m-3", b"third"), b"third"),
+    ]  # fmt: skip
+
+
+def test_a_dropped_update_is_gone(state: State) -> None:
+    state.put_outbox(update("u-1", b"data"), b"data")
+    assert state.drop_outbox("u-1")
+    assert again(state).outbox() == []
+    assert not list((state.folder / "outbox").iterdir())
+    assert not state.drop_outbox("u-1")
+    assert not state.drop_outbox("u-2")
+
+
+def test_an_answer_cannot_name_a_file_elsewhere(state: State) -> None:
+    with pytest.raises(ConfigError, match="update"):
+        state.drop_outbox("../counters")
+
+
+@pytest.mark.parametrize("stop_at", range(1, 6))
+def test_an_update_is_kept_whole_or_not_at_all(
+    stop_at: int, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fails at the n-th time that something is forced onto it."""
+    real, calls = os.fsync, 0
+
+    def failing(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            raise OSError(5, "Input/output error")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    try:
+        state.put_outbox(update("u-1", b"data"), b"data")
+    except OSError:
+        assert stop_at <= 4
+    else:
+        assert stop_at == 5
+    monkeypatch.undo()
+    found = again(state).outbox()
+    assert found in ([], [(update("u-1", b"data"), b"data")])
+    assert found or stop_at <= 4
+    assert stray_files(state.folder) == []
+
+
+def test_a_payload_without_its_manifest_does_not_count(state: State) -> None:
+    state.put_outbox(update("u-1", b"data"), b"data")
+    (state.folder / "outbox" / "u-1.json").unlink()
+    assert again(state).outbox() == []
+
+
+# --- payloads that came down --------------------------------------------------------------------------------
+
+
+def payload(data: bytes) -> Payload:
+    return chunks.describe(data, "f16")
+
+
+def test_a_payload_survives_a_restart(state: State) -> None:
+    assert state.payload(payload(b"tensors")) is None
+    state.save_payload(payload(b"tensors"), b"tensors")
+    assert again(state).payload(payload(b"tensors")) == b"tensors"
+
+
+@pytest.mark.parametrize("found", [b"Tensors", b"tensor", b"", b"tensors and more"])
+def test_a_payload_whose_bytes_changed_is_not_there(found: bytes, state: State) -> None:
+    state.save_payload(payload(b"tensors"), b"tensors")
+    (state.folder / "payloads" / hashlib.sha256(b"tensors").hexdigest()).write_bytes(found)
+    assert state.payload(payload(b"tensors")) is None
+
+
+def test_the_oldest_payloads_are_let_go(state: State) -> None:
+    for i in range(10):
+        state.save_payload(payload(bytes([i])), bytes([i]))
+        time.sleep(0.01)
+    kept = [i for i in range(10) if state.payload(payload(bytes([i]))) is not None]
+    assert kept
+    assert len(kept) < 10
+    assert kept == list(range(10 - len(kept), 10))
+
+
+def test_a_payload_that_every_round_reads_is_not_let_go(state: State) -> None:
+    state.save_payload(payload(b"frozen expert"), b"frozen expert")
+    for number in range(8):
+        time.sleep(0.01)
+        assert state.payload(payload(b"frozen expert")) == b"frozen expert", f"round {number}"
+        time.sleep(0.01)
+        state.save_payload(payload(b"gate %d" % number), b"gate %d" % number)
+
+
+# --- a method's private tensors -----------------------------------------------------------------------------
+
+
+def test_private_tensors_survive_a_restart(state: State) -> None:
+    tensors = {
+        "gate.weight": np.arange(6, dtype=np.float32).reshape(3, 2),
+        "gate.bias": np.zeros(2, np.float32),
+    }
+    assert state.store("fedms").load("gate") is None
+    state.store("fedms").save("gate", tensors)
+    found = again(state).store("fedms").load("gate")
+    assert found is not None
+    assert set(found) == set(tensors)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(found[name], tensor)
+
+
+def test_jobs_do_not_see_each_others_tensors(state: State) -> None:
+    state.store("one").save("gate", {"x": np.ones(1, np.float32)})
+    assert state.store("two").load("gate") is None
+
+
+def test_damaged_private_tensors_are_named(state: State) -> None:
+    state.store("fedms").save("gate", {"x": np.ones(9, np.float32)})
+    file = state.folder / "jobs" / "fedms" / "gate.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=f"{file} is damaged"):
+        state.store("fedms").load("gate")
+
+
+@pytest.mark.parametrize("job", ["../other", "a/b", "", ".."])
+def test_a_job_cannot_name_a_folder_elsewhere(job: str, state: State) -> None:
+    with pytest.raises(ConfigError, match="job"):
+        state.store(job)

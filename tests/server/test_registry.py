@@ -1,0 +1,88 @@
+"""The registry: who is of the fleet, who is there, who failed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fleetune.edge.protocol.messages import Presence
+from fleetune.server.registry import Registry
+
+FLEET = frozenset({"a", "b", "c"})
+
+
+def presence(name: str, state: Any = "online", boot: int = 1, detail: str = "") -> Presence:
+    return Presence(name=name, state=state, boot=boot, kit="1", detail=detail)
+
+
+@pytest.fixture
+def fleet() -> Registry:
+    return Registry(FLEET)
+
+
+def test_expected_devices_are_members_before_they_are_there(fleet: Registry) -> None:
+    assert fleet.members() == FLEET
+    assert fleet.ready() == set()
+
+
+def test_a_device_is_ready_while_it_is_connected(fleet: Registry) -> None:
+    for state in ("online", "working", "idle"):
+        fleet.update(presence("a", state))
+        assert fleet.ready() == {"a"}
+    fleet.update(presence("a", "offline"))
+    assert fleet.ready() == set()
+    assert fleet.members() == FLEET
+
+
+def test_the_late_will_of_an_earlier_boot_is_ignored(fleet: Registry) -> None:
+    assert fleet.update(presence("a", boot=2))
+    assert not fleet.update(presence("a", "offline", boot=1))
+    assert fleet.ready() == {"a"}
+    assert fleet.update(presence("a", "offline", boot=2))
+    assert fleet.ready() == set()
+
+
+def test_a_failed_device_is_no_member_and_says_why(fleet: Registry) -> None:
+    fleet.update(presence("a"))
+    fleet.update(presence("b", "failed", detail="too little memory"))
+    assert fleet.members() == {"a", "c"}
+    assert fleet.ready() == {"a"}
+    assert fleet.failed("b") == "too little memory"
+    assert fleet.failed("a") is None
+    assert fleet.failed("c") is None
+    assert fleet.failures() == {"b": "too little memory"}
+
+
+def test_a_device_that_failed_without_saying_why_is_no_member_either(fleet: Registry) -> None:
+    fleet.update(presence("b", "failed", detail=""))
+    assert fleet.members() == {"a", "c"}
+    assert set(fleet.failures()) == {"b"}
+
+
+def test_a_device_that_starts_again_after_a_failure_is_a_member_again(fleet: Registry) -> None:
+    fleet.update(presence("b", "failed", boot=1, detail="broken"))
+    assert not fleet.update(presence("b", "online", boot=0))
+    assert fleet.members() == {"a", "c"}
+    fleet.update(presence("b", "online", boot=2))
+    assert fleet.members() == FLEET
+    assert fleet.failures() == {}
+
+
+def test_a_device_that_is_not_expected_is_ignored(fleet: Registry) -> None:
+    assert not fleet.update(presence("stranger"))
+    assert not fleet.knows("stranger")
+    assert fleet.knows("a")
+    assert fleet.ready() == set()
+    assert fleet.members() == FLEET
+
+
+def test_without_expectations_any_device_that_is_there_is_a_member() -> None:
+    registry = Registry(frozenset())
+    assert registry.members() == set()
+    assert not registry.knows("a")
+    for name, state in (("a", "online"), ("b", "offline"), ("c", "failed")):
+        assert registry.update(presence(name, state, detail="broken"))
+    assert registry.members() == {"a"}
+    assert registry.ready() == {"a"}
+    assert registry.knows("b")

@@ -1,0 +1,127 @@
+"""Options of a command become jobs; one that is out of range is named."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+
+from fleetune.edge.engine.expert import Expert, Layout
+from fleetune.edge.methods import METHODS
+from fleetune.edge.methods.base import Round, Settings, read_settings
+from fleetune.edge.methods.fedms.method import FedMSSettings
+from fleetune.edge.pack.manifest import Backbone, Manifest, Quantisation
+from fleetune.edge.protocol.errors import ConfigError
+from fleetune.edge.resources.guard import Guard
+from fleetune.server.strategies import STRATEGIES
+from fleetune.tools.commands.serve import add_job_options
+from fleetune.tools.jobs import build_jobs
+
+MANIFEST = Manifest(
+    schema=1,
+    kit="1",
+    backbone=Backbone(id="x", architecture="bert", sha256="ab" * 32, licence="none", source="test"),
+    blocks=6,
+    width=64,
+    rank=4,
+    targets={"query": (64, 64), "fc1": (64, 128)},
+    quantisation=Quantisation(type="nf4", block_size=64, code=(0.0,) * 16),
+    opset=20,
+    files={},
+)
+
+
+def jobs(*options: str, classes: int = 3) -> Any:
+    parser = argparse.ArgumentParser()
+    add_job_options(parser)
+    return build_jobs(parser.parse_args(options), MANIFEST, classes=classes)
+
+
+def test_fedms_is_the_default() -> None:
+    (job,) = jobs()
+    assert (job.id, job.method, job.backbone) == ("fedms", "fedms", "ab" * 32)
+    assert job.settings["max_depth"] == 6
+    assert job.settings["classes"] == 3
+
+
+def test_options_arrive_in_the_job() -> None:
+    options = (
+        "--job fedms --global-rounds 4 --personal-rounds 2 --epochs 3 --batch 8 --learning-rate 0.01 "
+        "--weight-decay 0.5 --max-depth 5 --sal-start 2 --sal-step 3 --sal-window 4 --sal-threshold 0.2 "
+        "--gate-rank 6 --gate-split val --mix features --seed 9"
+    )
+    (job,) = jobs(*options.split())
+    assert job.rounds == {"global": 4, "personal": 2}
+    wanted = {
+        "epochs": 3, "batch": 8, "learning_rate": 0.01, "weight_decay": 0.5, "max_depth": 5, "gate_rank": 6,
+        "gate_split": "val", "mix": "features", "seed": 9,
+    }  # fmt: skip
+    assert wanted.items() <= job.settings.items()
+    schedule = job.schedule
+    assert (schedule.start, schedule.step, schedule.window, schedule.threshold) == (2, 3, 4, 0.2)
+
+
+def test_a_device_understands_the_settings_of_every_job() -> None:
+    for job in jobs("--job", "fedms", "--job", "standalone", "--job", "frozen-head"):
+        kind = FedMSSettings if job.method == "fedms" else Settings
+        announced = Round("prepare", 0, {**job.settings, "depth": 1}, {}, {}, Guard())
+        assert read_settings(announced, kind).batch == 16
+        assert job.method in METHODS
+        assert STRATEGIES[job.method](job).next([]) is not None
+
+
+def test_jobs_come_in_the_order_given_and_once_each() -> None:
+    assert [job.id for job in jobs("--job", "standalone", "--job", "fedms", "--job", "standalone")] == [
+        "standalone",
+        "fedms",
+    ]
+
+
+def test_every_tensor_that_a_device_may_send_has_its_shape() -> None:
+    (job,) = jobs("--gate-rank", "5")
+    expert = Expert(Layout.of(MANIFEST, classes=3))
+    for name, tensor in expert.tensors.items():
+        assert job.shapes[name] == tensor.shape
+    assert job.shapes["gate.A"] == (64, 5)
+    assert job.shapes["gate.B"] == (5, 64)
+    assert not {"gate.weight", "gate.bias"} & set(job.shapes)
+
+
+def test_standalone_has_as_many_training_rounds_as_both_stages() -> None:
+    (job,) = jobs("--job", "standalone", "--global-rounds", "4", "--personal-rounds", "2")
+    assert job.rounds == {"train": 6}
+
+
+@pytest.mark.parametrize(("option", "value"), [
+    ("--global-rounds", "0"),
+    ("--personal-rounds", "0"),
+    ("--epochs", "0"),
+    ("--batch", "0"),
+    ("--batch", "-4"),
+    ("--learning-rate", "0"),
+    ("--learning-rate", "-0.001"),
+    ("--learning-rate", "nan"),
+    ("--learning-rate", "inf"),
+    ("--weight-decay", "-0.1"),
+    ("--weight-decay", "nan"),
+    ("--max-depth", "0"),
+    ("--max-depth", "7"),
+    ("--sal-start", "0"),
+    ("--sal-step", "-1"),
+    ("--sal-window", "1"),
+    ("--sal-threshold", "nan"),
+    ("--gate-rank", "0"),
+    ("--seed", "-1"),
+])  # fmt: skip
+def test_an_option_out_of_range_is_named(option: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=option) as caught:
+        jobs(f"{option}={value}")
+    assert value.removeprefix("-").rstrip("0") in caught.value.what
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("classes", [1, 0, -3])
+def test_a_task_with_too_few_classes_is_refused(classes: int) -> None:
+    with pytest.raises(ConfigError, match=f"--classes: {classes}"):
+        jobs(classes=classes)

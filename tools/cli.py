@@ -1,0 +1,67 @@
+"""The ``fleetune`` command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from types import FrameType
+from typing import NoReturn
+
+from fleetune.edge.protocol.errors import FleetuneError
+
+COMMANDS = ("demo", "pack", "serve", "agent", "broker", "assets")
+"""Modules of ``fleetune.tools.commands``, in the order in which the help lists them."""
+
+_EPILOGUE = """\
+examples:
+  fleetune demo                                   a whole fleet on this machine, in a few minutes
+  fleetune pack minilm --out packs/minilm         compile a backbone for devices
+  fleetune serve --fleet fleet.yaml --pack packs/minilm --broker mqtt://broker --state aggregator
+  fleetune agent --fleet fleet.yaml --id nano-1 --pack packs/minilm --data samples.jsonl \\
+                 --broker mqtt://broker --state /var/lib/fleetune
+
+Every error has an exit code of its own; docs/exit-codes.md explains each.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="fleetune",
+        description="Fine-tune foundation models on fleets of small devices, privately and personally.",
+        epilog=_EPILOGUE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fleetune {version('fleetune')}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        importlib.import_module(f"fleetune.tools.commands.{name}").register(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit with its code."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        sys.exit(args.run(args) or 0)
+    except FleetuneError as error:
+        print(f"error: {error.what}\nremedy: {error.remedy}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    """A service that is told to stop leaves through its ``finally`` blocks, and that is a success."""
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""``fleetune agent``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fleetune.tools.commands.options import add_broker, add_command, add_fleet, add_pack, add_state
+
+
+def register(subparsers: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        subparsers,
+        "agent",
+        summary="run a device's agent",
+        description=(
+            "Run the agent of one device until it is stopped: it measures what training costs here, plans within the\n"
+            "device's budget, and answers the aggregator's rounds. It needs only the plain install: no torch."
+        ),
+        examples=(
+            "  fleetune agent --fleet fleet.yaml --id nano-1 --pack packs/minilm --data samples.jsonl \\\n"
+            "                 --broker mqtt://192.168.1.10 --state /var/lib/fleetune\n"
+        ),
+    )
+    add_fleet(parser)
+    parser.add_argument("--id", required=True, help="this device's id in the fleet file")
+    add_pack(parser)
+    parser.add_argument(
+        "--data", metavar="FILE", type=Path, required=True, help="samples: .jsonl (text) or .safetensors (pictures)"
+    )
+    add_broker(parser)
+    add_state(parser)
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="threads for training; 0 is one a core (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--codec", choices=("f32", "f16"), default="f16", help="number format of updates (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--costs",
+        metavar="FILE",
+        type=Path,
+        help="costs measured on this machine before (an agent's costs.json); measured at the first start if absent",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    import msgspec
+
+    from fleetune.edge.agent.agent import Agent, AgentConfig
+    from fleetune.edge.protocol.errors import ConfigError
+    from fleetune.edge.protocol.link import BrokerAddress
+    from fleetune.edge.resources.costs import Costs
+    from fleetune.profiles.fleet import read_fleet
+
+    fleet = read_fleet(args.fleet)
+    device = fleet.device(args.id)
+    costs = None
+    if args.costs is not None:
+        try:
+            costs = msgspec.json.decode(args.costs.read_bytes(), type=Costs)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise ConfigError(f"--costs: {args.costs}: {error}", "leave the option out to measure again") from error
+    config = AgentConfig(
+        device=device.id,
+        fleet=fleet.name,
+        broker=BrokerAddress.parse(args.broker),
+        pack=args.pack,
+        data=args.data,
+        state=args.state,
+        budget=device.budget,
+        threads=args.threads,
+        codec=args.codec,
+        costs=costs,
+    )
+    Agent(config).run()

@@ -1,0 +1,124 @@
+"""``fleetune demo``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fleetune.tools.commands.options import add_command
+from fleetune.tools.commands.serve import add_job_options
+
+
+def register(subparsers: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        subparsers,
+        "demo",
+        summary="run a whole fleet on this machine",
+        description=(
+            "Run a whole fleet on this machine: the embedded MQTT 5 broker, the aggregator and four device agents, each\n"
+            "a process of its own, with the budgets of four different boards. They train FedMS on a real backbone and\n"
+            "real data; the baselines run on the same splits. Leaves report.json and report.html. Ctrl-C stops all\n"
+            "processes; the same command goes on where it stopped. Needs the `all` extra."
+        ),
+        examples=(
+            "  fleetune demo\n"
+            "  fleetune demo --out runs/images --task images\n"
+            "  fleetune demo --out runs/mine --backbone models/my-bert --global-rounds 10 --seed 7\n"
+            "  fleetune demo --out runs/lab --broker mqtt://127.0.0.1:1883      use a broker that runs already\n"
+        ),
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path("runs/demo"), help="folder of the run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--task",
+        choices=("text", "images"),
+        default="text",
+        help="text: MiniLM on film reviews; images: a ViT on Fashion-MNIST (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--backbone", metavar="DIR", type=Path, help="folder in Hugging Face format to use instead of the task's own"
+    )
+    parser.add_argument("--broker", metavar="URL", help="a broker that runs already (default: the embedded one)")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=300,
+        metavar="N",
+        help="training samples of each device; a quarter as many validate, half as many test (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    add_job_options(parser)
+    parser.set_defaults(run=_run, jobs=None, max_depth=4, learning_rate=2e-3, sal_start=2, sal_threshold=0.05)
+
+
+_OWN = {"run", "command", "out", "json", "broker"}
+_TRAINED = (
+    "global_rounds",
+    "personal_rounds",
+    "epochs",
+    "batch",
+    "learning_rate",
+    "weight_decay",
+    "max_depth",
+    "sal_start",
+    "sal_step",
+    "sal_window",
+    "sal_threshold",
+    "gate_rank",
+    "gate_learning_rate",
+    "gate_split",
+    "mix",
+    "seed",
+)
+
+
+def _run(args: argparse.Namespace) -> None:
+    import json
+    from importlib.util import find_spec
+
+    from fleetune.edge.protocol.errors import ConfigError
+    from fleetune.edge.protocol.link import BrokerAddress
+
+    missing = [name for name in ("iotcore", "jinja2", "matplotlib", "rich") if not find_spec(name)]
+    if missing:
+        raise ConfigError(f"the demo needs {', '.join(missing)}", "pip install 'fleetune[all]'")
+    if args.samples < 16:
+        raise ConfigError(f"--samples: {args.samples} is out of range", "use 16 or more")
+
+    from fleetune.tools.demo.folder import RunFolder
+    from fleetune.tools.demo.run import DemoOptions, check_report, print_summary, run_demo
+    from fleetune.tools.demo.task import Task
+    from rich.console import Console
+
+    jobs = args.jobs or ["frozen-head", "standalone", "fedms"]
+    if "fedms" not in jobs:
+        raise ConfigError(f"--job: {', '.join(jobs)} without fedms", "add --job fedms: the report is about it")
+    trained = [part for job in jobs for part in ("--job", job)]
+    for name in _TRAINED:
+        if getattr(args, name) is not None:
+            trained += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    options = DemoOptions(
+        task=Task(args.task, args.backbone, args.samples, args.samples // 4, args.samples // 2, args.seed),
+        jobs=trained,
+        max_depth=args.max_depth,
+        epochs=args.epochs,
+        batch=args.batch,
+        broker=BrokerAddress.parse(args.broker) if args.broker else None,
+        record={
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()
+            if name not in _OWN
+        }
+        | {"jobs": jobs},
+    )
+    folder = RunFolder(args.out)
+    console = Console(stderr=args.json)
+    report = run_demo(folder, options, console)
+    if args.json:
+        print(json.dumps({"report": str(folder.report), **report["summary"]}, indent=2))  # noqa: T201
+    else:
+        print_summary(report, folder, console)
+    check_report(report)

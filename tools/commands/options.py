@@ -1,0 +1,50 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_command(
+    subparsers: Any, name: str, *, summary: str, description: str, examples: str
+) -> argparse.ArgumentParser:
+    """Add a command whose help ends with examples."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def add_broker(parser: argparse.ArgumentParser) -> None:
+    """``--broker``."""
+    parser.add_argument(
+        "--broker",
+        metavar="URL",
+        default="mqtt://127.0.0.1:1883",
+        help="MQTT 5 broker, mqtt://host[:port] (default: %(default)s)",
+    )
+
+
+def add_fleet(parser: argparse.ArgumentParser) -> None:
+    """``--fleet``."""
+    parser.add_argument(
+        "--fleet", metavar="FILE", type=Path, required=True, help="fleet file: devices, profiles, budgets"
+    )
+
+
+def add_pack(parser: argparse.ArgumentParser) -> None:
+    """``--pack``."""
+    parser.add_argument("--pack", metavar="DIR", type=Path, required=True, help="pack, as `fleetune pack` wrote it")
+
+
+def add_state(parser: argparse.ArgumentParser) -> None:
+    """``--state``."""
+    parser.add_argument(
+        "--state", metavar="DIR", type=Path, required=True, help="folder that survives restarts; created if missing"
+    )

@@ -1,0 +1,115 @@
+"""``fleetune pack``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from fleetune.tools.commands.options import add_command
+
+
+def register(subparsers: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        subparsers,
+        "pack",
+        summary="compile a backbone into a pack, or check one",
+        description=(
+            "Compile a backbone into a pack: NF4 weights and the ONNX graphs of its forward and backward passes.\n"
+            "A device trains from the pack with ONNX Runtime and NumPy alone. BACKBONE is a folder in Hugging Face\n"
+            "format (BERT or DINOv2), or the name of an asset (see `fleetune assets`). Needs the `pack` extra."
+        ),
+        examples=(
+            "  fleetune pack minilm --out packs/minilm\n"
+            "  fleetune pack models/my-bert --out packs/my-bert --rank 16 --targets query,key,value --max-length 128\n"
+            "  fleetune pack focus-vit --out packs/vit --image-size 56\n"
+            "  fleetune pack minilm --check packs/minilm      compare with torch, print the errors\n"
+        ),
+    )
+    parser.add_argument("backbone", metavar="BACKBONE", help="folder in Hugging Face format, or name of an asset")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", metavar="DIR", type=Path, help="write the pack here; must not exist")
+    what.add_argument("--check", metavar="DIR", type=Path, help="compare this pack with the torch reference")
+    parser.add_argument("--rank", type=int, default=8, metavar="N", help="rank of the adapters (default: %(default)s)")
+    parser.add_argument(
+        "--targets",
+        default="query,value",
+        metavar="LIST",
+        help="linear maps that carry an adapter: query, key, value, output, fc1, fc2 (default: %(default)s)",
+    )
+    parser.add_argument("--max-length", type=int, default=64, metavar="N", help="longest text (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, metavar="N", help="side of the pictures (default: the backbone's)")
+    parser.add_argument("--licence", default="unknown", metavar="ID", help="licence of the weights, for the manifest")
+    parser.add_argument("--json", action="store_true", help="with --check: print JSON")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from fleetune.tools.assets import ASSETS, fetch
+    from fleetune.tools.pack.require import require_pack_extra
+
+    require_pack_extra()
+    if args.backbone in ASSETS:
+        asset = ASSETS[args.backbone]
+        source, name, licence, origin = fetch(asset.name), asset.name, asset.licence, str(asset.carrier)
+    else:
+        source, licence, origin = Path(args.backbone), args.licence, args.backbone
+        name = source.name
+    if args.check:
+        return _check(args, source)
+    return _write(args, source, name, licence, origin)
+
+
+def _write(args: argparse.Namespace, source: Path, name: str, licence: str, origin: str) -> int:
+    from rich.console import Console
+
+    from fleetune.tools.pack.write import write_pack
+
+    console = Console(stderr=True)
+    with console.status("starts") as status:
+        pack = write_pack(
+            source,
+            args.out,
+            name=name,
+            licence=licence,
+            origin=origin,
+            rank=args.rank,
+            targets=args.targets.split(","),
+            max_length=args.max_length,
+            image_size=args.image_size,
+            on_step=status.update,
+        )
+    manifest = pack.manifest
+    size = sum(file.bytes for file in manifest.files.values()) / 2**20
+    console.print(
+        f"{args.out}: {manifest.backbone.id}, {manifest.blocks} blocks of width {manifest.width}, "
+        f"rank {manifest.rank} on {', '.join(manifest.targets)}, {size:.1f} MiB, SHA-256 {pack.sha256[:12]}…"
+    )
+    return 0
+
+
+def _check(args: argparse.Namespace, source: Path) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fleetune.edge.pack.pack import Pack
+    from fleetune.tools.pack.check import TOLERANCE, check_pack
+
+    checks = check_pack(Pack.open(args.check), source)
+    passed = all(check.passed for check in checks)
+    if args.json:
+        document = {
+            "pack": str(args.check),
+            "tolerance": TOLERANCE,
+            "passed": passed,
+            "checks": [{"what": check.what, "error": check.error, "passed": check.passed} for check in checks],
+        }
+        print(json.dumps(document, indent=2))  # noqa: T201
+    else:
+        table = Table("compared with torch", "largest error", "", title=f"{args.check} (tolerance {TOLERANCE:g})")
+        for check in checks:
+            table.add_row(check.what, f"{check.error:.1e}", "ok" if check.passed else "[red]too large[/red]")
+        Console().print(table)
+    return 0 if passed else 1

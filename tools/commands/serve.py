@@ -1,0 +1,104 @@
+"""``fleetune serve``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fleetune.tools.commands.options import add_broker, add_command, add_fleet, add_pack, add_state
+
+
+def register(subparsers: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        subparsers,
+        "serve",
+        summary="run the aggregator",
+        description=(
+            "Run the aggregator until its jobs are done. Every update is journaled before it is acknowledged; start\n"
+            "the same command again after a crash and it goes on in the middle of the round."
+        ),
+        examples=(
+            "  fleetune serve --fleet fleet.yaml --pack packs/minilm --classes 2 --state aggregator\n"
+            "  fleetune serve --fleet fleet.yaml --pack packs/minilm --classes 2 --state aggregator \\\n"
+            "                 --job standalone --job fedms --global-rounds 10 --personal-rounds 5\n"
+        ),
+    )
+    add_fleet(parser)
+    add_pack(parser)
+    add_broker(parser)
+    add_state(parser)
+    add_job_options(parser)
+    parser.add_argument("--classes", type=int, required=True, metavar="N", help="classes of the task")
+    parser.add_argument(
+        "--quorum", type=int, metavar="N", help="updates that close a round at its deadline (default: all devices)"
+    )
+    parser.add_argument(
+        "--deadline", type=float, default=600.0, metavar="S", help="seconds a round may take (default: %(default)s)"
+    )
+    parser.set_defaults(run=_run)
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """What is trained, and how; `fleetune demo` has the same options."""
+    group = parser.add_argument_group("what is trained")
+    group.add_argument(
+        "--job",
+        dest="jobs",
+        action="append",
+        choices=("fedms", "standalone", "frozen-head"),
+        metavar="METHOD",
+        help="fedms, standalone or frozen-head; may be given several times (default: fedms)",
+    )
+    group.add_argument("--global-rounds", type=int, default=6, metavar="N", help="FedMS stage 1 (default: %(default)s)")
+    group.add_argument("--personal-rounds", type=int, default=3, metavar="N", help="FedMS stage 2 (default: %(default)s)")
+    group.add_argument("--epochs", type=int, default=1, metavar="N", help="local epochs a round (default: %(default)s)")
+    group.add_argument("--batch", type=int, default=16, metavar="N", help="samples a step (default: %(default)s)")
+    group.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="of Adam (default: %(default)s)")
+    group.add_argument("--weight-decay", type=float, default=0.01, metavar="X", help="of Adam (default: %(default)s)")
+    group.add_argument(
+        "--max-depth", type=int, metavar="N", help="deepest that any device may train (default: all blocks)"
+    )
+    group.add_argument("--sal-start", type=int, default=1, metavar="N", help="SAL: first depth (default: %(default)s)")
+    group.add_argument("--sal-step", type=int, default=1, metavar="N", help="SAL: blocks added (default: %(default)s)")
+    group.add_argument(
+        "--sal-window", type=int, default=2, metavar="N", help="SAL: results in the queue (default: %(default)s)"
+    )
+    group.add_argument(
+        "--sal-threshold", type=float, default=0.01, metavar="X", help="SAL: gain below which it deepens (default: %(default)s)"
+    )
+    group.add_argument("--gate-rank", type=int, default=8, metavar="N", help="of the gate adapter (default: %(default)s)")
+    group.add_argument(
+        "--gate-learning-rate", type=float, default=1e-4, metavar="X", help="of the gate (default: %(default)s)"
+    )
+    group.add_argument(
+        "--gate-split", choices=("train", "val"), default="train", help="samples of the gate (default: %(default)s)"
+    )
+    group.add_argument(
+        "--mix", choices=("logits", "features"), default="logits", help="where experts are mixed (default: %(default)s)"
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
+
+
+def _run(args: argparse.Namespace) -> None:
+    from fleetune.edge.pack.pack import Pack
+    from fleetune.edge.protocol.errors import ConfigError
+    from fleetune.edge.protocol.link import BrokerAddress
+    from fleetune.profiles.fleet import read_fleet
+    from fleetune.server.aggregator import Aggregator, AggregatorConfig
+    from fleetune.tools.jobs import build_jobs
+
+    fleet = read_fleet(args.fleet)
+    quorum = args.quorum or len(fleet.devices)
+    if not 1 <= quorum <= len(fleet.devices):
+        raise ConfigError(f"--quorum: {quorum} is out of range", f"choose from 1 to {len(fleet.devices)}")
+    config = AggregatorConfig(
+        fleet=fleet.name,
+        broker=BrokerAddress.parse(args.broker),
+        state=args.state,
+        jobs=build_jobs(args, Pack.open(args.pack).manifest, classes=args.classes),
+        devices=frozenset(device.id for device in fleet.devices),
+        quorum=quorum,
+        deadline_s=args.deadline,
+    )
+    Aggregator(config).run()

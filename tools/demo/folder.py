@@ -1,0 +1,183 @@
+"""A run's folder: what is where, whether it may be used, and everything that is made before the fleet starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import yaml
+
+from fleetune.edge.engine.dataset import read_dataset, typical_length
+from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.errors import RunFolderError
+from fleetune.edge.protocol.files import write_atomic
+from fleetune.edge.protocol.messages import encode
+from fleetune.edge.resources.costs import Costs, measure
+from fleetune.edge.resources.planner import CPU_MARGIN, Workload, candidates
+from fleetune.profiles.yamlfile import read_yaml
+from fleetune.tools.demo.task import Task
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run."""
+
+    path: Path
+
+    @property
+    def options(self) -> Path:
+        """The options it was started with."""
+        return self.path / "run.json"
+
+    @property
+    def pack(self) -> Path:
+        """The pack."""
+        return self.path / "pack"
+
+    @property
+    def fleet(self) -> Path:
+        """The fleet file."""
+        return self.path / "fleet.yaml"
+
+    @property
+    def costs(self) -> Path:
+        """What training costs on this machine."""
+        return self.path / "costs.json"
+
+    @property
+    def aggregator(self) -> Path:
+        """The aggregator's state."""
+        return self.path / "aggregator"
+
+    @property
+    def report(self) -> Path:
+        """The report as JSON."""
+        return self.path / "report.json"
+
+    @property
+    def page(self) -> Path:
+        """The report to read."""
+        return self.path / "report.html"
+
+    def device(self, device: str) -> Path:
+        """A device's state."""
+        return self.path / "devices" / device
+
+    def data(self, device: str, suffix: str) -> Path:
+        """A device's samples."""
+        return self.path / "data" / f"{device}{suffix}"
+
+    def log(self, process: str) -> Path:
+        """What a process wrote."""
+        return self.path / "logs" / f"{process}.log"
+
+    def claim(self, options: dict[str, Any]) -> bool:
+        """Take the folder for a run with these options.
+
+        Returns:
+            Whether an interrupted run goes on.
+
+        Raises:
+            RunFolderError: It holds a finished run, a run with other options, or something else.
+        """
+        if self.report.exists():
+            raise RunFolderError(
+                f"{self.path} holds a finished run", f"read {self.page}, or name another folder with --out"
+            )
+        if self.options.exists():
+            earlier = json.loads(self.options.read_text(encoding="utf-8"))
+            changed = sorted(name for name in earlier.keys() | options.keys() if earlier.get(name) != options.get(name))
+            if changed:
+                raise RunFolderError(
+                    f"{self.path} holds an interrupted run with another {', '.join(changed)}",
+                    "start it with the same options to go on, or name another folder with --out",
+                )
+            return True
+        if self.path.exists() and any(self.path.iterdir()):
+            raise RunFolderError(f"{self.path} is not empty and holds no run", "name another folder with --out")
+        write_atomic(self.options, json.dumps(options, indent=1).encode())
+        return False
+
+
+class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    id: str
+    profile: str
+    memory: str
+    cpu_share: float
+
+
+class _Template(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    fleet: str
+    devices: list[_Entry]
+
+
+def prepare(
+    folder: RunFolder, task: Task, *, max_depth: int | None, epochs: int, batch: int, say: Callable[[str], None]
+) -> Pack:
+    """Make what is not there yet: the pack, the data, the costs and the fleet file.
+
+    Args:
+        folder: The run's folder.
+        task: Backbone and data.
+        max_depth: Deepest that any device may train; all blocks if None.
+        epochs: Local epochs a round.
+        batch: Samples an optimiser step.
+        say: Is told what happens next.
+    """
+    if not folder.pack.exists():
+        say(f"packs the backbone {task.backbone}")
+        task.write_pack(folder.pack)
+    pack = Pack.open(folder.pack)
+    template = read_yaml(Path(__file__).with_name("fleet.yaml"), _Template, "install Fleetune again")
+    files = {entry.id: folder.data(entry.id, task.suffix) for entry in template.devices}
+    if not all(file.exists() for file in files.values()):
+        say(f"splits the data set {task.data} among {len(files)} devices")
+        task.write_data(list(files.values()))
+    datasets = {device: read_dataset(file, pack) for device, file in files.items()}
+    if not folder.costs.exists():
+        lengths = np.concatenate([dataset.lengths for dataset in datasets.values()])
+        costs = measure(
+            pack,
+            next(iter(files.values())),
+            threads=1,
+            length=int(lengths.max()),
+            typical=max(typical_length(dataset.lengths) for dataset in datasets.values()),
+            on_trial=lambda done, total: say(f"measures what training costs on this machine ({done} of {total})"),
+        )
+        write_atomic(folder.costs, encode(costs))
+    costs = msgspec.json.decode(folder.costs.read_bytes(), type=Costs)
+    if not folder.fleet.exists():
+        some = next(iter(datasets.values()))
+        workload = Workload(
+            train=len(some.indices("train")),
+            evaluate=len(some.indices("val")) + len(some.indices("test")),
+            epochs=epochs,
+            batch=batch,
+            max_depth=max_depth or pack.manifest.blocks,
+        )
+        write_atomic(folder.fleet, _fleet_file(template, _full_round(costs, workload)).encode())
+    return pack
+
+
+def _full_round(costs: Costs, workload: Workload) -> float:
+    """CPU seconds that a round at full depth is planned with, margin included, when memory does not matter."""
+    deepest = [plan.cpu_s for plan in candidates(costs, workload) if plan.depth == workload.max_depth]
+    return min(deepest) * (1 + CPU_MARGIN)
+
+
+def _fleet_file(template: _Template, full_round: float) -> str:
+    devices = [
+        {
+            "id": entry.id,
+            "profile": entry.profile,
+            "budget": {"memory": entry.memory, "cpu_seconds": round(entry.cpu_share * full_round, 2)},
+        }
+        for entry in template.devices
+    ]
+    head = "# Written by `fleetune demo`: budgets are the demo's choices, not measurements of these boards.\n"
+    return head + yaml.safe_dump({"schema": 1, "fleet": template.fleet, "devices": devices}, sort_keys=False)

@@ -1,0 +1,169 @@
+"""The demo from beginning to end."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.errors import RunFailedError
+from fleetune.edge.protocol.files import write_atomic
+from fleetune.edge.protocol.link import BrokerAddress
+from fleetune.profiles.fleet import Fleet, read_fleet
+from fleetune.server.broker import free_port
+from fleetune.tools.demo.folder import RunFolder, prepare
+from fleetune.tools.demo.page import write_page
+from fleetune.tools.demo.processes import Processes, processes
+from fleetune.tools.demo.report import RunFacts, build_report
+from fleetune.tools.demo.task import Task
+from fleetune.tools.demo.watch import Watch
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+_LINE_EVERY = 10.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What to run.
+
+    Attributes:
+        task: Backbone and data.
+        jobs: Options of ``fleetune serve`` that say what is trained.
+        max_depth: Deepest that any device may train; all blocks if None.
+        epochs: Local epochs a round.
+        batch: Samples an optimiser step.
+        broker: A broker to use; the embedded one if None.
+        record: All options, as they are compared when a run goes on and shown in the report.
+    """
+
+    task: Task
+    jobs: list[str]
+    max_depth: int | None
+    epochs: int
+    batch: int
+    broker: BrokerAddress | None
+    record: dict[str, Any]
+
+
+def run_demo(folder: RunFolder, options: DemoOptions, console: Console) -> dict[str, Any]:
+    """Run a fleet on this machine and write its report.
+
+    Raises:
+        FleetuneError: Something is missing or failed; what was done so far stays in the folder.
+    """
+    start = time.monotonic()
+    if folder.claim(options.record):
+        console.print(f"{folder.path}: goes on with an interrupted run")
+    with console.status("starts") as status:
+        if not console.is_terminal:
+            console.print("packs the backbone, splits the data, measures this machine")
+        pack = prepare(
+            folder,
+            options.task,
+            max_depth=options.max_depth,
+            epochs=options.epochs,
+            batch=options.batch,
+            say=status.update,
+        )
+    fleet = read_fleet(folder.fleet)
+    before = pack.weights_sha256()
+    with processes() as running:
+        address = options.broker or _start_broker(folder, running)
+        with Watch(address, fleet) as watch:
+            _start_fleet(folder, options, fleet, address, running)
+            _follow(watch, running, console)
+        running.stop([device.id for device in fleet.devices])
+    facts = RunFacts(
+        seconds=time.monotonic() - start,
+        seed=options.task.seed,
+        broker=f"rumqttd (iotcore {version('iotcore')})" if options.broker is None else "external",
+        url=str(address),
+        sha256_before=before,
+        sha256_after=Pack.open(folder.pack).weights_sha256(),
+        settings=options.record,
+    )
+    task = options.task
+    data = {"name": task.data, "train": task.train, "val": task.val, "test": task.test, "classes": task.classes}
+    report = build_report(folder.aggregator, fleet, pack, data, facts)
+    write_page(report, folder.page)
+    write_atomic(folder.report, json.dumps(report, indent=1).encode())
+    return report
+
+
+def _start_broker(folder: RunFolder, running: Processes) -> BrokerAddress:
+    port = free_port()
+    running.start("broker", folder.log("broker"), ["broker", "--port", str(port)])
+    return BrokerAddress("127.0.0.1", port)
+
+
+def _start_fleet(
+    folder: RunFolder, options: DemoOptions, fleet: Fleet, address: BrokerAddress, running: Processes
+) -> None:
+    common = ["--fleet", str(folder.fleet), "--pack", str(folder.pack), "--broker", str(address)]
+    serve = ["serve", *common, "--state", str(folder.aggregator), "--classes", str(options.task.classes)]
+    running.start("aggregator", folder.log("aggregator"), [*serve, *options.jobs])
+    for device in fleet.devices:
+        data, state = folder.data(device.id, options.task.suffix), folder.device(device.id)
+        agent = ["agent", *common, "--id", device.id, "--data", str(data), "--state", str(state)]
+        running.start(
+            device.id, folder.log(device.id), [*agent, "--threads", "1", "--costs", str(folder.costs)]
+        )
+
+
+def _follow(watch: Watch, running: Processes, console: Console) -> None:
+    """Show the fleet until the aggregator is done."""
+    last, said = 0.0, ""
+    with Live(console=console, auto_refresh=False, transient=False) as live:
+        while not running.ended("aggregator"):
+            running.check()
+            watch.update(timeout=0.5)
+            if console.is_terminal:
+                live.update(watch.render(), refresh=True)
+            elif time.monotonic() - last > _LINE_EVERY and (line := watch.line()) != said:
+                last, said = time.monotonic(), line
+                console.print(line)
+
+
+def print_summary(report: dict[str, Any], folder: RunFolder, console: Console) -> None:
+    """What came out, in a few lines."""
+    budgets = Table("device", box=box.SIMPLE, title="budgets", title_justify="left")
+    for heading in ("active depth", "bound by", "peak / budget, MiB", "CPU s a round, most / budget"):
+        budgets.add_column(heading, justify="right")
+    names = list(report["summary"]["accuracy"])
+    accuracy = Table("device", box=box.SIMPLE, title="accuracy on unseen samples", title_justify="left")
+    for name in names:
+        accuracy.add_column(name.replace("_", " "), justify="right")
+    for device in report["devices"]:
+        budgets.add_row(
+            device["id"],
+            f"{max(device['blocks_active'])} of {device['blocks_total']}",
+            device["plan"]["bound_by"],
+            f"{device['peak_mib']:.0f} / {device['budget_mib']:.0f}",
+            f"{max(device['cpu_s']):.1f} / {device['budget_cpu_s']:.1f}",
+        )
+        accuracy.add_row(device["id"], *(f"{device['accuracy'][name]:.3f}" for name in names))
+    accuracy.add_row("mean", *(f"{report['summary']['accuracy'][name]:.3f}" for name in names), style="bold")
+    console.print(budgets, accuracy, sep="\n")
+    console.print(f"{report['seconds']:.0f} s; report: {folder.page} and {folder.report}")
+
+
+def check_report(report: dict[str, Any]) -> None:
+    """Make sure that the run kept its promises.
+
+    Raises:
+        RunFailedError: A process exceeded its memory budget, or the backbone changed.
+    """
+    over = [device["id"] for device in report["devices"] if device["peak_mib"] > device["budget_mib"]]
+    if over:
+        raise RunFailedError(
+            f"the memory budget of {', '.join(over)} was exceeded", "see report.json; please report this as a bug"
+        )
+    if report["backbone"]["sha256_before"] != report["backbone"]["sha256_after"]:
+        raise RunFailedError("the backbone's weights changed during the run", "check the disk")

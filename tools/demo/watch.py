@@ -1,0 +1,88 @@
+"""The live table: where each device of a fleet stands, from the presence messages on the broker."""
+
+from __future__ import annotations
+
+from fleetune.edge.protocol.errors import MessageError
+from fleetune.edge.protocol.link import BrokerAddress, Link, Received
+from fleetune.edge.protocol.messages import Presence, decode
+from fleetune.edge.protocol.topics import Topics
+from fleetune.profiles.fleet import Fleet
+from rich.console import Group
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+_COLOURS = {"working": "cyan", "online": "green", "idle": "green", "failed": "red", "offline": "dim"}
+
+
+class Watch:
+    """Listens to a fleet.
+
+    Args:
+        broker: Where the broker listens.
+        fleet: Whose devices to show.
+    """
+
+    def __init__(self, broker: BrokerAddress, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._topics = Topics(fleet.name)
+        self._presence: dict[str, Presence] = {}
+        topics = [self._topics.presence("+"), self._topics.aggregator_presence]
+        nobody = Presence(name="watch", state="offline", boot=0, kit="")
+        will = (self._topics.down("watch", "gone"), nobody.name.encode())
+        self._link = Link(broker, f"{fleet.name}-watch", subscriptions=topics, will=will)
+
+    def __enter__(self) -> Watch:
+        self._link.connect()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._link.close()
+
+    def update(self, timeout: float) -> None:
+        """Take what arrives within ``timeout`` seconds."""
+        for event in self._link.events(timeout):
+            if isinstance(event, Received):
+                try:
+                    presence = decode(event.payload, Presence)
+                except MessageError:
+                    continue  # somebody else's retained message: nothing to show
+                self._presence[presence.name] = presence
+
+    def line(self) -> str:
+        """What the fleet does now, in one line."""
+        aggregator = self._presence.get("aggregator")
+        if aggregator is None or "job" not in aggregator.facts:
+            return aggregator.detail if aggregator else "starts"
+        facts = aggregator.facts
+        return (
+            f"{facts['job']}: {facts['stage']} round {facts['round']} of {int(facts['rounds']) - 1}, "
+            f"depth {facts['depth']} asked for, {facts['updates']} of {len(self._fleet.devices)} updates"
+        )
+
+    def render(self) -> Group:
+        """The table."""
+        table = Table(expand=True)
+        for heading in ("device", "state", "plan", "round", "", "loss", "accuracy", "up", "down"):
+            table.add_column(heading, justify="right" if heading in ("loss", "accuracy", "up", "down") else "left")
+        for device in self._fleet.devices:
+            presence = self._presence.get(device.id)
+            facts = presence.facts if presence else {}
+            state = presence.state if presence else "offline"
+            plan = f"{facts['plan']} ({facts['bound_by']})" if "plan" in facts else ""
+            table.add_row(
+                f"{device.id}\n[dim]{device.profile.name}[/dim]",
+                Text(state, style=_COLOURS[state]),
+                plan,
+                f"{facts.get('stage', '')} {facts.get('round', '')}",
+                ProgressBar(total=1.0, completed=float(facts.get("progress", 0.0)), width=10),
+                f"{facts['loss']:.3f}" if "loss" in facts else "",
+                f"{facts['test']:.3f}" if "test" in facts else "",
+                _bytes(facts.get("bytes_up", 0)),
+                _bytes(facts.get("bytes_down", 0)),
+            )
+        return Group(table, Text(self.line(), style="bold"))
+
+
+def _bytes(count: float | int | str | bool) -> str:
+    return f"{int(count) / 1024:.0f} KiB"

@@ -1,0 +1,66 @@
+"""Turns the options of a command into the aggregator's jobs."""
+
+from __future__ import annotations
+
+import argparse
+
+from fleetune.edge.engine.expert import Expert, Layout
+from fleetune.edge.methods.fedms.gate import ADAPTER, Gate
+from fleetune.edge.pack.manifest import Manifest
+from fleetune.edge.protocol.errors import ConfigError
+from fleetune.server.job import Job, ScheduleSettings
+
+
+def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int) -> tuple[Job, ...]:
+    """The jobs that ``--job`` and its companions ask for.
+
+    Raises:
+        ConfigError: An option is out of range.
+    """
+    max_depth = args.max_depth if args.max_depth is not None else manifest.blocks
+    least = {"batch": 1, "epochs": 1, "global_rounds": 1, "personal_rounds": 1, "sal_start": 1, "gate_rank": 1}
+    least |= {"sal_step": 0, "sal_window": 2, "seed": 0}
+    for name, minimum in least.items():
+        if getattr(args, name) < minimum:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option}: {getattr(args, name)} is out of range", f"use {minimum} or more")
+    if not 1 <= max_depth <= manifest.blocks:
+        raise ConfigError(f"--max-depth: {max_depth} is out of range", f"choose from 1 to {manifest.blocks}")
+    if classes < 2:
+        raise ConfigError(f"--classes: {classes} is out of range", "a task has at least 2 classes")
+    common: dict[str, float | int | str | bool] = {
+        "classes": classes,
+        "seed": args.seed,
+        "max_depth": max_depth,
+        "epochs": args.epochs,
+        "batch": args.batch,
+        "learning_rate": args.learning_rate,
+        "weight_decay": args.weight_decay,
+    }
+    gate: dict[str, float | int | str | bool] = {
+        "gate_rank": args.gate_rank,
+        "gate_learning_rate": args.gate_learning_rate,
+        "gate_epochs": 5,
+        "gate_split": args.gate_split,
+        "mix": args.mix,
+    }
+    schedule = ScheduleSettings(args.sal_start, args.sal_step, args.sal_window, args.sal_threshold)
+    shapes = {name: tensor.shape for name, tensor in Expert(Layout.of(manifest, classes)).tensors.items()}
+    shapes |= {name: Gate(manifest.width, args.gate_rank, 0).tensors[name].shape for name in ADAPTER}
+    rounds = {
+        "fedms": {"global": args.global_rounds, "personal": args.personal_rounds},
+        "standalone": {"train": args.global_rounds + args.personal_rounds},
+        "frozen-head": {"train": 1},
+    }
+    return tuple(
+        Job(
+            id=method,
+            method=method,
+            backbone=manifest.backbone.sha256,
+            shapes=shapes,
+            rounds=rounds[method],
+            settings=common | gate if method == "fedms" else common,
+            schedule=schedule,
+        )
+        for method in dict.fromkeys(args.jobs or ["fedms"])
+    )

@@ -1,0 +1,319 @@
+"""The transformer architectures that Fleetune packs: what their weights are called, and how they compute.
+
+Each architecture names its tensors once (Hugging Face key → canonical name) and writes its forward pass with
+:class:`~fleetune.tools.pack.graph.Graph`. Everything else (quantisation, backward passes, the pack's files)
+is the same for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from fleetune.tools.pack.graph import Graph, Tensor
+
+LINEARS = ("query", "key", "value", "output", "fc1", "fc2")
+"""The linear maps of a block; each may carry an adapter."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of a backbone.
+
+    Attributes:
+        blocks: Number of transformer blocks, L.
+        width: Width of the hidden state, d.
+        heads: Attention heads.
+        hidden: Width of the feed-forward layer.
+        epsilon: Epsilon of every layer normalisation.
+        length: Longest sequence: tokens of text, or patches and the class token of a picture.
+    """
+
+    blocks: int
+    width: int
+    heads: int
+    hidden: int
+    epsilon: float
+    length: int
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """Symbolic weights of one block, and the adapters of those linear maps that carry one.
+
+    Attributes:
+        tensors: Canonical name (``query.weight``, ``norm1.bias`` …) → graph input.
+        adapters: Linear map → (A of shape [in, r], B of shape [r, out]).
+    """
+
+    tensors: Mapping[str, Tensor]
+    adapters: Mapping[str, tuple[Tensor, Tensor]]
+
+    def linear(self, graph: Graph, name: str, x: Tensor) -> Tensor:
+        """``x Wᵀ + b``, and ``+ (x A) B`` where the map carries an adapter (LoRA: Hu et al. 2021, eq. 3, α = r)."""
+        y = graph.gemm(x, self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"], trans_b=True)
+        if name in self.adapters:
+            a, b = self.adapters[name]
+            y = graph.gemm(graph.gemm(x, a), b, y)
+        return y
+
+
+class Architecture(Protocol):
+    """One family of backbones."""
+
+    modality: str
+    """``text`` or ``image``."""
+
+    def geometry(self, config: Mapping[str, Any], image_size: int | None) -> Geometry:
+        """Read the sizes from a Hugging Face configuration."""
+        ...
+
+    def block_keys(self, index: int) -> dict[str, str]:
+        """Hugging Face key → canonical name, for one block."""
+        ...
+
+    def outer_keys(self) -> dict[str, str]:
+        """Hugging Face key → canonical name, for the tensors around the blocks."""
+        ...
+
+    def ignored(self, key: str) -> bool:
+        """Whether a tensor of the checkpoint takes no part in the features (a pooler, a mask token)."""
+        ...
+
+    def prepare(
+        self, outer: dict[str, np.ndarray[Any, Any]], config: Mapping[str, Any], geometry: Geometry
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Turn the outer checkpoint tensors into those the graphs take."""
+        ...
+
+    def embed(self, graph: Graph, sample: Tensor, outer: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
+        """Hidden state [b, t, d] before the first block."""
+        ...
+
+    def block(self, graph: Graph, h: Tensor, mask: Tensor, weights: BlockWeights, geometry: Geometry) -> Tensor:
+        """Hidden state [b, t, d] after one block; ``mask`` [b, 1, t] is 1 for real tokens and 0 for padding."""
+        ...
+
+    def pool(
+        self, graph: Graph, h: Tensor, mask: Tensor, outer: Mapping[str, Tensor], geometry: Geometry
+    ) -> Tensor:
+        """Features [b, d] from the hidden state after the last block."""
+        ...
+
+
+def _attention(graph: Graph, x: Tensor, mask: Tensor, weights: BlockWeights, geometry: Geometry) -> Tensor:
+    """Multi-head self-attention (Vaswani et al. 2017, eq. 1) on the flat tokens [n, d], output projection included."""
+    heads, size = geometry.heads, geometry.width // geometry.heads
+
+    def split(name: str) -> Tensor:
+        return graph.reshape(weights.linear(graph, name, x), ("b", "t", heads, size))
+
+    query = graph.transpose(split("query"), (0, 2, 1, 3))
+    key = graph.transpose(split("key"), (0, 2, 3, 1))
+    value = graph.transpose(split("value"), (0, 2, 1, 3))
+    scores = graph.mul(graph.matmul(query, key), 1 / math.sqrt(size))
+    # A token that is padding gets a score of −1e9 from everyone, which softmax turns into an exact zero.
+    hidden = graph.add(graph.mul(mask, 1e9), graph.constant(np.float32(-1e9)))
+    probabilities = graph.softmax(graph.add(scores, graph.unsqueeze(hidden, 1)))
+    context = graph.transpose(graph.matmul(probabilities, value), (0, 2, 1, 3))
+    return weights.linear(graph, "output", graph.reshape(context, ("n", geometry.width)))
+
+
+def _feed_forward(graph: Graph, x: Tensor, weights: BlockWeights) -> Tensor:
+    return weights.linear(graph, "fc2", graph.gelu(weights.linear(graph, "fc1", x)))
+
+
+def _norm(graph: Graph, x: Tensor, name: str, tensors: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
+    return graph.layer_norm(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"], geometry.epsilon)
+
+
+def _with_suffixes(keys: Mapping[str, str]) -> dict[str, str]:
+    return {f"{hf}.{kind}": f"{name}.{kind}" for hf, name in keys.items() for kind in ("weight", "bias")}
+
+
+@dataclass(frozen=True)
+class Bert:
+    """BERT (Devlin et al. 2018): normalisation after each residual sum; features are the mean over real tokens."""
+
+    modality: str = "text"
+
+    def geometry(self, config: Mapping[str, Any], image_size: int | None) -> Geometry:
+        """Read the sizes from a Hugging Face configuration."""
+        del image_size
+        return Geometry(
+            blocks=int(config["num_hidden_layers"]),
+            width=int(config["hidden_size"]),
+            heads=int(config["num_attention_heads"]),
+            hidden=int(config["intermediate_size"]),
+            epsilon=float(config["layer_norm_eps"]),
+            length=int(config["max_position_embeddings"]),
+        )
+
+    def block_keys(self, index: int) -> dict[str, str]:
+        """Hugging Face key → canonical name, for one block."""
+        stem = f"encoder.layer.{index}"
+        return _with_suffixes(
+            {
+                f"{stem}.attention.self.query": "query",
+                f"{stem}.attention.self.key": "key",
+                f"{stem}.attention.self.value": "value",
+                f"{stem}.attention.output.dense": "output",
+                f"{stem}.attention.output.LayerNorm": "norm1",
+                f"{stem}.intermediate.dense": "fc1",
+                f"{stem}.output.dense": "fc2",
+                f"{stem}.output.LayerNorm": "norm2",
+            }
+        )
+
+    def outer_keys(self) -> dict[str, str]:
+        """Hugging Face key → canonical name, for the tensors around the blocks."""
+        return {
+            "embeddings.word_embeddings.weight": "tokens.table",
+            "embeddings.position_embeddings.weight": "positions.table",
+            "embeddings.token_type_embeddings.weight": "types.table",
+            "embeddings.LayerNorm.weight": "embed_norm.weight",
+            "embeddings.LayerNorm.bias": "embed_norm.bias",
+        }
+
+    def ignored(self, key: str) -> bool:
+        """Whether a tensor of the checkpoint takes no part in the features."""
+        return key.startswith("pooler.") or key == "embeddings.position_ids"
+
+    def prepare(
+        self, outer: dict[str, np.ndarray[Any, Any]], config: Mapping[str, Any], geometry: Geometry
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Fold the token type (always the first segment) into the positions."""
+        del config, geometry
+        types = outer.pop("types.table")
+        outer["positions.table"] = (outer["positions.table"] + types[0]).astype(np.float32)
+        return outer
+
+    def embed(self, graph: Graph, sample: Tensor, outer: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
+        """``sample`` holds the rows of the token table [b, t, d]; the device looks them up in the mapped file."""
+        return _norm(graph, graph.add(sample, outer["positions"]), "embed_norm", outer, geometry)
+
+    def block(self, graph: Graph, h: Tensor, mask: Tensor, weights: BlockWeights, geometry: Geometry) -> Tensor:
+        """Hidden state [b, t, d] after one block."""
+        x = graph.reshape(h, ("n", geometry.width))
+        attended = graph.add(_attention(graph, x, mask, weights, geometry), x)
+        middle = _norm(graph, attended, "norm1", weights.tensors, geometry)
+        out = _norm(graph, graph.add(_feed_forward(graph, middle, weights), middle), "norm2", weights.tensors, geometry)
+        return graph.reshape(out, ("b", "t", geometry.width))
+
+    def pool(
+        self, graph: Graph, h: Tensor, mask: Tensor, outer: Mapping[str, Tensor], geometry: Geometry
+    ) -> Tensor:
+        """Mean of the hidden states of real tokens."""
+        del outer
+        share = graph.div(mask, graph.sum_last(mask))
+        return graph.reshape(graph.matmul(share, h), ("b", geometry.width))
+
+
+@dataclass(frozen=True)
+class Dinov2:
+    """DINOv2's vision transformer (Oquab et al. 2023): normalisation first, layer scale; features are the class token."""
+
+    modality: str = "image"
+
+    def geometry(self, config: Mapping[str, Any], image_size: int | None) -> Geometry:
+        """Read the sizes from a Hugging Face configuration."""
+        side = (image_size or int(config["image_size"])) // int(config["patch_size"])
+        width = int(config["hidden_size"])
+        return Geometry(
+            blocks=int(config["num_hidden_layers"]),
+            width=width,
+            heads=int(config["num_attention_heads"]),
+            hidden=width * int(config["mlp_ratio"]),
+            epsilon=float(config["layer_norm_eps"]),
+            length=side * side + 1,
+        )
+
+    def block_keys(self, index: int) -> dict[str, str]:
+        """Hugging Face key → canonical name, for one block."""
+        stem = f"encoder.layer.{index}"
+        keys = _with_suffixes(
+            {
+                f"{stem}.norm1": "norm1",
+                f"{stem}.attention.attention.query": "query",
+                f"{stem}.attention.attention.key": "key",
+                f"{stem}.attention.attention.value": "value",
+                f"{stem}.attention.output.dense": "output",
+                f"{stem}.norm2": "norm2",
+                f"{stem}.mlp.fc1": "fc1",
+                f"{stem}.mlp.fc2": "fc2",
+            }
+        )
+        keys[f"{stem}.layer_scale1.lambda1"] = "scale1"
+        keys[f"{stem}.layer_scale2.lambda1"] = "scale2"
+        return keys
+
+    def outer_keys(self) -> dict[str, str]:
+        """Hugging Face key → canonical name, for the tensors around the blocks."""
+        return {
+            "embeddings.cls_token": "class_token",
+            "embeddings.position_embeddings": "positions.table",
+            "embeddings.patch_embeddings.projection.weight": "patch.weight",
+            "embeddings.patch_embeddings.projection.bias": "patch.bias",
+            "layernorm.weight": "final_norm.weight",
+            "layernorm.bias": "final_norm.bias",
+        }
+
+    def ignored(self, key: str) -> bool:
+        """Whether a tensor of the checkpoint takes no part in the features."""
+        return key == "embeddings.mask_token"
+
+    def prepare(
+        self, outer: dict[str, np.ndarray[Any, Any]], config: Mapping[str, Any], geometry: Geometry
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Resize the position grid to the pack's image size; fold the class token and the patches' bias into it.
+
+        The grid is resized as transformers does it: bicubic, without antialiasing.
+        """
+        import torch
+
+        table = torch.from_numpy(outer.pop("positions.table"))
+        side = math.isqrt(geometry.length - 1)
+        grid_side = int(config["image_size"]) // int(config["patch_size"])
+        grid = table[:, 1:].reshape(1, grid_side, grid_side, -1).permute(0, 3, 1, 2)
+        if side != grid_side:
+            grid = torch.nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+        rows = grid.permute(0, 2, 3, 1).reshape(side * side, -1).numpy() + outer.pop("patch.bias")
+        first = outer.pop("class_token")[0] + table[0, :1].numpy()
+        outer["positions.table"] = np.concatenate([first, rows]).astype(np.float32)
+        outer["patch.weight"] = outer["patch.weight"].reshape(geometry.width, -1)
+        return outer
+
+    def embed(self, graph: Graph, sample: Tensor, outer: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
+        """``sample`` holds patches [b, t, 3·p²], the first all zeros: its place is the class token's."""
+        flat = graph.reshape(sample, ("n", sample.shape[2]))
+        projected = graph.gemm(flat, outer["patch.weight"], trans_b=True)
+        tokens = graph.reshape(projected, ("b", "t", geometry.width))
+        return graph.add(tokens, outer["positions"])
+
+    def block(self, graph: Graph, h: Tensor, mask: Tensor, weights: BlockWeights, geometry: Geometry) -> Tensor:
+        """Hidden state [b, t, d] after one block."""
+        tensors = weights.tensors
+        x = graph.reshape(h, ("n", geometry.width))
+        attended = _attention(graph, _norm(graph, x, "norm1", tensors, geometry), mask, weights, geometry)
+        middle = graph.add(graph.mul(attended, tensors["scale1"]), x)
+        fed = _feed_forward(graph, _norm(graph, middle, "norm2", tensors, geometry), weights)
+        out = graph.add(graph.mul(fed, tensors["scale2"]), middle)
+        return graph.reshape(out, ("b", "t", geometry.width))
+
+    def pool(
+        self, graph: Graph, h: Tensor, mask: Tensor, outer: Mapping[str, Tensor], geometry: Geometry
+    ) -> Tensor:
+        """The class token after the final normalisation."""
+        del mask
+        select = np.zeros((1, 1, geometry.length), dtype=np.float32)
+        select[0, 0, 0] = 1.0
+        first = graph.reshape(graph.matmul(graph.constant(select), h), ("b", geometry.width))
+        return _norm(graph, first, "final_norm", outer, geometry)
+
+
+ARCHITECTURES: dict[str, Architecture] = {"bert": Bert(), "dinov2": Dinov2()}
+"""``model_type`` of a Hugging Face configuration → how to pack it."""

@@ -1,0 +1,170 @@
+"""``fleetune pack --check``: holds a pack against the torch reference, number by number.
+
+The reference is the Hugging Face model itself, with the pack's dequantised weights loaded strictly and a LoRA of
+random values on the pack's targets, differentiated by torch autograd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetune.edge.engine.backbone import Backbone
+from fleetune.edge.engine.expert import Expert, Layout
+from fleetune.edge.pack.pack import Pack
+from fleetune.tools.pack.architectures import ARCHITECTURES
+from fleetune.tools.pack.checkpoint import is_matrix, read_checkpoint
+
+TOLERANCE = 1e-5
+"""Largest error of a gradient, relative to the largest entry of the reference."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        what: What was compared.
+        error: Largest absolute difference over the largest absolute reference value.
+    """
+
+    what: str
+    error: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within :data:`TOLERANCE`."""
+        return self.error <= TOLERANCE
+
+
+def check_pack(pack: Pack, source: Path, *, seed: int = 0) -> list[Check]:
+    """Compare a pack's graphs with torch on random input, a part of which is padding.
+
+    Args:
+        pack: The pack.
+        source: The Hugging Face folder that it was made from.
+        seed: Seed of the random input.
+    """
+    import torch
+
+    rng = np.random.default_rng(seed)
+    backbone = Backbone(pack, threads=0)
+    model = _reference(pack, source)
+    layers = model.encoder.layer
+    expert = Expert.initial(Layout.of(pack.manifest, classes=2), seed)
+    expert.vector[:] = rng.normal(0, 0.05, expert.vector.shape)
+    batch, length, width = 3, 17, pack.manifest.width
+    if pack.manifest.image:
+        length = (pack.manifest.image.size // pack.manifest.image.patch) ** 2 + 1
+    hidden = rng.standard_normal((batch, length, width), dtype=np.float32)
+    upstream = rng.standard_normal((batch, length, width), dtype=np.float32)
+    mask = np.ones((batch, 1, length), dtype=np.float32)
+    if pack.manifest.text:
+        mask[0, 0, length // 2 :] = 0
+        mask[1, 0, length - 1 :] = 0
+    checks = [Check("embedding", _embedding_error(pack, backbone, model, rng))]
+    for index in (0, pack.manifest.blocks - 1):
+        adapters = expert.adapters(index)
+        symbols = {name: torch.tensor(array, requires_grad=True) for name, array in adapters.items()}
+        h = torch.tensor(hidden, requires_grad=True)
+        y = _torch_block(layers[index], h, torch.tensor(mask), symbols, pack)
+        reference = torch.autograd.grad(y, [h, *symbols.values()], torch.tensor(upstream))
+        names = ["grad.h", *(f"grad.{name}" for name in symbols)]
+        wanted = {name: grad.numpy() for name, grad in zip(names, reference, strict=True)}
+        out = backbone.forward(index, hidden, mask, adapters)
+        checks.append(Check(f"block {index}: forward", _error(out, y.detach().numpy())))
+        kept = backbone.forward_keep(index, hidden, mask, adapters)
+        for keep in (True, False):
+            got = backbone.backward(index, hidden, mask, adapters, upstream, kept[1] if keep else None)
+            way = "kept" if keep else "recomputed"
+            checks += [Check(f"block {index}: {name} ({way})", _error(got[name], wanted[name])) for name in names]
+    features = backbone.pool(hidden, mask)
+    h = torch.tensor(hidden, requires_grad=True)
+    z = _torch_pool(model, h, torch.tensor(mask), pack)
+    seed_z = rng.standard_normal(features.shape, dtype=np.float32)
+    (grad,) = torch.autograd.grad(z, h, torch.tensor(seed_z))
+    checks.append(Check("features", _error(features, z.detach().numpy())))
+    checks.append(Check("features: grad.h", _error(backbone.pool_backward(hidden, mask, seed_z), grad.numpy())))
+    return checks
+
+
+def _error(found: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
+    return float(np.abs(found - reference).max() / np.abs(reference).max())
+
+
+def _reference(pack: Pack, source: Path) -> Any:
+    """The Hugging Face model with the pack's dequantised weights."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(source, local_files_only=True, attn_implementation="eager")
+    model = AutoModel.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+    image_size = pack.manifest.image.size if pack.manifest.image else None
+    checkpoint = read_checkpoint(source, image_size=image_size)
+    original = AutoModel.from_pretrained(source, local_files_only=True, attn_implementation="eager").state_dict()
+    architecture = ARCHITECTURES[pack.manifest.backbone.architecture]
+    weights = pack.weights()
+    for index in range(pack.manifest.blocks):
+        packed = weights.block(index)
+        for key, name in architecture.block_keys(index).items():
+            if not is_matrix(name) and not np.array_equal(packed[name], checkpoint.blocks[index][name]):
+                raise AssertionError(f"{name} of block {index} differs from the checkpoint")
+            original[key] = torch.from_numpy(np.array(packed[name]))
+    if pack.manifest.text:
+        rows = np.arange(original["embeddings.word_embeddings.weight"].shape[0])
+        original["embeddings.word_embeddings.weight"] = torch.from_numpy(weights.rows("tokens.table", rows))
+    model.load_state_dict(original, strict=True)
+    return model
+
+
+def _torch_block(layer: Any, h: Any, mask: Any, adapters: dict[str, Any], pack: Pack) -> Any:
+    """One Hugging Face layer with LoRA added through forward hooks on its linear maps."""
+    architecture = pack.manifest.backbone.architecture
+    stem = "encoder.layer.0."
+    modules = {
+        name.removesuffix(".weight"): key.removeprefix(stem).removesuffix(".weight")
+        for key, name in ARCHITECTURES[architecture].block_keys(0).items()
+        if is_matrix(name)
+    }
+    handles = []
+    for target in pack.manifest.targets:
+        a, b = adapters[f"{target}.A"], adapters[f"{target}.B"]
+
+        def add(_: Any, inputs: tuple[Any, ...], output: Any, a: Any = a, b: Any = b) -> Any:
+            return output + inputs[0] @ a @ b
+
+        handles.append(layer.get_submodule(modules[target]).register_forward_hook(add))
+    out = layer(h, (mask[:, None] - 1) * 1e9) if pack.manifest.text else layer(h)
+    for handle in handles:
+        handle.remove()
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _torch_pool(model: Any, h: Any, mask: Any, pack: Pack) -> Any:
+    if pack.manifest.text:
+        weights = mask[:, 0, :, None]
+        return (h * weights).sum(1) / weights.sum(1)
+    return model.layernorm(h)[:, 0]
+
+
+def _embedding_error(pack: Pack, backbone: Backbone, model: Any, rng: np.random.Generator) -> float:
+    import torch
+
+    if pack.manifest.text:
+        ids = rng.integers(1000, 2000, (2, 11))
+        found = backbone.embed(backbone.token_rows(ids))
+        reference = model.embeddings(input_ids=torch.from_numpy(ids))
+    else:
+        from fleetune.edge.pack.patches import to_patches
+
+        spec = pack.manifest.image
+        assert spec is not None
+        pictures = rng.integers(0, 256, (2, spec.size, spec.size, 3), dtype=np.uint8)
+        found = backbone.embed(to_patches(pictures, spec))
+        normal = (pictures.astype(np.float32) / 255 - np.float32(spec.mean)) / np.float32(spec.std)
+        reference = model.embeddings(torch.from_numpy(normal.transpose(0, 3, 1, 2).astype(np.float32)))
+    return _error(found, reference.detach().numpy())

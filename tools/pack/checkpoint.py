@@ -1,0 +1,137 @@
+"""Reads a backbone in Hugging Face format: every tensor that the graphs need, and no tensor left unexplained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetune.edge.pack.pack import file_sha256
+from fleetune.edge.protocol.errors import UnsupportedBackboneError
+from fleetune.tools.pack.architectures import ARCHITECTURES, LINEARS, Architecture, Geometry
+from fleetune.tools.pack.compile import block_shapes
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A backbone's weights under their canonical names.
+
+    Attributes:
+        path: The folder it was read from.
+        config: Its Hugging Face configuration.
+        architecture: How it computes.
+        geometry: Its sizes.
+        blocks: For each block, canonical name → array.
+        outer: The tensors around the blocks.
+        sha256: Hash of the weight file.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    architecture: Architecture
+    geometry: Geometry
+    blocks: list[dict[str, FloatArray]]
+    outer: dict[str, FloatArray]
+    sha256: str
+
+
+def read_checkpoint(path: Path, *, image_size: int | None = None) -> Checkpoint:
+    """Read ``config.json`` and ``model.safetensors`` of a folder.
+
+    Args:
+        path: A folder in Hugging Face format.
+        image_size: Side of the pictures in pixels that a vision backbone is packed for; its own by default.
+
+    Raises:
+        UnsupportedBackboneError: The architecture is unknown, or a tensor is missing, left over or of a wrong shape.
+    """
+    config = _read_config(path)
+    model_type = str(config.get("model_type"))
+    architecture = ARCHITECTURES.get(model_type)
+    if architecture is None:
+        raise UnsupportedBackboneError(
+            f"{path / 'config.json'}: field model_type: the architecture {model_type!r} is unknown",
+            f"use a backbone of one of these: {', '.join(sorted(ARCHITECTURES))}",
+        )
+    activation = config.get("hidden_act")
+    if activation != "gelu" or config.get("use_swiglu_ffn"):
+        raise UnsupportedBackboneError(
+            f"{path / 'config.json'}: field hidden_act: the activation {activation!r} is not supported",
+            "use a backbone with the exact GELU",
+        )
+    patch = int(config.get("patch_size", 1))
+    if image_size is not None and (architecture.modality != "image" or image_size % patch):
+        raise UnsupportedBackboneError(
+            f"{path}: an image size of {image_size} does not fit this backbone",
+            f"use a multiple of {patch} with a vision backbone, and no image size with a text backbone",
+        )
+    geometry = architecture.geometry(config, image_size)
+    weights = path / "model.safetensors"
+    if not weights.is_file():
+        raise UnsupportedBackboneError(
+            f"{path} has no model.safetensors", "save the backbone with save_pretrained(safe_serialization=True)"
+        )
+    import safetensors.numpy
+
+    tensors: dict[str, FloatArray] = safetensors.numpy.load_file(weights)
+    tensors = {key.removeprefix(f"{model_type}."): value for key, value in tensors.items()}
+    shapes = block_shapes(architecture, geometry)
+    blocks: list[dict[str, FloatArray]] = []
+    for index in range(geometry.blocks):
+        block = _take(tensors, architecture.block_keys(index), weights)
+        for name, array in block.items():
+            if array.shape != shapes[name]:
+                raise UnsupportedBackboneError(
+                    f"{weights}: block {index}: {name} has shape {array.shape}, expected {shapes[name]}",
+                    "check that config.json belongs to these weights",
+                )
+        blocks.append({name: np.ascontiguousarray(array, dtype=np.float32) for name, array in block.items()})
+    outer = _take(tensors, architecture.outer_keys(), weights)
+    left = [key for key in tensors if not architecture.ignored(key)]
+    if left:
+        raise UnsupportedBackboneError(
+            f"{weights} holds tensors that no {model_type} backbone has: {', '.join(left[:5])}",
+            "use a plain backbone without further heads or adapters (merge them first)",
+        )
+    outer = {name: np.asarray(array, dtype=np.float32) for name, array in outer.items()}
+    return Checkpoint(
+        path, config, architecture, geometry, blocks, architecture.prepare(outer, config, geometry), file_sha256(weights)
+    )
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a tensor of a block is one of the big matrices, which are stored quantised."""
+    linear, _, kind = name.partition(".")
+    return linear in LINEARS and kind == "weight"
+
+
+def _take(tensors: dict[str, FloatArray], keys: Mapping[str, str], file: Path) -> dict[str, FloatArray]:
+    missing = [key for key in keys if key not in tensors]
+    if missing:
+        raise UnsupportedBackboneError(
+            f"{file} lacks {len(missing)} tensors, the first is {missing[0]}",
+            "check that config.json belongs to these weights; nothing is ever filled with random values",
+        )
+    return {name: tensors.pop(key) for key, name in keys.items()}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UnsupportedBackboneError(
+            f"{file} cannot be read: {error.strerror}", "name a folder in Hugging Face format"
+        ) from error
+    except ValueError as error:
+        raise UnsupportedBackboneError(f"{file} is not JSON: {error}", "save the backbone again") from error
+    if not isinstance(config, dict):
+        raise UnsupportedBackboneError(f"{file} is not a JSON object", "save the backbone again")
+    return config

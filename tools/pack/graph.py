@@ -1,0 +1,379 @@
+"""A small differentiable builder of ONNX graphs.
+
+A device has ONNX Runtime but no autograd, so the backward pass is worked out here, once, and shipped as a graph.
+:class:`Graph` records operations on symbolic tensors; :meth:`Graph.gradients` appends the reverse sweep
+(reverse-mode differentiation, one rule for each operator); :meth:`Graph.model` cuts any part of the record out
+as an ONNX model. Batch and sequence stay symbolic, so one graph serves every micro-batch and length.
+
+Only the operators that transformer blocks need are here. Each rule is checked against torch autograd in
+``tests/tools/test_graph.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+OPSET = 20
+IR_VERSION = 9
+
+Shape = tuple[int | str, ...]
+
+_REPLAYED = frozenset({"Reshape", "Transpose", "Shape", "Concat", "Unsqueeze"})
+"""Operators that move data but do not compute: a backward graph repeats them instead of having them saved."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A symbolic tensor: its name in the graph and its shape, where a ``str`` is a size known only at run time."""
+
+    name: str
+    shape: Shape
+    dtype: int = TensorProto.FLOAT
+
+
+@dataclass(frozen=True, eq=False)
+class _Node:
+    op: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+class Graph:
+    """Records operations and differentiates them.
+
+    Args:
+        sizes_from: The tensor whose leading axes give the symbolic sizes at run time, batch first, then sequence.
+    """
+
+    def __init__(self, sizes_from: Tensor) -> None:
+        self._sizes_from = sizes_from
+        self._nodes: list[_Node] = []
+        self._producer: dict[Tensor, _Node] = {}
+        self._constants: dict[Tensor, NDArray[Any]] = {}
+
+    # --- leaves -------------------------------------------------------------------------------------------------
+
+    def input(self, name: str, shape: Shape, dtype: int = TensorProto.FLOAT) -> Tensor:
+        """Declare a graph input."""
+        return Tensor(name, shape, dtype)
+
+    def constant(self, value: NDArray[Any] | float) -> Tensor:
+        """Embed a value; floating-point values become float32."""
+        array = np.asarray(value, dtype=np.float32) if np.asarray(value).dtype.kind == "f" else np.asarray(value)
+        dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
+        tensor = Tensor(f"c{len(self._constants)}", tuple(array.shape), dtype)
+        self._constants[tensor] = array
+        return tensor
+
+    # --- operators ----------------------------------------------------------------------------------------------
+
+    def _add(self, op: str, inputs: Sequence[Tensor], shapes: Sequence[Shape], **attributes: Any) -> tuple[Tensor, ...]:
+        dtype = TensorProto.INT64 if op in {"Shape", "Concat"} else TensorProto.FLOAT
+        stem = f"{op.lower()}{len(self._nodes)}"
+        outputs = tuple(Tensor(f"{stem}_{i}" if i else stem, shape, dtype) for i, shape in enumerate(shapes))
+        node = _Node(op, tuple(inputs), outputs, attributes)
+        self._nodes.append(node)
+        self._producer.update(dict.fromkeys(outputs, node))
+        return outputs
+
+    def gemm(
+        self, a: Tensor, b: Tensor, bias: Tensor | None = None, *, trans_a: bool = False, trans_b: bool = False
+    ) -> Tensor:
+        """``op(a) @ op(b) + bias`` of two matrices, where ``op`` transposes on demand."""
+        rows = a.shape[1] if trans_a else a.shape[0]
+        columns = b.shape[0] if trans_b else b.shape[1]
+        inputs = (a, b) if bias is None else (a, b, bias)
+        return self._add("Gemm", inputs, [(rows, columns)], transA=int(trans_a), transB=int(trans_b))[0]
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        """Batched product over the last two axes; the leading axes of ``a`` and ``b`` are equal or 1."""
+        batch = tuple(y if x == 1 else x for x, y in zip(a.shape[:-2], b.shape[:-2], strict=True))
+        return self._add("MatMul", (a, b), [(*batch, a.shape[-2], b.shape[-1])])[0]
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """Elementwise sum; ``b`` may broadcast, and then takes no gradient."""
+        return self._add("Add", (a, b), [a.shape])[0]
+
+    def mul(self, a: Tensor, b: Tensor | float) -> Tensor:
+        """Elementwise product; ``b`` may broadcast, and then takes no gradient."""
+        other = b if isinstance(b, Tensor) else self.constant(np.float32(b))
+        return self._add("Mul", (a, other), [a.shape])[0]
+
+    def sub(self, a: Tensor, b: Tensor) -> Tensor:
+        """Elementwise difference."""
+        return self._add("Sub", (a, b), [a.shape])[0]
+
+    def div(self, a: Tensor, b: Tensor) -> Tensor:
+        """Elementwise quotient."""
+        return self._add("Div", (a, b), [a.shape])[0]
+
+    def unary(self, op: str, a: Tensor) -> Tensor:
+        """An elementwise operator without a gradient rule, such as ``Erf`` or ``Exp``."""
+        return self._add(op, (a,), [a.shape])[0]
+
+    def sum_last(self, a: Tensor) -> Tensor:
+        """Sum over the last axis, which stays with size 1."""
+        axes = self.constant(np.array([-1], dtype=np.int64))
+        return self._add("ReduceSum", (a, axes), [(*a.shape[:-1], 1)], keepdims=1)[0]
+
+    def mean_last(self, a: Tensor) -> Tensor:
+        """Mean over the last axis, which stays with size 1."""
+        axes = self.constant(np.array([-1], dtype=np.int64))
+        return self._add("ReduceMean", (a, axes), [(*a.shape[:-1], 1)], keepdims=1)[0]
+
+    def gelu(self, a: Tensor) -> Tensor:
+        """Exact GELU, ``x Φ(x)`` (Hendrycks and Gimpel, 2016)."""
+        return self._add("Gelu", (a,), [a.shape])[0]
+
+    def softmax(self, a: Tensor) -> Tensor:
+        """Softmax over the last axis."""
+        return self._add("Softmax", (a,), [a.shape], axis=-1)[0]
+
+    def layer_norm(self, a: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+        """Layer normalisation over the last axis (Ba et al., 2016)."""
+        statistics = (*a.shape[:-1], 1)
+        return self._add(
+            "LayerNormalization", (a, weight, bias), [a.shape, statistics, statistics], axis=-1, epsilon=epsilon
+        )[0]
+
+    def transpose(self, a: Tensor, permutation: Sequence[int]) -> Tensor:
+        """Permute the axes; transposes of transposes collapse into one."""
+        producer = self._producer.get(a)
+        if producer is not None and producer.op == "Transpose":
+            inner: Sequence[int] = producer.attributes["perm"]
+            return self.transpose(producer.inputs[0], [inner[i] for i in permutation])
+        if list(permutation) == list(range(len(a.shape))):
+            return a
+        return self._add("Transpose", (a,), [tuple(a.shape[i] for i in permutation)], perm=list(permutation))[0]
+
+    def reshape(self, a: Tensor, shape: Shape) -> Tensor:
+        """Reshape; one symbolic size is inferred, several are read from ``sizes_from`` at run time."""
+        lead = sum(isinstance(size, str) for size in shape)
+        if lead > 1:
+            sizes = self._add("Shape", (self._sizes_from,), [(lead,)], start=0, end=lead)[0]
+            rest = self.constant(np.array(shape[lead:], dtype=np.int64))
+            target = self._add("Concat", (sizes, rest), [(len(shape),)], axis=0)[0]
+        else:
+            target = self.constant(np.array([-1 if isinstance(s, str) else s for s in shape], dtype=np.int64))
+        return self._add("Reshape", (a, target), [shape])[0]
+
+    def unsqueeze(self, a: Tensor, axis: int) -> Tensor:
+        """Insert an axis of size 1."""
+        axes = self.constant(np.array([axis], dtype=np.int64))
+        return self._add("Unsqueeze", (a, axes), [(*a.shape[:axis], 1, *a.shape[axis:])])[0]
+
+    # --- reverse mode -------------------------------------------------------------------------------------------
+
+    def gradients(self, output: Tensor, seed: Tensor, wrt: Sequence[Tensor]) -> list[Tensor]:
+        """Append the vector-Jacobian product of ``output`` with ``seed`` and return the gradient of each leaf.
+
+        Args:
+            output: The tensor that was computed.
+            seed: The gradient of the loss with respect to ``output``, of the same shape.
+            wrt: The leaves to differentiate with respect to.
+
+        Raises:
+            ValueError: A leaf does not influence ``output``, or an operator on the way has no rule.
+        """
+        on_path: set[Tensor] = set(wrt)
+        for node in self._nodes:
+            if any(i in on_path for i in node.inputs):
+                on_path.update(node.outputs)
+        gradient: dict[Tensor, Tensor] = {output: seed}
+        for node in reversed(list(self._nodes)):
+            incoming = gradient.pop(node.outputs[0], None)
+            if incoming is None:
+                continue
+            rule = _RULES.get(node.op)
+            if rule is None:
+                raise ValueError(f"no gradient rule for the operator {node.op}")
+            wanted = [i in on_path for i in node.inputs]
+            for source, contribution in rule(self, node, incoming, wanted):
+                gradient[source] = self._accumulate(gradient.get(source), contribution)
+        missing = [leaf.name for leaf in wrt if leaf not in gradient]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} do not influence {output.name}")
+        return [gradient[leaf] for leaf in wrt]
+
+    def _accumulate(self, total: Tensor | None, term: Tensor) -> Tensor:
+        if total is None:
+            return term
+        last = self._nodes[-1]
+        if last.op == "Gemm" and last.outputs[0] is term and len(last.inputs) == 2:
+            # A product can add to its third operand while it writes: one pass over memory instead of three.
+            self._nodes.pop()
+            del self._producer[term]
+            return self._add("Gemm", (*last.inputs, total), [term.shape], **last.attributes)[0]
+        return self.add(total, term)
+
+    # --- cutting models out -------------------------------------------------------------------------------------
+
+    def saved(self, outputs: Iterable[Tensor], before: int, leaves: Iterable[Tensor]) -> list[Tensor]:
+        """Name the results of the first ``before`` operations that ``outputs`` need and cannot cheaply repeat."""
+        known, found = set(leaves), dict[Tensor, None]()
+        position = {tensor: i for i, node in enumerate(self._nodes) for tensor in node.outputs}
+        stack = list(outputs)
+        seen: set[Tensor] = set()
+        while stack:
+            tensor = stack.pop()
+            if tensor in seen or tensor in known or tensor in self._constants:
+                continue
+            seen.add(tensor)
+            node = self._producer[tensor]
+            if position[tensor] < before and node.op not in _REPLAYED:
+                found[tensor] = None
+            else:
+                stack.extend(node.inputs)
+        return sorted(found, key=lambda tensor: position[tensor])
+
+    @property
+    def size(self) -> int:
+        """The number of operations recorded so far."""
+        return len(self._nodes)
+
+    def model(self, name: str, inputs: Sequence[Tensor], outputs: dict[str, Tensor]) -> onnx.ModelProto:
+        """Cut out what ``outputs`` need, down to ``inputs``.
+
+        Inputs that nothing needs are dropped from the model, so a caller feeds exactly what the model declares.
+
+        Raises:
+            ValueError: The outputs need a leaf that is not among ``inputs``.
+        """
+        stop, needed, constants = set(inputs), set[_Node](), dict[Tensor, None]()
+        used: set[Tensor] = set()
+        stack = list(outputs.values())
+        while stack:
+            tensor = stack.pop()
+            if tensor in stop:
+                used.add(tensor)
+            elif tensor in self._constants:
+                constants[tensor] = None
+            elif tensor not in self._producer:
+                raise ValueError(f"graph {name} needs {tensor.name}, which is not among its inputs")
+            elif self._producer[tensor] not in needed:
+                needed.add(self._producer[tensor])
+                stack.extend(self._producer[tensor].inputs)
+        nodes = [
+            helper.make_node(n.op, [t.name for t in n.inputs], [t.name for t in n.outputs], **n.attributes)
+            for n in self._nodes
+            if n in needed
+        ]
+        nodes += [helper.make_node("Identity", [tensor.name], [alias]) for alias, tensor in outputs.items()]
+        graph = helper.make_graph(
+            nodes,
+            name,
+            [helper.make_tensor_value_info(t.name, t.dtype, t.shape) for t in inputs if t in used],
+            [helper.make_tensor_value_info(alias, t.dtype, t.shape) for alias, t in outputs.items()],
+            [numpy_helper.from_array(self._constants[t], t.name) for t in constants],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="fleetune")
+        model.ir_version = IR_VERSION
+        onnx.checker.check_model(model)
+        return model
+
+
+# --- one rule for each operator: (graph, node, gradient of its output, which inputs want one) → (input, gradient) ---
+
+_Rule = Callable[[Graph, _Node, Tensor, Sequence[bool]], Iterable[tuple[Tensor, Tensor]]]
+
+
+def _gemm(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    a, b = node.inputs[:2]
+    trans_a, trans_b = bool(node.attributes["transA"]), bool(node.attributes["transB"])
+    if wanted[0]:
+        yield a, (
+            graph.gemm(b, g, trans_a=trans_b, trans_b=True) if trans_a else graph.gemm(g, b, trans_b=not trans_b)
+        )
+    if wanted[1]:
+        yield b, (
+            graph.gemm(g, a, trans_a=True, trans_b=trans_a) if trans_b else graph.gemm(a, g, trans_a=not trans_a)
+        )
+    if len(wanted) > 2 and wanted[2]:
+        if node.inputs[2].shape != g.shape:
+            raise ValueError("a broadcast bias takes no gradient here")
+        yield node.inputs[2], g
+
+
+def _matmul(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    a, b = node.inputs
+    rank = len(g.shape)
+    swap = [*range(rank - 2), rank - 1, rank - 2]
+    if wanted[0]:
+        yield a, graph.matmul(g, graph.transpose(b, swap))
+    if wanted[1]:
+        yield b, graph.matmul(graph.transpose(a, swap), g)
+
+
+def _add(_: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    for source, want in zip(node.inputs, wanted, strict=True):
+        if want:
+            if source.shape != g.shape:
+                raise ValueError("a broadcast operand takes no gradient here")
+            yield source, g
+
+
+def _mul(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    for source, other, want in zip(node.inputs, reversed(node.inputs), wanted, strict=True):
+        if want:
+            if source.shape != g.shape:
+                raise ValueError("a broadcast operand takes no gradient here")
+            yield source, graph.mul(g, other)
+
+
+def _gelu(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    # d/dx [x Φ(x)] = Φ(x) + x φ(x)
+    x = node.inputs[0]
+    cdf = graph.mul(
+        graph.add(graph.unary("Erf", graph.mul(x, 1 / math.sqrt(2))), graph.constant(np.float32(1.0))), 0.5
+    )
+    pdf = graph.mul(graph.unary("Exp", graph.mul(graph.mul(x, x), -0.5)), 1 / math.sqrt(2 * math.pi))
+    yield x, graph.mul(g, graph.add(cdf, graph.mul(x, pdf)))
+
+
+def _softmax(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    # g_x = p ∘ (g − Σ g ∘ p)
+    p = node.outputs[0]
+    yield node.inputs[0], graph.mul(graph.sub(g, graph.sum_last(graph.mul(g, p))), p)
+
+
+def _layer_norm(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    if any(wanted[1:]):
+        raise ValueError("the weights of a layer normalisation are frozen here")
+    x, weight, _ = node.inputs
+    _, mean, inverse_deviation = node.outputs
+    normal = graph.mul(graph.sub(x, mean), inverse_deviation)
+    scaled = graph.mul(g, weight)
+    centred = graph.sub(scaled, graph.mean_last(scaled))
+    along = graph.mul(normal, graph.mean_last(graph.mul(scaled, normal)))
+    yield x, graph.mul(graph.sub(centred, along), inverse_deviation)
+
+
+def _transpose(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    permutation: Sequence[int] = node.attributes["perm"]
+    yield node.inputs[0], graph.transpose(g, [int(i) for i in np.argsort(permutation)])
+
+
+def _reshape(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    yield node.inputs[0], graph.reshape(g, node.inputs[0].shape)
+
+
+_RULES: dict[str, _Rule] = {
+    "Add": _add,
+    "Gelu": _gelu,
+    "Gemm": _gemm,
+    "LayerNormalization": _layer_norm,
+    "MatMul": _matmul,
+    "Mul": _mul,
+    "Reshape": _reshape,
+    "Softmax": _softmax,
+    "Transpose": _transpose,
+}

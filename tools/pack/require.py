@@ -1,0 +1,20 @@
+"""Says what to install when a command needs more than the plain install."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from fleetune.edge.protocol.errors import ConfigError
+
+
+def require_pack_extra() -> None:
+    """Check that torch and its companions are installed.
+
+    Raises:
+        ConfigError: One of them is missing.
+    """
+    missing = [name for name in ("torch", "transformers", "optimum", "bitsandbytes", "onnx", "rich") if not find_spec(name)]
+    if missing:
+        raise ConfigError(
+            f"packing a backbone needs {', '.join(missing)}", "pip install 'fleetune[pack]' on a workstation"
+        )
