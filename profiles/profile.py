@@ -70,6 +70,7 @@ def read_profile(name: str) -> Profile:
             profile = read_yaml(file, Profile, remedy)
     else:
         raise ConfigError(f"profile: {name!r} is unknown", f"use a path, or one of {', '.join(profile_names())}")
-    if profile.memory_mib <= 0 or profile.processor.cores < 1:
+    memory = parse_mib(profile.memory, f"profile {name}: field memory")
+    if memory <= 0 or profile.processor.cores < 1:
         raise ConfigError(f"profile {name}: memory and cores must be above zero", remedy)
     return profile

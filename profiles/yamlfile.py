@@ -37,6 +37,7 @@ def read_yaml(path: Path, kind: type[T], remedy: str) -> T:
         raise ConfigError(f"{path} cannot be read: {error}", remedy) from error
     try:
         tree = yaml.compose(text, yaml.SafeLoader)
+        _refuse_twins(tree, path, remedy)
         return msgspec.convert(yaml.safe_load(text), kind)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}", remedy) from error
@@ -49,6 +50,26 @@ def read_yaml(path: Path, kind: type[T], remedy: str) -> T:
         line = f", line {node.start_mark.line + 1}" if node is not None else ""
         value = f", found {node.value!r}" if isinstance(node, yaml.ScalarNode) else ""
         raise ConfigError(f"{path}{line}: {f'field {field}: ' if field else ''}{what}{value}", remedy) from error
+
+
+def _refuse_twins(node: yaml.Node | None, path: Path, remedy: str) -> None:
+    """YAML takes the last of two equal keys in silence."""
+    pending, seen = [node], set[int]()
+    while pending:
+        node = pending.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            pending += node.value
+        elif isinstance(node, yaml.MappingNode):
+            keys = set[str]()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                    raise ConfigError(f"{path}, line {key.start_mark.line + 1}: {key.value!r} is there twice", remedy)
+                if isinstance(key, yaml.ScalarNode):
+                    keys.add(key.value)
+                pending.append(value)
 
 
 def _find(node: yaml.Node | None, steps: list[str | int]) -> yaml.Node | None:

@@ -140,7 +140,7 @@ def read_records(path: Path) -> list[Record]:
         for number, line in enumerate(file, start=1):
             try:
                 records.append(msgspec.json.decode(line, type=Record))  # type: ignore[arg-type]
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 raise RunFolderError(
                     f"{path}, line {number}: {error}",
                     "restore the file from a backup, or start the run in a new folder",

@@ -35,7 +35,7 @@ class Registry:
         known = set(self._expected) or {
             name for name, presence in self._presence.items() if presence.state != "offline"
         }
-        return {name for name in known if not self.failed(name)}
+        return {name for name in known if self.failed(name) is None}
 
     def ready(self) -> set[str]:
         """Devices that are connected and have not failed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.methods.fedms.gate import ADAPTER, Gate
@@ -24,6 +25,13 @@ def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int) ->
         if getattr(args, name) < minimum:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option}: {getattr(args, name)} is out of range", f"use {minimum} or more")
+    for option, value, fits in (
+        ("--learning-rate", args.learning_rate, 0 < args.learning_rate < math.inf),
+        ("--weight-decay", args.weight_decay, 0 <= args.weight_decay < math.inf),
+        ("--sal-threshold", args.sal_threshold, math.isfinite(args.sal_threshold)),
+    ):
+        if not fits:
+            raise ConfigError(f"{option}: {value} is out of range", "use a finite number, above zero for a rate")
     if not 1 <= max_depth <= manifest.blocks:
         raise ConfigError(f"--max-depth: {max_depth} is out of range", f"choose from 1 to {manifest.blocks}")
     if classes < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from fleetune.edge.methods.base import Tensors
 from fleetune.edge.protocol.errors import ConfigError
 from fleetune.edge.protocol.files import write_atomic
-from fleetune.edge.protocol.messages import Payload, UpdateManifest, decode, encode
+from fleetune.edge.protocol.messages import Payload, UpdateManifest, encode
 from fleetune.edge.protocol.topics import check_name
 from fleetune.edge.resources.costs import Costs
 from fleetune.edge.resources.planner import Plan
@@ -64,7 +65,7 @@ class State:
             return None
         try:
             return msgspec.json.decode(file.read_bytes(), type=kind)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{file}: {error}", "delete the file; it is made again") from error
 
     def save_counters(self) -> None:
@@ -103,6 +104,7 @@ class State:
         if not file.is_file() or file.stat().st_size != payload.size:
             return None
         data = file.read_bytes()
+        os.utime(file)  # what is still read is not the oldest
         return data if hashlib.sha256(data).hexdigest() == payload.sha256 else None
 
     def save_payload(self, payload: Payload, data: bytes) -> None:
@@ -124,7 +126,9 @@ class State:
     def outbox(self) -> list[tuple[UpdateManifest, bytes]]:
         """Updates that wait, oldest first."""
         files = sorted((self.folder / "outbox").glob("*.json"), key=lambda file: file.stat().st_mtime)
-        return [(decode(file.read_bytes(), UpdateManifest), file.with_suffix(".bin").read_bytes()) for file in files]
+        return [
+            (self._read(f"outbox/{file.name}", UpdateManifest), file.with_suffix(".bin").read_bytes()) for file in files
+        ]
 
     def drop_outbox(self, update: str) -> bool:
         """Let go of an update; False if it was not there."""

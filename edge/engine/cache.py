@@ -110,14 +110,20 @@ class PrefixCache:
         if not entry.is_dir():
             return None
         os.utime(entry)
-        hidden = np.load(entry / _HIDDEN, mmap_mode="r", allow_pickle=False)
-        pooled = np.load(entry / _POOLED, mmap_mode="r", allow_pickle=False)
+        try:
+            hidden = np.load(entry / _HIDDEN, mmap_mode="r", allow_pickle=False)
+            pooled = np.load(entry / _POOLED, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):  # a power cut left a name without its bytes
+            shutil.rmtree(entry)
+            return None
         return Prefix(boundary, hidden, pooled, self._dataset.lengths)
 
     def _compute(self, boundary: int, expert: Expert, below: Prefix | None) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         lengths = self._dataset.lengths
         width = self._backbone.pack.manifest.width
+        for left in self._folder.glob(".new-*"):  # by a process that was killed: a state folder has one agent
+            shutil.rmtree(left, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=self._folder))
         try:
             hidden = np.lib.format.open_memmap(

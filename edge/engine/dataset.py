@@ -126,6 +126,11 @@ class ImageDataset(Dataset):
                     "write images uint8 [n, h, w] or [n, h, w, 3], labels int64 [n], split uint8 [n]",
                 )
         self._images, labels, splits = file["images"], file["labels"], file["split"]
+        if 0 in self._images.shape[1:] or self._images.shape[3:] not in ((), (3,)):
+            raise DataError(
+                f"{path}: field images: pictures of the shape {self._images.shape[1:]}",
+                "write images uint8 [n, h, w] or [n, h, w, 3]",
+            )
         wrong = np.flatnonzero((labels < 0) | (labels >= _MAX_CLASSES))
         if not len(self._images) == len(labels) == len(splits) or splits.max(initial=0) >= len(SPLITS) or len(wrong):
             where = f"sample {wrong[0]} has label {labels[wrong[0]]}" if len(wrong) else "lengths or split codes differ"

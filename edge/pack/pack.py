@@ -55,9 +55,10 @@ class Pack:
                     f"install fleetune=={version.kit}, or pack the backbone again",
                 )
             manifest = msgspec.json.decode(raw, type=Manifest)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise PackError(f"{file}: {error}", "write the pack again") from error
-        for name in (WEIGHTS_FILE, *(f"{stem}.onnx" for stem in GRAPHS)):
+        vocabulary = (manifest.text.vocabulary,) if manifest.text else ()
+        for name in (WEIGHTS_FILE, *(f"{stem}.onnx" for stem in GRAPHS), *vocabulary):
             if name not in manifest.files:
                 raise PackError(f"{file} lists no {name}", "write the pack again")
         pack = cls(path, manifest, hashlib.sha256(raw).hexdigest())

@@ -50,13 +50,15 @@ class TensorFile(Mapping[str, NDArray[Any]]):
             self._entries = msgspec.convert(header, type=dict[str, _Entry])
         except OSError as error:
             raise PackError(f"{path} cannot be read: {error.strerror}", "write the pack again") from error
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise self._damaged(str(error)) from error
         self._start = 8 + length
         for name, entry in self._entries.items():
             begin, end = entry.data_offsets
             if entry.dtype not in _DTYPES:
                 raise self._damaged(f"tensor {name} has the unknown type {entry.dtype}")
+            if any(side < 0 for side in entry.shape):
+                raise self._damaged(f"tensor {name} has the shape {list(entry.shape)}")
             expected = math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize
             if not 0 <= begin <= end <= size - self._start or end - begin != expected:
                 raise self._damaged(f"tensor {name} does not lie inside the file")

@@ -39,6 +39,8 @@ class Weights:
             name = stored.removesuffix(".codes")
             if name.startswith("blocks."):
                 _, index, rest = name.split(".", 2)
+                if not index.isdecimal() or int(index) >= manifest.blocks:
+                    raise PackError(f"{path} holds {stored}, the manifest has {manifest.blocks} blocks", "write the pack again")
                 self._blocks[int(index)][rest] = name
             else:
                 self.outer_names.append(name)

@@ -70,7 +70,8 @@ class WordPiece:
         cleaned = "".join(_clean(char) for char in text)
         if self._lowercase:
             decomposed = unicodedata.normalize("NFD", cleaned)
-            cleaned = "".join(c for c in decomposed if unicodedata.category(c) != "Mn").lower()
+            # Letter by letter: str.lower() would turn a sigma at the end of a word into its final form.
+            cleaned = "".join(c.lower() for c in decomposed if unicodedata.category(c) != "Mn")
         for word in cleaned.split():
             start = 0
             for i, char in enumerate(word):
@@ -104,7 +105,7 @@ def _clean(char: str) -> str:
     if char in "\t\n\r":
         return " "
     category = unicodedata.category(char)
-    if code in (0, 0xFFFD) or category.startswith("C"):
+    if code in (0, 0xFFFD) or category in ("Cc", "Cf", "Co", "Cs"):
         return ""
     if category == "Zs":
         return " "

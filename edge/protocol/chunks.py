@@ -9,6 +9,10 @@ from fleetune.edge.protocol.errors import MessageError
 from fleetune.edge.protocol.messages import MAX_CHUNK, MAX_PAYLOAD, Payload
 
 
+MAX_CHUNKS = 1 << 16
+"""Most chunks of a payload: their bitmap fits a message."""
+
+
 def describe(data: bytes, codec: str, chunk_size: int = MAX_CHUNK) -> Payload:
     """The manifest entry of a payload."""
     return Payload(codec=codec, sha256=hashlib.sha256(data).hexdigest(), size=len(data), chunk_size=chunk_size)
@@ -49,6 +53,10 @@ class Assembly:
         if not 0 < payload.chunk_size <= MAX_CHUNK:
             raise MessageError(
                 f"chunks of {payload.chunk_size} bytes are announced", f"send 1 to {MAX_CHUNK}", reason="chunk-too-large"
+            )
+        if payload.chunks > MAX_CHUNKS:
+            raise MessageError(
+                f"{payload.chunks} chunks are announced", f"send at most {MAX_CHUNKS}", reason="too-many-chunks"
             )
         self.payload = payload
         self._data = bytearray(payload.size)

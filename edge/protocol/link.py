@@ -47,15 +47,17 @@ class BrokerAddress:
         remedy = "write mqtt://host or mqtt://host:port"
         try:
             parts = urlsplit(url)
-            port = parts.port or 1883
+            port = 1883 if parts.port is None else parts.port
         except ValueError as error:
             raise ConfigError(f"broker: {url!r}: {error}", remedy) from error
-        if parts.scheme != "mqtt" or not parts.hostname:
+        rest = parts.username, parts.password, parts.path.strip("/"), parts.query, parts.fragment
+        if parts.scheme != "mqtt" or not parts.hostname or not port or any(part for part in rest):
             raise ConfigError(f"broker: {url!r} is not an address", remedy)
         return cls(parts.hostname, port)
 
     def __str__(self) -> str:
-        return f"mqtt://{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"mqtt://{host}:{self.port}"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ covers is exactly what was sent.
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
@@ -20,6 +20,8 @@ MAX_CHUNK = 64 * 1024
 
 MAX_PAYLOAD = 64 * 1024 * 1024
 """Largest tensor payload in bytes that a manifest may announce."""
+
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 Stage = Literal["prepare", "global", "personal", "train", "evaluate", "finished"]
 
@@ -53,7 +55,7 @@ class Payload(_Struct, frozen=True):
     """
 
     codec: str
-    sha256: str
+    sha256: Sha256
     size: int
     chunk_size: int
 
@@ -193,7 +195,7 @@ def decode(raw: bytes, kind: type[Message]) -> Message:
         )
     try:
         return msgspec.json.decode(raw, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MessageError(
             f"not a {kind.__name__}: {error}", "use the same version of Fleetune on both sides", reason="malformed"
         ) from error

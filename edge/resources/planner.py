@@ -76,7 +76,9 @@ def candidates(costs: Costs, workload: Workload) -> list[Plan]:
             if micro_batch > workload.batch:
                 continue
             for recompute in (False, True):
-                steps = workload.epochs * math.ceil(workload.train / micro_batch)
+                full, rest = divmod(workload.train, workload.batch)
+                runs = full * math.ceil(workload.batch / micro_batch) + math.ceil(rest / micro_batch)
+                steps = workload.epochs * runs
                 train = steps * costs.step_cpu_s(depth, micro_batch, recompute=recompute)
                 # The frozen blocks between the job's boundary and this device's own carry others' adapters, so they
                 # run once a round for every sample; so does the whole suffix for evaluation.

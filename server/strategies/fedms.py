@@ -29,7 +29,9 @@ class FedMS:
         """The round after these."""
         done = len(closed)
         first, second = self._job.rounds["global"], self._job.rounds["personal"]
-        depth = depth_after([past for past in closed if past.stage == "global"], self._job)
+        trained = [past for past in closed if past.stage == "global"]
+        # Stage 2 keeps the depth of the last round of stage 1, which its own result has no say in.
+        depth = depth_after(trained[: first - 1], self._job)
         if done == 0:
             return NextRound("prepare", depth)
         if done <= first:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fleetune.edge.protocol.errors import UnsupportedBackboneError
 from fleetune.tools.pack.graph import Graph, Tensor
 
 LINEARS = ("query", "key", "value", "output", "fc1", "fc2")
@@ -39,6 +40,20 @@ class Geometry:
     hidden: int
     epsilon: float
     length: int
+
+
+def int_field(config: Mapping[str, Any], name: str) -> int:
+    """A size from a Hugging Face configuration.
+
+    Raises:
+        UnsupportedBackboneError: It is absent, or not a whole number above zero.
+    """
+    value = config.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UnsupportedBackboneError(
+            f"config.json: field {name}: expected a whole number above zero, found {value!r}", "save the backbone again"
+        )
+    return value
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,10 @@ class Architecture(Protocol):
 
     def outer_keys(self) -> dict[str, str]:
         """Hugging Face key → canonical name, for the tensors around the blocks."""
+        ...
+
+    def outer_shapes(self, config: Mapping[str, Any], geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        """Canonical name → shape, for the tensors around the blocks as the checkpoint holds them."""
         ...
 
     def ignored(self, key: str) -> bool:
@@ -145,12 +164,12 @@ class Bert:
         """Read the sizes from a Hugging Face configuration."""
         del image_size
         return Geometry(
-            blocks=int(config["num_hidden_layers"]),
-            width=int(config["hidden_size"]),
-            heads=int(config["num_attention_heads"]),
-            hidden=int(config["intermediate_size"]),
+            blocks=int_field(config, "num_hidden_layers"),
+            width=int_field(config, "hidden_size"),
+            heads=int_field(config, "num_attention_heads"),
+            hidden=int_field(config, "intermediate_size"),
             epsilon=float(config["layer_norm_eps"]),
-            length=int(config["max_position_embeddings"]),
+            length=int_field(config, "max_position_embeddings"),
         )
 
     def block_keys(self, index: int) -> dict[str, str]:
@@ -177,6 +196,17 @@ class Bert:
             "embeddings.token_type_embeddings.weight": "types.table",
             "embeddings.LayerNorm.weight": "embed_norm.weight",
             "embeddings.LayerNorm.bias": "embed_norm.bias",
+        }
+
+    def outer_shapes(self, config: Mapping[str, Any], geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        """Canonical name → shape, for the tensors around the blocks as the checkpoint holds them."""
+        width = geometry.width
+        return {
+            "tokens.table": (int_field(config, "vocab_size"), width),
+            "positions.table": (geometry.length, width),
+            "types.table": (int_field(config, "type_vocab_size"), width),
+            "embed_norm.weight": (width,),
+            "embed_norm.bias": (width,),
         }
 
     def ignored(self, key: str) -> bool:
@@ -221,13 +251,13 @@ class Dinov2:
 
     def geometry(self, config: Mapping[str, Any], image_size: int | None) -> Geometry:
         """Read the sizes from a Hugging Face configuration."""
-        side = (image_size or int(config["image_size"])) // int(config["patch_size"])
-        width = int(config["hidden_size"])
+        side = (int_field(config, "image_size") if image_size is None else image_size) // int_field(config, "patch_size")
+        width = int_field(config, "hidden_size")
         return Geometry(
-            blocks=int(config["num_hidden_layers"]),
+            blocks=int_field(config, "num_hidden_layers"),
             width=width,
-            heads=int(config["num_attention_heads"]),
-            hidden=width * int(config["mlp_ratio"]),
+            heads=int_field(config, "num_attention_heads"),
+            hidden=width * int_field(config, "mlp_ratio"),
             epsilon=float(config["layer_norm_eps"]),
             length=side * side + 1,
         )
@@ -262,6 +292,19 @@ class Dinov2:
             "layernorm.bias": "final_norm.bias",
         }
 
+    def outer_shapes(self, config: Mapping[str, Any], geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        """Canonical name → shape, for the tensors around the blocks as the checkpoint holds them."""
+        width, patch = geometry.width, int_field(config, "patch_size")
+        side = int_field(config, "image_size") // patch
+        return {
+            "class_token": (1, 1, width),
+            "positions.table": (1, side * side + 1, width),
+            "patch.weight": (width, 3, patch, patch),
+            "patch.bias": (width,),
+            "final_norm.weight": (width,),
+            "final_norm.bias": (width,),
+        }
+
     def ignored(self, key: str) -> bool:
         """Whether a tensor of the checkpoint takes no part in the features."""
         return key == "embeddings.mask_token"
@@ -277,7 +320,7 @@ class Dinov2:
 
         table = torch.from_numpy(outer.pop("positions.table"))
         side = math.isqrt(geometry.length - 1)
-        grid_side = int(config["image_size"]) // int(config["patch_size"])
+        grid_side = int_field(config, "image_size") // int_field(config, "patch_size")
         grid = table[:, 1:].reshape(1, grid_side, grid_side, -1).permute(0, 3, 1, 2)
         if side != grid_side:
             grid = torch.nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fleetune.edge.pack.pack import file_sha256
 from fleetune.edge.protocol.errors import UnsupportedBackboneError
-from fleetune.tools.pack.architectures import ARCHITECTURES, LINEARS, Architecture, Geometry
+from fleetune.tools.pack.architectures import ARCHITECTURES, LINEARS, Architecture, Geometry, int_field
 from fleetune.tools.pack.compile import block_shapes
 
 FloatArray = NDArray[np.float32]
@@ -66,8 +66,8 @@ def read_checkpoint(path: Path, *, image_size: int | None = None) -> Checkpoint:
             f"{path / 'config.json'}: field hidden_act: the activation {activation!r} is not supported",
             "use a backbone with the exact GELU",
         )
-    patch = int(config.get("patch_size", 1))
-    if image_size is not None and (architecture.modality != "image" or image_size % patch):
+    patch = int_field(config, "patch_size") if architecture.modality == "image" else 1
+    if image_size is not None and (architecture.modality != "image" or image_size < patch or image_size % patch):
         raise UnsupportedBackboneError(
             f"{path}: an image size of {image_size} does not fit this backbone",
             f"use a multiple of {patch} with a vision backbone, and no image size with a text backbone",
@@ -78,22 +78,23 @@ def read_checkpoint(path: Path, *, image_size: int | None = None) -> Checkpoint:
         raise UnsupportedBackboneError(
             f"{path} has no model.safetensors", "save the backbone with save_pretrained(safe_serialization=True)"
         )
+    import safetensors
     import safetensors.numpy
 
-    tensors: dict[str, FloatArray] = safetensors.numpy.load_file(weights)
+    try:
+        tensors: dict[str, FloatArray] = safetensors.numpy.load_file(weights)
+    except (safetensors.SafetensorError, KeyError, TypeError) as error:
+        raise UnsupportedBackboneError(f"{weights} cannot be read: {error}", "copy it again, or save it again") from error
     tensors = {key.removeprefix(f"{model_type}."): value for key, value in tensors.items()}
     shapes = block_shapes(architecture, geometry)
+    outer_shapes = architecture.outer_shapes(config, geometry)
     blocks: list[dict[str, FloatArray]] = []
     for index in range(geometry.blocks):
         block = _take(tensors, architecture.block_keys(index), weights)
-        for name, array in block.items():
-            if array.shape != shapes[name]:
-                raise UnsupportedBackboneError(
-                    f"{weights}: block {index}: {name} has shape {array.shape}, expected {shapes[name]}",
-                    "check that config.json belongs to these weights",
-                )
+        _check_shapes(block, shapes, f"{weights}: block {index}")
         blocks.append({name: np.ascontiguousarray(array, dtype=np.float32) for name, array in block.items()})
     outer = _take(tensors, architecture.outer_keys(), weights)
+    _check_shapes(outer, outer_shapes, str(weights))
     left = [key for key in tensors if not architecture.ignored(key)]
     if left:
         raise UnsupportedBackboneError(
@@ -104,6 +105,15 @@ def read_checkpoint(path: Path, *, image_size: int | None = None) -> Checkpoint:
     return Checkpoint(
         path, config, architecture, geometry, blocks, architecture.prepare(outer, config, geometry), file_sha256(weights)
     )
+
+
+def _check_shapes(tensors: Mapping[str, FloatArray], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    for name, array in tensors.items():
+        if array.shape != expected[name]:
+            raise UnsupportedBackboneError(
+                f"{where}: {name} has shape {array.shape}, expected {expected[name]}",
+                "check that config.json belongs to these weights",
+            )
 
 
 def is_matrix(name: str) -> bool:

@@ -198,17 +198,18 @@ class Graph:
                 raise ValueError(f"no gradient rule for the operator {node.op}")
             wanted = [i in on_path for i in node.inputs]
             for source, contribution in rule(self, node, incoming, wanted):
-                gradient[source] = self._accumulate(gradient.get(source), contribution)
+                shared = contribution is incoming  # a sum hands the same tensor to both its terms
+                gradient[source] = self._accumulate(gradient.get(source), contribution, fuse=not shared)
         missing = [leaf.name for leaf in wrt if leaf not in gradient]
         if missing:
             raise ValueError(f"{', '.join(missing)} do not influence {output.name}")
         return [gradient[leaf] for leaf in wrt]
 
-    def _accumulate(self, total: Tensor | None, term: Tensor) -> Tensor:
+    def _accumulate(self, total: Tensor | None, term: Tensor, *, fuse: bool) -> Tensor:
         if total is None:
             return term
         last = self._nodes[-1]
-        if last.op == "Gemm" and last.outputs[0] is term and len(last.inputs) == 2:
+        if fuse and last.op == "Gemm" and last.outputs[0] is term and len(last.inputs) == 2:
             # A product can add to its third operand while it writes: one pass over memory instead of three.
             self._nodes.pop()
             del self._producer[term]
@@ -306,6 +307,8 @@ def _gemm(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Itera
 def _matmul(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
     a, b = node.inputs
     rank = len(g.shape)
+    if any(want and source.shape[:-2] != g.shape[:-2] for source, want in zip(node.inputs, wanted, strict=True)):
+        raise ValueError("a broadcast operand takes no gradient here")
     swap = [*range(rank - 2), rank - 1, rank - 2]
     if wanted[0]:
         yield a, graph.matmul(g, graph.transpose(b, swap))

@@ -129,9 +129,19 @@ def _inputs(checkpoint: Checkpoint, folder: Path, max_length: int) -> tuple[Text
         raise UnsupportedBackboneError(
             f"{checkpoint.path} has no vocab.txt", "use a backbone with a WordPiece vocabulary"
         )
+    tokens = sum(1 for line in vocabulary.read_text(encoding="utf-8").split("\n") if line)
+    if tokens > len(checkpoint.outer["tokens.table"]):
+        raise UnsupportedBackboneError(
+            f"{vocabulary} has {tokens} tokens, the weights have {len(checkpoint.outer['tokens.table'])}",
+            "use the vocabulary that belongs to these weights",
+        )
     shutil.copyfile(vocabulary, folder / "vocab.txt")
     settings = checkpoint.path / "tokenizer_config.json"
-    lowercase = bool(json.loads(settings.read_text()).get("do_lower_case", True)) if settings.is_file() else True
+    try:
+        found = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        lowercase = bool(found.get("do_lower_case", True))
+    except (ValueError, AttributeError) as error:
+        raise UnsupportedBackboneError(f"{settings} is not a JSON object: {error}", "save the tokeniser again") from error
     return Text(vocabulary="vocab.txt", lowercase=lowercase, max_length=max_length), None
 
 
