@@ -204,9 +204,7 @@ class Aggregator:
 
     # --- announcing ---------------------------------------------------------------------------------------------
 
-    def _announcement(
-        self, job: Job, plan: NextRound, rounds: int, payload: Payload | None
-    ) -> Announcement:
+    def _announcement(self, job: Job, plan: NextRound, rounds: int, payload: Payload | None) -> Announcement:
         return Announcement(
             fleet=self._config.fleet,
             job=job.id,

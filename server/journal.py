@@ -139,7 +139,7 @@ def read_records(path: Path) -> list[Record]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                records.append(msgspec.json.decode(line, type=Record))  # type: ignore[arg-type]
+                records.append(msgspec.json.decode(line, type=Record))
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 raise RunFolderError(
                     f"{path}, line {number}: {error}",

@@ -20,10 +20,7 @@ WORDS = [
     *("good", "fine", "great", "warm", "bad", "poor", "dull", "cold"),
 ]
 VOCABULARY = (
-    ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".,!?'-"]
-    + [*PIECES]
-    + [f"##{piece}" for piece in PIECES]
-    + WORDS
+    ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".,!?'-"] + [*PIECES] + [f"##{piece}" for piece in PIECES] + WORDS
 )
 MAX_LENGTH = 24
 
@@ -168,9 +165,7 @@ class TorchReference:
         state, weights = self.model.state_dict(), pack.weights()
         for index in range(pack.manifest.blocks):
             packed = weights.block(index)
-            state.update(
-                {key: torch.from_numpy(np.array(packed[name])) for key, name in self._keys(index).items()}
-            )
+            state.update({key: torch.from_numpy(np.array(packed[name])) for key, name in self._keys(index).items()})
         if self.text:
             rows = np.arange(len(state["embeddings.word_embeddings.weight"]))
             state["embeddings.word_embeddings.weight"] = torch.from_numpy(weights.rows("tokens.table", rows))
@@ -197,9 +192,7 @@ class TorchReference:
         """Features after some blocks; ``adapters`` have their full names (``blocks.2.query.A``)."""
         for index in blocks:
             stem = f"blocks.{index}."
-            own = {
-                name.removeprefix(stem): tensor for name, tensor in adapters.items() if name.startswith(stem)
-            }
+            own = {name.removeprefix(stem): tensor for name, tensor in adapters.items() if name.startswith(stem)}
             h = self.block(index, h, mask, own)
         if not self.text:
             return self.model.layernorm(h)[:, 0]

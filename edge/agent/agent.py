@@ -291,7 +291,9 @@ class Agent:
             "peak_mib": round(peak_mib(), 1),
             "stopped_early": guard.stopped_early,
         }
-        self._facts |= {key: value for key, value in metrics.items() if key in ("loss", "test", "depth", "cpu_s", "peak_mib")}
+        self._facts |= {
+            key: value for key, value in metrics.items() if key in ("loss", "test", "depth", "cpu_s", "peak_mib")
+        }
         self._queue_update(announced, outcome.tensors, metrics)
         self._send_outbox()
         self._publish("idle", "waits for the next round")

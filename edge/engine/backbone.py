@@ -76,7 +76,7 @@ class Backbone:
             session = onnxruntime.InferenceSession(
                 str(self.pack.graph(stem)), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # noqa: BLE001 - ONNX Runtime raises classes of its own for each failure
+        except Exception as error:
             raise PackError(
                 f"{self.pack.graph(stem)} does not load in onnxruntime {onnxruntime.__version__}: {error}",
                 "install onnxruntime >= 1.23.2, or write the pack again",

@@ -86,7 +86,9 @@ class PrefixCache:
         entries: How many entries to keep; the least recently used goes first.
     """
 
-    def __init__(self, folder: Path, backbone: Backbone, dataset: Dataset, *, micro_batch: int, entries: int = 3) -> None:
+    def __init__(
+        self, folder: Path, backbone: Backbone, dataset: Dataset, *, micro_batch: int, entries: int = 3
+    ) -> None:
         self._folder, self._backbone, self._dataset = folder, backbone, dataset
         self._micro_batch, self._entries = micro_batch, entries
 

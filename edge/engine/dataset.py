@@ -94,9 +94,7 @@ class TextDataset(Dataset):
                 rows.append(row)
         if not rows:
             raise DataError(f"{path} is empty", "write one sample on each line")
-        tokeniser = WordPiece(
-            pack.path / text.vocabulary, lowercase=text.lowercase, max_length=text.max_length
-        )
+        tokeniser = WordPiece(pack.path / text.vocabulary, lowercase=text.lowercase, max_length=text.max_length)
         self._ids, self.lengths = tokeniser.encode_batch([row.text for row in rows])
         labels = np.array([row.label for row in rows], dtype=np.int64)
         super().__init__(path, labels, np.array([SPLITS.index(row.split) for row in rows], dtype=np.uint8))

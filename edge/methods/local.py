@@ -62,9 +62,7 @@ class LocalRun:
         settings, dataset = self.settings, self.device.dataset
         train = dataset.indices("train")
         tail = expert.layout.tail(self.depth)
-        optimiser = Adam(
-            tail.stop - tail.start, settings.learning_rate, weight_decay=settings.weight_decay
-        )
+        optimiser = Adam(tail.stop - tail.start, settings.learning_rate, weight_decay=settings.weight_decay)
         gradient = Expert(expert.layout)
         reserve = evaluated * self.depth * self.device.costs.forward_cpu_s
         steps = settings.epochs * -(-len(train) // settings.batch)

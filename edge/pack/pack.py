@@ -42,7 +42,9 @@ class Pack:
         """
         file = path / FILE
         if not file.is_file():
-            raise PackError(f"{path} is not a pack: it has no {FILE}", "make one with `fleetune pack BACKBONE --out DIR`")
+            raise PackError(
+                f"{path} is not a pack: it has no {FILE}", "make one with `fleetune pack BACKBONE --out DIR`"
+            )
         if file.stat().st_size > _MAX_MANIFEST:
             raise PackError(f"{file} is larger than {_MAX_MANIFEST} bytes", "write the pack again")
         raw = file.read_bytes()
@@ -69,7 +71,9 @@ class Pack:
         for name, expected in self.manifest.files.items():
             file = self.path / name
             if Path(name).name != name:
-                raise PackError(f"{self.path / FILE} lists {name!r}, which lies outside the pack", "write the pack again")
+                raise PackError(
+                    f"{self.path / FILE} lists {name!r}, which lies outside the pack", "write the pack again"
+                )
             if not file.is_file():
                 raise PackError(f"{file} is missing", "copy the pack again, or write it again")
             size = file.stat().st_size

@@ -19,7 +19,12 @@ from numpy.typing import NDArray
 from fleetune.edge.protocol.errors import PackError
 
 _MAX_HEADER = 4 << 20
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "U8": np.dtype("u1"), "I64": np.dtype("<i8")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "U8": np.dtype("u1"),
+    "I64": np.dtype("<i8"),
+}
 
 
 class _Entry(msgspec.Struct, frozen=True):

@@ -40,7 +40,9 @@ class Weights:
             if name.startswith("blocks."):
                 _, index, rest = name.split(".", 2)
                 if not index.isdecimal() or int(index) >= manifest.blocks:
-                    raise PackError(f"{path} holds {stored}, the manifest has {manifest.blocks} blocks", "write the pack again")
+                    raise PackError(
+                        f"{path} holds {stored}, the manifest has {manifest.blocks} blocks", "write the pack again"
+                    )
                 self._blocks[int(index)][rest] = name
             else:
                 self.outer_names.append(name)
@@ -66,11 +68,11 @@ class Weights:
             if name in self._file:
                 tensors[short] = self._file[name]
             else:
-                tensors[short] = self._dequantise(name, into[short] if into else None, short)
+                tensors[short] = self._dequantise(name, into[short] if into else None)
         self._file.release()
         return tensors
 
-    def _dequantise(self, name: str, out: FloatArray | None, short: str) -> FloatArray:
+    def _dequantise(self, name: str, out: FloatArray | None) -> FloatArray:
         codes, absmax = self._file[f"{name}.codes"], self._file[f"{name}.absmax"]
         if out is None:
             out = np.empty((codes.shape[0], codes.shape[1] * 2), dtype=np.float32)
@@ -91,4 +93,5 @@ class Weights:
         codes, absmax = self._file[f"{name}.codes"], self._file[f"{name}.absmax"]
         picked = self._pairs[codes[indices.reshape(-1)]]
         values = picked.reshape(-1, self._block_size) * absmax[indices.reshape(-1)].reshape(-1, 1)
-        return values.reshape(*indices.shape, codes.shape[1] * 2)
+        rows: FloatArray = values.reshape(*indices.shape, codes.shape[1] * 2)
+        return rows

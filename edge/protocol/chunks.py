@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from fleetune.edge.protocol.errors import MessageError
 from fleetune.edge.protocol.messages import MAX_CHUNK, MAX_PAYLOAD, Payload
 
-
 MAX_CHUNKS = 1 << 16
 """Most chunks of a payload: their bitmap fits a message."""
 
@@ -48,11 +47,15 @@ class Assembly:
     def __init__(self, payload: Payload) -> None:
         if not 0 < payload.size <= MAX_PAYLOAD:
             raise MessageError(
-                f"a payload of {payload.size} bytes is announced", f"send 1 to {MAX_PAYLOAD}", reason="payload-too-large"
+                f"a payload of {payload.size} bytes is announced",
+                f"send 1 to {MAX_PAYLOAD}",
+                reason="payload-too-large",
             )
         if not 0 < payload.chunk_size <= MAX_CHUNK:
             raise MessageError(
-                f"chunks of {payload.chunk_size} bytes are announced", f"send 1 to {MAX_CHUNK}", reason="chunk-too-large"
+                f"chunks of {payload.chunk_size} bytes are announced",
+                f"send 1 to {MAX_CHUNK}",
+                reason="chunk-too-large",
             )
         if payload.chunks > MAX_CHUNKS:
             raise MessageError(
@@ -74,9 +77,7 @@ class Assembly:
             MessageError: Its number or its length does not fit the manifest.
         """
         start = index * self.payload.chunk_size
-        if not 0 <= index < self.payload.chunks or len(data) != min(
-            self.payload.chunk_size, self.payload.size - start
-        ):
+        if not 0 <= index < self.payload.chunks or len(data) != min(self.payload.chunk_size, self.payload.size - start):
             raise MessageError(
                 f"chunk {index} of {len(data)} bytes does not fit the manifest", "send it again", reason="wrong-chunk"
             )

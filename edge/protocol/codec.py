@@ -31,9 +31,7 @@ def decode_tensors(data: bytes, codec: str) -> dict[str, NDArray[np.float32]]:
         MessageError: The codec is unknown, the bytes are malformed, or a value is not finite.
     """
     if codec not in CODECS:
-        raise MessageError(
-            f"the codec {codec!r} is unknown", f"use one of {', '.join(CODECS)}", reason="unknown-codec"
-        )
+        raise MessageError(f"the codec {codec!r} is unknown", f"use one of {', '.join(CODECS)}", reason="unknown-codec")
     if len(data) > MAX_PAYLOAD:
         raise MessageError(f"a payload of {len(data)} bytes", f"send at most {MAX_PAYLOAD}", reason="payload-too-large")
     try:

@@ -17,9 +17,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from fleetune.edge.protocol.errors import BrokerProtocolError, BrokerUnreachableError, ConfigError
 from fleetune.edge.protocol.messages import MAX_CHUNK, MAX_MESSAGE
@@ -98,12 +100,12 @@ class Link:
         self.bytes_in = 0
         self.bytes_out = 0
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._subscriptions = [(topic, mqtt.SubscribeOptions(qos=1)) for topic in subscriptions]
+        self._subscriptions = [(topic, SubscribeOptions(qos=1)) for topic in subscriptions]
         self._answer: ReasonCode | None = None
         self._answered = threading.Event()
         self._closing = False
         self._max_packet = _MAX_PACKET
-        client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=client_id, protocol=mqtt.MQTTv5)
+        client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=mqtt.MQTTv5)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
@@ -121,7 +123,7 @@ class Link:
             BrokerUnreachableError: Nothing answers in time.
             BrokerProtocolError: The broker refuses MQTT 5 or this client.
         """
-        properties = Properties(PacketTypes.CONNECT)
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.MaximumPacketSize = _MAX_PACKET
         deadline = time.monotonic() + timeout
         while True:
@@ -195,7 +197,7 @@ class Link:
                 f"a message of {len(payload)} bytes exceeds the broker's maximum packet size of {self._max_packet}",
                 "raise the broker's limit (Mosquitto: max_packet_size) to 128 KiB or more",
             )
-        properties = Properties(PacketTypes.PUBLISH)
+        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         if expiry is not None:
             properties.MessageExpiryInterval = expiry
         self.bytes_out += len(payload)
@@ -242,7 +244,7 @@ class Link:
 
     def _on_message(self, _c: mqtt.Client, _u: Any, message: mqtt.MQTTMessage) -> None:
         self.bytes_in += len(message.payload)
-        self._events.put(Received(message.topic, message.payload))
+        self._events.put(Received(message.topic, bytes(message.payload)))
 
 
 def _no_delay(_c: mqtt.Client, _u: Any, sock: Any) -> None:

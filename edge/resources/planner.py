@@ -144,6 +144,7 @@ def _nothing_fits(plans: list[Plan], budget: Budget) -> BudgetError:
         )
     return BudgetError(
         f"budget: no plan fits {budget.memory_mib:.0f} MiB and {budget.cpu_s:.1f} CPU seconds at once: "
-        f"the smallest needs {small.cpu_s * (1 + CPU_MARGIN):.1f} s, the fastest {quick.peak_mib * (1 + MEMORY_MARGIN):.0f} MiB",
+        f"the smallest needs {small.cpu_s * (1 + CPU_MARGIN):.1f} s, "
+        f"the fastest {quick.peak_mib * (1 + MEMORY_MARGIN):.0f} MiB",
         "raise either of the two",
     )

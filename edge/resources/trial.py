@@ -14,7 +14,6 @@ import msgspec
 
 from fleetune.edge.protocol.errors import BudgetError
 
-
 _CHUNK_BLOCKS = 2
 
 

@@ -269,9 +269,7 @@ def test_another_data_file_or_another_pack_gives_another_entry(
     manifest = tmp_path / "pack" / FILE
     manifest.write_text(manifest.read_text().replace('"tiny-bert"', '"altered"'))
     altered = CountingBackbone(Pack.open(tmp_path / "pack"))
-    PrefixCache(tmp_path / "cache", altered, read_dataset(text_data, altered.pack), micro_batch=4).prefix(
-        1, expert
-    )
+    PrefixCache(tmp_path / "cache", altered, read_dataset(text_data, altered.pack), micro_batch=4).prefix(1, expert)
     assert altered.blocks_run() == {0}
     assert len(entries(tmp_path)) == 3
 

@@ -121,9 +121,7 @@ def test_a_split_without_samples_is_named(missing: str, tiny_bert_pack: Pack, tm
 
 @pytest.mark.parametrize("colour", [False, True])
 def test_a_good_picture_file(colour: bool, tiny_dinov2_pack: Pack, tmp_path: Path) -> None:
-    images = np.random.default_rng(1).integers(
-        0, 256, (4, 28, 20, 3) if colour else (4, 28, 20), dtype=np.uint8
-    )
+    images = np.random.default_rng(1).integers(0, 256, (4, 28, 20, 3) if colour else (4, 28, 20), dtype=np.uint8)
     data = read_dataset(pictures(tmp_path / "data.safetensors", images=images), tiny_dinov2_pack)
     assert data.labels.tolist() == [0, 2, 1, 0]
     assert data.classes == 3
@@ -151,9 +149,7 @@ def test_a_good_picture_file(colour: bool, tiny_dinov2_pack: Pack, tmp_path: Pat
     ({"split": np.array([0, 1, 2, 3], np.uint8)}, "split"),
     ({"split": np.array([0, 0, 1, 1], np.uint8)}, "no sample of split 'test'"),
 ])  # fmt: skip
-def test_a_bad_field_is_named(
-    changes: dict[str, Any], message: str, tiny_dinov2_pack: Pack, tmp_path: Path
-) -> None:
+def test_a_bad_field_is_named(changes: dict[str, Any], message: str, tiny_dinov2_pack: Pack, tmp_path: Path) -> None:
     path = pictures(tmp_path / "data.safetensors", **changes)
     with pytest.raises(DataError, match=f"{path}.*{message}"):
         read_dataset(path, tiny_dinov2_pack)

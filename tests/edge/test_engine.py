@@ -47,9 +47,7 @@ class Case:
     ) -> Expert:
         into = into or Expert(self.layout)
         suffix = Suffix(Backbone(self.pack, threads=1), depth, recompute=recompute)
-        suffix.gradients(
-            self.hidden[rows], self.mask[rows], self.expert, into, lambda _features: self.slope[rows]
-        )
+        suffix.gradients(self.hidden[rows], self.mask[rows], self.expert, into, lambda _features: self.slope[rows])
         return into
 
     def features(self, depth: int, parts: list[Part], expert: Expert) -> list[Any]:
@@ -207,9 +205,7 @@ def test_the_same_seed_gives_the_same_expert_with_every_b_zero(tiny_bert_pack: P
             assert not tensor.any()
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"), [("blocks.3.query.A", (64, 4)), ("head.weight", (64, 3)), ("gate.A", (1,))]
-)
+@pytest.mark.parametrize(("name", "shape"), [("blocks.3.query.A", (64, 4)), ("head.weight", (64, 3)), ("gate.A", (1,))])
 def test_a_tensor_that_does_not_fit_the_expert_is_named(
     name: str, shape: tuple[int, ...], tiny_bert_pack: Pack
 ) -> None:

@@ -80,10 +80,7 @@ def test_gradients_equal_torch(where: str, seed: int, samples: int) -> None:
     head = (weight, bias) if where == "features" else None
     loss, found = gate.gradients(pooled, experts, labels, head)
 
-    t = {
-        name: torch.tensor(tensor.astype(np.float64), requires_grad=True)
-        for name, tensor in gate.tensors.items()
-    }
+    t = {name: torch.tensor(tensor.astype(np.float64), requires_grad=True) for name, tensor in gate.tensors.items()}
     x = torch.tensor(pooled.astype(np.float64))
     x = (x - x.mean(1, keepdim=True)) / x.std(1, correction=0, keepdim=True)
     z = x + x @ t["gate.A"] @ t["gate.B"]

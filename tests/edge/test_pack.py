@@ -186,9 +186,7 @@ def test_weights_equal_what_bitsandbytes_dequantises(tiny_bert_pack: Pack) -> No
                 dtype=torch.float32,
             )
             codes = torch.from_numpy(stored[f"blocks.{index}.{name}.codes"].reshape(-1, 1))
-            np.testing.assert_array_equal(
-                block[name], functional.dequantize_4bit(codes, state).numpy(), err_msg=name
-            )
+            np.testing.assert_array_equal(block[name], functional.dequantize_4bit(codes, state).numpy(), err_msg=name)
 
 
 def test_rows_of_a_table_equal_the_same_rows_of_the_whole_table(tiny_bert_pack: Pack) -> None:

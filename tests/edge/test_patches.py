@@ -20,9 +20,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def reference(pictures: Any, spec: Image) -> Any:
     channels = torch.from_numpy(pictures).float() / 255
     channels = channels[:, None].expand(-1, 3, -1, -1) if channels.ndim == 3 else channels.permute(0, 3, 1, 2)
-    scaled = torch.nn.functional.interpolate(
-        channels, (spec.size, spec.size), mode="bilinear", align_corners=False
-    )
+    scaled = torch.nn.functional.interpolate(channels, (spec.size, spec.size), mode="bilinear", align_corners=False)
     normal = (scaled - torch.tensor(spec.mean)[:, None, None]) / torch.tensor(spec.std)[:, None, None]
     columns = torch.nn.functional.unfold(normal, spec.patch, stride=spec.patch)
     return columns.transpose(1, 2).numpy()

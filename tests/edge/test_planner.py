@@ -168,9 +168,7 @@ def test_no_fitting_plan_is_deeper_or_as_deep_and_cheaper(memory: float, cpu: fl
 
 
 @given(memories, seconds, st.floats(0, 200), st.floats(0, 10))
-def test_a_larger_budget_never_gives_a_shallower_plan(
-    memory: float, cpu: float, more: float, longer: float
-) -> None:
+def test_a_larger_budget_never_gives_a_shallower_plan(memory: float, cpu: float, more: float, longer: float) -> None:
     small, large = attempt(Budget(memory, cpu)), attempt(Budget(memory + more, cpu + longer))
     assert (large.depth if large else 0) >= (small.depth if small else 0)
 
@@ -190,23 +188,15 @@ def test_recomputing_is_chosen_when_memory_bites() -> None:
 
 def test_smaller_micro_batches_are_chosen_when_memory_bites() -> None:
     assert choose(COSTS, JOB, Budget(PLENTY, PLENTY)).micro_batch == 16
-    assert (
-        choose(
-            COSTS, JOB, Budget(bilinear(KEEP_MIB, BLOCKS, 4) * (1 + MEMORY_MARGIN) + 1, PLENTY)
-        ).micro_batch
-        == 4
-    )
+    assert choose(COSTS, JOB, Budget(bilinear(KEEP_MIB, BLOCKS, 4) * (1 + MEMORY_MARGIN) + 1, PLENTY)).micro_batch == 4
 
 
 def test_the_limit_that_stands_in_the_way_is_named() -> None:
-    cheapest = {
-        d: min(p.cpu_s for p in candidates(COSTS, JOB) if p.depth == d) * (1 + CPU_MARGIN) for d in (3, 4)
-    }
+    cheapest = {d: min(p.cpu_s for p in candidates(COSTS, JOB) if p.depth == d) * (1 + CPU_MARGIN) for d in (3, 4)}
     by_time = choose(COSTS, JOB, Budget(PLENTY, (cheapest[3] + cheapest[4]) / 2))
     assert (by_time.depth, by_time.bound_by) == (3, "cpu")
     smallest = {
-        d: min(p.peak_mib for p in candidates(COSTS, JOB) if p.depth == d) * (1 + MEMORY_MARGIN)
-        for d in (3, 4)
+        d: min(p.peak_mib for p in candidates(COSTS, JOB) if p.depth == d) * (1 + MEMORY_MARGIN) for d in (3, 4)
     }
     by_memory = choose(COSTS, JOB, Budget((smallest[3] + smallest[4]) / 2, PLENTY))
     assert (by_memory.depth, by_memory.bound_by) == (3, "memory")

@@ -117,9 +117,7 @@ def test_a_payload_that_is_too_large_is_refused() -> None:
     st.lists(st.tuples(st.integers(0, len(SENT) - 1), st.integers(0, 255)), max_size=4),
     st.integers(0, len(SENT)),
 )
-def test_whatever_the_bytes_only_a_message_error_comes_out(
-    changes: list[tuple[int, int]], length: int
-) -> None:
+def test_whatever_the_bytes_only_a_message_error_comes_out(changes: list[tuple[int, int]], length: int) -> None:
     data = bytearray(SENT)
     for position, value in changes:
         data[position] = value
@@ -152,9 +150,7 @@ def test_chunks_may_come_twice_and_in_any_order(delivery: tuple[bytes, Payload, 
 
 
 @given(deliveries(), st.data())
-def test_missing_chunks_are_known_and_can_be_asked_for(
-    delivery: tuple[bytes, Payload, list[int]], draw: Any
-) -> None:
+def test_missing_chunks_are_known_and_can_be_asked_for(delivery: tuple[bytes, Payload, list[int]], draw: Any) -> None:
     data, payload, order = delivery
     lost = draw.draw(st.sets(st.sampled_from(order)))
     assembly = Assembly(payload)
@@ -343,8 +339,7 @@ def test_what_is_not_a_message_is_malformed(raw: bytes) -> None:
 @pytest.mark.parametrize("sha256", ["", "../../../etc/passwd", "ab" * 31, "AB" * 32, "zz" * 32, "ab" * 200])
 def test_a_payload_without_a_proper_hash_is_malformed(sha256: str) -> None:
     assert (
-        reason(decode, changed(payload=json.loads(encode(PAYLOAD)) | {"sha256": sha256}), UpdateManifest)
-        == "malformed"
+        reason(decode, changed(payload=json.loads(encode(PAYLOAD)) | {"sha256": sha256}), UpdateManifest) == "malformed"
     )
 
 

@@ -21,9 +21,7 @@ from fleetune.edge.resources.trial import Trial
 
 PLAN = Plan(depth=2, micro_batch=4, recompute=True, peak_mib=80.5, cpu_s=1.25, bound_by="memory")
 TRIAL = Trial(depth=1, micro_batch=2, recompute=False, peak_mib=70.0, step_cpu_s=0.1, forward_cpu_s=0.01)
-COSTS = Costs(
-    pack="p", kit="1", onnxruntime="1", machine="arm", threads=1, length=8, typical=6, trials=(TRIAL,)
-)
+COSTS = Costs(pack="p", kit="1", onnxruntime="1", machine="arm", threads=1, length=8, typical=6, trials=(TRIAL,))
 
 
 @pytest.fixture
@@ -105,9 +103,7 @@ DAMAGED = [
     ("jobs/fedms/plan.json", lambda state: state.plan("fedms")),
     ("outbox/u-1.json", lambda state: state.outbox()),
 ])  # fmt: skip
-def test_a_damaged_file_is_named(
-    file: str, read: Callable[[State], object], raw: bytes, state: State
-) -> None:
+def test_a_damaged_file_is_named(file: str, read: Callable[[State], object], raw: bytes, state: State) -> None:
     state.save_counters()
     state.save_costs(COSTS)
     state.save_plan("fedms", PLAN)
@@ -144,9 +140,7 @@ def test_an_answer_cannot_name_a_file_elsewhere(state: State) -> None:
 
 
 @pytest.mark.parametrize("stop_at", range(1, 6))
-def test_an_update_is_kept_whole_or_not_at_all(
-    stop_at: int, state: State, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_update_is_kept_whole_or_not_at_all(stop_at: int, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk fails at the n-th time that something is forced onto it."""
     real, calls = os.fsync, 0
 

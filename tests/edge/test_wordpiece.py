@@ -22,9 +22,7 @@ tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers: pip ins
 MAX_LENGTH = 48
 EARLY = unicodedata.ucd_3_2_0
 # Characters that every library knows alike; the tables of later ones differ from library to library.
-KNOWN = [
-    c for c in map(chr, range(0x10000)) if EARLY.category(c) == unicodedata.category(c) not in ("Cn", "Cs")
-]
+KNOWN = [c for c in map(chr, range(0x10000)) if EARLY.category(c) == unicodedata.category(c) not in ("Cn", "Cs")]
 
 
 class Both:
@@ -32,9 +30,7 @@ class Both:
 
     def __init__(self, vocabulary: Path, *, lowercase: bool) -> None:
         self.ours = WordPiece(vocabulary, lowercase=lowercase, max_length=MAX_LENGTH)
-        ids = {
-            token: i for i, token in enumerate(vocabulary.read_text(encoding="utf-8").split("\n")) if token
-        }
+        ids = {token: i for i, token in enumerate(vocabulary.read_text(encoding="utf-8").split("\n")) if token}
         self.theirs = tokenizers.BertWordPieceTokenizer(ids, lowercase=lowercase)
         self.theirs.enable_truncation(MAX_LENGTH)
 
@@ -90,9 +86,7 @@ def test_review_snippets_with_their_case(cased: Both) -> None:
     "Русский текст ёжик Й עברית عربي",
 ])  # fmt: skip
 def test_strings_that_are_hard_to_tokenise(text: str, both: Both, cased: Both) -> None:
-    if not text.startswith(
-        "[CLS]"
-    ):  # the library finds special tokens in a text; a device's data has none to find
+    if not text.startswith("[CLS]"):  # the library finds special tokens in a text; a device's data has none to find
         assert both.differences([text]) == []
         assert cased.differences([text]) == []
     assert both.ours.encode(text)[0] == 101

@@ -101,9 +101,7 @@ def test_an_unknown_profile_lists_the_known_ones() -> None:
     ("name: bench\n", "", "name"),
     ("sources: {}", "sources: {}\nmeasured: 1", "measured"),
 ])  # fmt: skip
-def test_a_bad_profile_names_file_and_field(
-    old: str, new: str, where: str, write: Callable[..., Path]
-) -> None:
+def test_a_bad_profile_names_file_and_field(old: str, new: str, where: str, write: Callable[..., Path]) -> None:
     path = write(PROFILE, "bench.yaml", (old, new))
     error = refusal(path, lambda path: read_profile(str(path)))
     assert re.search(where, error.what), error.what
@@ -170,9 +168,7 @@ def test_a_device_that_the_fleet_does_not_have_lists_those_it_has(write: Callabl
     ("schema: 1", "schema: 2", "line 1: field schema: .*2"),
     ("schema: 1", "schema: 1\nbroker: x", "broker"),
 ])  # fmt: skip
-def test_a_bad_field_is_named_with_its_value(
-    old: str, new: str, where: str, write: Callable[..., Path]
-) -> None:
+def test_a_bad_field_is_named_with_its_value(old: str, new: str, where: str, write: Callable[..., Path]) -> None:
     error = refusal(write(FLEET, "fleet.yaml", (old, new)))
     assert re.search(where, error.what), error.what
 

@@ -24,13 +24,8 @@ def total(updates: list[tuple[dict[str, Any], float]]) -> PartialSum:
 def fleets(draw: st.DrawFn) -> list[tuple[dict[str, Any], float]]:
     """Each device sends some of the tensors, and weighs as many samples as it has."""
     rng = np.random.default_rng(draw(st.integers(0, 999)))
-    senders = draw(
-        st.lists(st.tuples(st.sets(st.sampled_from(NAMES)), st.integers(1, 500)), min_size=1, max_size=6)
-    )
-    return [
-        ({name: rng.standard_normal((2, 3)).astype(np.float32) for name in sorted(sent)}, n)
-        for sent, n in senders
-    ]
+    senders = draw(st.lists(st.tuples(st.sets(st.sampled_from(NAMES)), st.integers(1, 500)), min_size=1, max_size=6))
+    return [({name: rng.standard_normal((2, 3)).astype(np.float32) for name in sorted(sent)}, n) for sent, n in senders]
 
 
 def test_a_mean_is_weighted_by_samples() -> None:
@@ -65,9 +60,7 @@ def test_the_mean_is_numpys_average(updates: list[tuple[dict[str, Any], float]])
         assert (name in mean) == bool(sent)
         if sent:
             arrays, weights = zip(*sent, strict=True)
-            np.testing.assert_allclose(
-                mean[name], np.average(arrays, axis=0, weights=weights), rtol=1e-5, atol=1e-6
-            )
+            np.testing.assert_allclose(mean[name], np.average(arrays, axis=0, weights=weights), rtol=1e-5, atol=1e-6)
 
 
 @given(fleets(), st.randoms(use_true_random=False), st.integers(1, 4))

@@ -33,10 +33,7 @@ schedules = st.builds(
     ([0.5, 0.5, 0.7, 0.9], 2),
 ])  # fmt: skip
 def test_the_depth_after_these_results(history: list[float], depth: int) -> None:
-    assert (
-        scheduled_depth(history, ScheduleSettings(start=1, step=1, window=2, threshold=0.01), max_depth=6)
-        == depth
-    )
+    assert scheduled_depth(history, ScheduleSettings(start=1, step=1, window=2, threshold=0.01), max_depth=6) == depth
 
 
 def test_a_longer_queue_looks_at_the_mean_gain() -> None:

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+
 from fleetune.edge.protocol.errors import AssetError, DataError, UnsupportedBackboneError
 from fleetune.tools.assets import (
     ASSETS,
@@ -37,7 +39,6 @@ from fleetune.tools.assets import (
 )
 from fleetune.tools.assets.datasets import read_rotten_tomatoes
 from fleetune.tools.assets.idx import read_idx
-from safetensors.numpy import load_file
 
 REVIEWS = "rotten_tomatoes_corpus_full.csv.bz2"
 REVIEWS_SHA256 = "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5"
@@ -109,9 +110,7 @@ def test_a_cached_asset_needs_no_network(cached: Path, no_index: None) -> None:
     assert sha256(fetch("rotten-tomatoes", cache=cached) / REVIEWS) == REVIEWS_SHA256
 
 
-def test_a_relative_cache_lies_below_the_current_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_cache_lies_below_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = fetch("rotten-tomatoes", cache=Path("mine"))
     assert sha256(tmp_path / "mine" / "assets" / folder.name / REVIEWS) == REVIEWS_SHA256
@@ -365,14 +364,10 @@ def some_films(sizes: list[int]) -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_where_films_lack_val_shares_those_of_train_but_never_those_of_test(
-    seed: int, tmp_path: Path
-) -> None:
+def test_where_films_lack_val_shares_those_of_train_but_never_those_of_test(seed: int, tmp_path: Path) -> None:
     folder = write_reviews(tmp_path, some_films([10, 10]))
     (rows,) = rotten_tomatoes_clients(folder, clients=1, train=5, val=5, test=10, seed=seed)
-    films = {
-        split: {row["group"] for row in rows if row["split"] == split} for split in ("train", "val", "test")
-    }
+    films = {split: {row["group"] for row in rows if row["split"] == split} for split in ("train", "val", "test")}
     assert films["train"] == films["val"] != films["test"]
     assert len({row["text"] for row in rows}) == 20
 
@@ -399,9 +394,7 @@ def test_more_rows_than_there_are_is_a_clear_error(counts: dict[str, int], tmp_p
 
 def test_a_text_that_occurs_again_is_dealt_once(tmp_path: Path) -> None:
     rows = some_films([10, 10])
-    folder = write_reviews(
-        tmp_path, [*rows, ("rotten", rows[0][1], "film_1"), ("plot", "no review", "film_1")]
-    )
+    folder = write_reviews(tmp_path, [*rows, ("rotten", rows[0][1], "film_1"), ("plot", "no review", "film_1")])
     with pytest.raises(DataError, match="20 different snippets of 2 films"):
         rotten_tomatoes_clients(folder, clients=1, train=21, val=0, test=0, seed=0)
 
@@ -518,9 +511,7 @@ def test_the_real_images_and_labels_belong_together() -> None:
         (b"", "no IDX file"),
     ],
 )
-def test_an_idx_file_that_lies_is_refused_before_memory_is_taken(
-    content: bytes, says: str, tmp_path: Path
-) -> None:
+def test_an_idx_file_that_lies_is_refused_before_memory_is_taken(content: bytes, says: str, tmp_path: Path) -> None:
     file = tmp_path / "a.gz"
     file.write_bytes(gzip.compress(content))
     with pytest.raises(DataError, match=says):

@@ -34,25 +34,19 @@ def run(model: Any, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
     return dict(zip(names, values, strict=True))
 
 
-def compare(
-    graph: Graph, leaves: Mapping[Tensor, Any], output: Tensor, reference: Any, wrt: Sequence[Tensor]
-) -> None:
+def compare(graph: Graph, leaves: Mapping[Tensor, Any], output: Tensor, reference: Any, wrt: Sequence[Tensor]) -> None:
     """Hold ``output`` and its gradients against ``reference``, a torch tensor made from ``leaves``."""
     seed = np.random.default_rng(9).standard_normal(tuple(reference.shape)).astype(np.float32)
     upstream = graph.input("upstream", output.shape)
     gradients = graph.gradients(output, upstream, wrt)
     outputs = {"y": output} | {f"grad.{leaf.name}": grad for leaf, grad in zip(wrt, gradients, strict=True)}
     model = graph.model("test", [*leaves, upstream], outputs)
-    found = run(
-        model, {leaf.name: value.detach().numpy() for leaf, value in leaves.items()} | {"upstream": seed}
-    )
+    found = run(model, {leaf.name: value.detach().numpy() for leaf, value in leaves.items()} | {"upstream": seed})
     wanted = torch.autograd.grad(reference, [leaves[leaf] for leaf in wrt], torch.from_numpy(seed))
     np.testing.assert_allclose(found["y"], reference.detach().numpy(), rtol=1e-4, atol=1e-4)
     for leaf, grad in zip(wrt, wanted, strict=True):
         scale = max(1.0, float(grad.abs().max()))
-        np.testing.assert_allclose(
-            found[f"grad.{leaf.name}"] / scale, grad.numpy() / scale, rtol=0, atol=1e-5
-        )
+        np.testing.assert_allclose(found[f"grad.{leaf.name}"] / scale, grad.numpy() / scale, rtol=0, atol=1e-5)
 
 
 def leaf(graph: Graph, name: str, array: np.ndarray[Any, Any]) -> tuple[Tensor, Any]:
@@ -140,9 +134,7 @@ def test_layer_norm(n: int, m: int, seed: int) -> None:
     a, weight, bias = random(seed, (n, m), (m,), (m,))
     graph, x, torched = start(a=a, weight=weight, bias=bias)
     y = graph.layer_norm(x["a"], x["weight"], x["bias"], 1e-3)
-    reference = torch.nn.functional.layer_norm(
-        torched[x["a"]], (m,), *map(torch.tensor, (weight, bias)), eps=1e-3
-    )
+    reference = torch.nn.functional.layer_norm(torched[x["a"]], (m,), *map(torch.tensor, (weight, bias)), eps=1e-3)
     compare(graph, torched, y, reference, [x["a"]])
 
 
@@ -223,9 +215,7 @@ STEPS: dict[str, tuple[Callable[..., Tensor], Callable[..., Any]]] = {
 @settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 9)), min_size=1, max_size=6))
 def test_random_compositions(steps: list[tuple[str, int]]) -> None:
-    graph, x, torched = start(
-        **{name: array / 2 for name, array in zip("ab", random(0, (4, 4), (4, 4)), strict=True)}
-    )
+    graph, x, torched = start(**{name: array / 2 for name, array in zip("ab", random(0, (4, 4), (4, 4)), strict=True)})
     symbols, values = list(x.values()), list(torched.values())
     for name, earlier in steps:
         ours, theirs = STEPS[name]
@@ -233,9 +223,7 @@ def test_random_compositions(steps: list[tuple[str, int]]) -> None:
         symbols.append(ours(graph, symbols[-1], symbols[other]))
         values.append(theirs(values[-1], values[other]))
     output, reference = graph.add(symbols[-1], x["a"]), values[-1] + values[0]
-    reached = torch.autograd.grad(
-        reference.sum(), list(torched.values()), retain_graph=True, allow_unused=True
-    )
+    reached = torch.autograd.grad(reference.sum(), list(torched.values()), retain_graph=True, allow_unused=True)
     wrt = [leaf for leaf, grad in zip(torched, reached, strict=True) if grad is not None]
     compare(graph, torched, output, reference, wrt)
 
@@ -290,9 +278,7 @@ def test_what_is_saved_suffices_for_the_backward_pass_without_the_leaf() -> None
     )
     backward = graph.model("backward", [x["w"], upstream, *saved], {"grad": grad})
     seed = np.ones_like(a)
-    found = run(
-        backward, {"w": w, "upstream": seed} | {name.removeprefix("out."): v for name, v in kept.items()}
-    )
+    found = run(backward, {"w": w, "upstream": seed} | {name.removeprefix("out."): v for name, v in kept.items()})
     ta, tw = torched.values()
     (wanted,) = torch.autograd.grad(torch.nn.functional.gelu(ta @ tw), [ta], torch.tensor(seed))
     np.testing.assert_allclose(found["grad"], wanted.numpy(), atol=1e-5)

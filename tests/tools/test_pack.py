@@ -46,9 +46,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Any]], None]) -> None
     file = folder / "model.safetensors"
     tensors = load_file(file)
     change(tensors)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"}
-    )
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -114,9 +112,7 @@ def test_gradients_equal_torch_for_any_batch_and_length(
     y = reference.block(1, h, torch.tensor(mask), symbols)
     wanted = torch.autograd.grad(y, [h, *symbols.values()], torch.tensor(upstream))
     for name, grad in zip(["h", *symbols], wanted, strict=True):
-        scale = max(
-            float(grad.abs().max()), 1e-3
-        )  # one token attends to itself alone: exact zeros for the query
+        scale = max(float(grad.abs().max()), 1e-3)  # one token attends to itself alone: exact zeros for the query
         assert np.abs(found[f"grad.{name}"] - grad.numpy()).max() / scale < 1e-5, name
 
 
@@ -188,9 +184,7 @@ def test_the_check_detects_another_backbone(tiny_bert_pack: Pack, tiny_bert: Pat
 
 
 @pytest.mark.parametrize("kind", ["tiny_bert", "tiny_dinov2"])
-def test_writing_twice_gives_the_same_bytes(
-    kind: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_writing_twice_gives_the_same_bytes(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     source = request.getfixturevalue(kind)
     first, second = (write(source, tmp_path / name, max_length=24) for name in ("first", "second"))
     names = sorted(file.name for file in first.path.iterdir())
@@ -212,9 +206,7 @@ def leave_over(folder: Path) -> None:
 
 
 def misshape(folder: Path) -> None:
-    edit_tensors(
-        folder, lambda t: t.update({"encoder.layer.2.attention.self.key.weight": torch.zeros(64, 32)})
-    )
+    edit_tensors(folder, lambda t: t.update({"encoder.layer.2.attention.self.key.weight": torch.zeros(64, 32)}))
 
 
 def misshape_around_the_blocks(folder: Path) -> None:
@@ -274,9 +266,7 @@ BROKEN: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_backbone_that_does_not_fit_is_refused_and_leaves_nothing(
-    what: str, tiny_bert: Path, tmp_path: Path
-) -> None:
+def test_a_backbone_that_does_not_fit_is_refused_and_leaves_nothing(what: str, tiny_bert: Path, tmp_path: Path) -> None:
     edit, message = BROKEN[what]
     source = copy(tiny_bert, tmp_path / "source")
     edit(source)
@@ -287,9 +277,7 @@ def test_a_backbone_that_does_not_fit_is_refused_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_weights_are_packed_as_their_values(
-    dtype: Any, tiny_bert: Path, tmp_path: Path
-) -> None:
+def test_half_precision_weights_are_packed_as_their_values(dtype: Any, tiny_bert: Path, tmp_path: Path) -> None:
     source = copy(tiny_bert, tmp_path / "source")
     edit_tensors(source, lambda t: t.update({name: tensor.to(dtype) for name, tensor in t.items()}))
     bias = load_file(source / "model.safetensors")["encoder.layer.0.output.dense.bias"].float().numpy()
@@ -300,9 +288,7 @@ def test_half_precision_weights_are_packed_as_their_values(
 def test_a_width_that_nf4_blocks_do_not_divide_is_refused(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(
-        vocab_size=8, hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=1
-    )
+    config = BertConfig(vocab_size=8, hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=1)
     BertModel(config).save_pretrained(tmp_path / "source", safe_serialization=True)
     with pytest.raises(UnsupportedBackboneError, match="32 columns"):
         write(tmp_path / "source", tmp_path / "pack")
@@ -354,9 +340,7 @@ def test_an_image_size_that_no_patch_divides_is_refused(size: int, tiny_dinov2: 
 
 
 def test_an_image_size_for_a_text_backbone_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        (ConfigError, UnsupportedBackboneError), match=r"image size of 28\D|--image-size: 28\D"
-    ):
+    with pytest.raises((ConfigError, UnsupportedBackboneError), match=r"image size of 28\D|--image-size: 28\D"):
         write(tiny_bert, tmp_path / "pack", image_size=28)
 
 

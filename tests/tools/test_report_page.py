@@ -87,9 +87,7 @@ def device(name: str, board: str, profile: str, scores: dict[str, float], *, bas
         "bytes_down": 1_485_030,
         "samples": 300,
         "accuracy": {
-            key: value
-            for key, value in scores.items()
-            if baselines or key not in ("frozen_head", "standalone")
+            key: value for key, value in scores.items() if baselines or key not in ("frozen_head", "standalone")
         },
         "gate_local": 0.625,
         "history": history,
@@ -188,9 +186,7 @@ class Page(HTMLParser):
     def plot(self, name: str) -> list[str]:
         """What a plot's title, description and labels say."""
         svg = next(svg for svg in self.svgs if svg.get("aria-labelledby") == f"{name}-title")
-        return [
-            "".join(e.itertext()) for e in svg.iter() if e.tag.split("}")[-1] in ("title", "desc", "text")
-        ]
+        return ["".join(e.itertext()) for e in svg.iter() if e.tag.split("}")[-1] in ("title", "desc", "text")]
 
 
 @pytest.fixture(scope="module")
@@ -223,9 +219,7 @@ def test_the_headline_says_what_ran(page: Page) -> None:
 
 
 def test_everything_that_held_is_badged_as_held(page: Page) -> None:
-    assert page.badges == dict.fromkeys(
-        ("Memory budgets held", "CPU budgets held", "Backbone unchanged"), "held"
-    )
+    assert page.badges == dict.fromkeys(("Memory budgets held", "CPU budgets held", "Backbone unchanged"), "held")
 
 
 def test_five_accuracies_are_compared_and_the_mixtures_gain_is_given(page: Page) -> None:
@@ -287,9 +281,7 @@ def test_every_device_has_its_board_budgets_plan_and_use(page: Page) -> None:
         ("depth", ["stage 2", "cam-1: 2, 2, 3, 3, 3 of 6 blocks. arm-2: 2, 2, 3, 3, 3 of 6 blocks"]),
     ],
 )
-def test_every_plot_names_every_device_and_says_in_words_what_it_draws(
-    page: Page, plot: str, says: list[str]
-) -> None:
+def test_every_plot_names_every_device_and_says_in_words_what_it_draws(page: Page, plot: str, says: list[str]) -> None:
     for words in ("cam-1", "arm-2", *says):
         assert words in page.plot(plot)
 
@@ -348,9 +340,7 @@ def test_a_broken_budget_shows_as_broken(
 
 
 @pytest.mark.parametrize("kind", ["memory", "cpu"])
-def test_a_budget_that_the_summary_calls_broken_is_not_called_held(
-    render: Callable[[Report], Page], kind: str
-) -> None:
+def test_a_budget_that_the_summary_calls_broken_is_not_called_held(render: Callable[[Report], Page], kind: str) -> None:
     report = make_report()
     report["summary"][f"inside_{kind}_budget"] = False
     assert list(render(report).badges.values()).count("broken") == 1

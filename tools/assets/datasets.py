@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
+
 from fleetune.edge.protocol.errors import DataError
 from fleetune.tools.assets.idx import read_idx
 from fleetune.tools.assets.staging import write_atomic
@@ -105,9 +106,7 @@ def read_rotten_tomatoes(directory: Path) -> list[Snippet]:
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {error}", remedy) from error
     except (KeyError, AttributeError) as error:
-        raise DataError(
-            f"{path} has a row without a known category, text or film: {error}", remedy
-        ) from error
+        raise DataError(f"{path} has a row without a known category, text or film: {error}", remedy) from error
 
 
 def rotten_tomatoes_clients(

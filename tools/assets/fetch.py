@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+
 from fleetune.edge.protocol.errors import AssetError
 from fleetune.tools.assets import focus_vit
 from fleetune.tools.assets.carriers import UnavailableError, bring, sha256_of

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from fleetune.edge.protocol.errors import AssetError, UnsupportedBackboneError
 
 VERSION = 1
@@ -116,9 +117,7 @@ def convert(source: Path, directory: Path) -> None:
     graph = _backbone(onnx.load(source))
     tensors = _tensors(graph)
     _check_uses(graph)
-    config = Dinov2Config(
-        architectures=["Dinov2Model"], torch_dtype="float32", **_configuration(graph, tensors)
-    )
+    config = Dinov2Config(architectures=["Dinov2Model"], torch_dtype="float32", **_configuration(graph, tensors))
     with torch.device("meta"):  # only names and shapes are wanted
         expected = {name: tuple(value.shape) for name, value in Dinov2Model(config).state_dict().items()}
     found = {name: value.shape for name, value in tensors.items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
 from fleetune.edge.protocol.errors import DataError
 
 MAX_BYTES = 256 << 20

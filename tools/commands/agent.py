@@ -33,7 +33,11 @@ def register(subparsers: Any) -> None:
     add_broker(parser)
     add_state(parser)
     parser.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="threads for training; 0 is one a core (default: %(default)s)"
+        "--threads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="threads for training; 0 is one a core (default: %(default)s)",
     )
     parser.add_argument(
         "--codec", choices=("f32", "f16"), default="f16", help="number format of updates (default: %(default)s)"

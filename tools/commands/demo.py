@@ -17,8 +17,8 @@ def register(subparsers: Any) -> None:
         "demo",
         summary="run a whole fleet on this machine",
         description=(
-            "Run a whole fleet on this machine: the embedded MQTT 5 broker, the aggregator and four device agents, each\n"
-            "a process of its own, with the budgets of four different boards. They train FedMS on a real backbone and\n"
+            "Run a whole fleet on this machine: the embedded MQTT 5 broker, the aggregator and four device agents,\n"
+            "each a process of its own, with the budgets of four different boards. They train FedMS on a real backbone and\n"
             "real data; the baselines run on the same splits. Leaves report.json and report.html. Ctrl-C stops all\n"
             "processes; the same command goes on where it stopped. Needs the `all` extra."
         ),
@@ -88,10 +88,11 @@ def _run(args: argparse.Namespace) -> None:
     if args.samples < 16:
         raise ConfigError(f"--samples: {args.samples} is out of range", "use 16 or more")
 
+    from rich.console import Console
+
     from fleetune.tools.demo.folder import RunFolder
     from fleetune.tools.demo.run import DemoOptions, check_report, print_summary, run_demo
     from fleetune.tools.demo.task import Task
-    from rich.console import Console
 
     jobs = args.jobs or ["frozen-head", "standalone", "fedms"]
     if "fedms" not in jobs:

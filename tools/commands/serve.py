@@ -51,7 +51,9 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
         help="fedms, standalone or frozen-head; may be given several times (default: fedms)",
     )
     group.add_argument("--global-rounds", type=int, default=6, metavar="N", help="FedMS stage 1 (default: %(default)s)")
-    group.add_argument("--personal-rounds", type=int, default=3, metavar="N", help="FedMS stage 2 (default: %(default)s)")
+    group.add_argument(
+        "--personal-rounds", type=int, default=3, metavar="N", help="FedMS stage 2 (default: %(default)s)"
+    )
     group.add_argument("--epochs", type=int, default=1, metavar="N", help="local epochs a round (default: %(default)s)")
     group.add_argument("--batch", type=int, default=16, metavar="N", help="samples a step (default: %(default)s)")
     group.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="of Adam (default: %(default)s)")
@@ -65,9 +67,15 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
         "--sal-window", type=int, default=2, metavar="N", help="SAL: results in the queue (default: %(default)s)"
     )
     group.add_argument(
-        "--sal-threshold", type=float, default=0.01, metavar="X", help="SAL: gain below which it deepens (default: %(default)s)"
+        "--sal-threshold",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="SAL: gain below which it deepens (default: %(default)s)",
     )
-    group.add_argument("--gate-rank", type=int, default=8, metavar="N", help="of the gate adapter (default: %(default)s)")
+    group.add_argument(
+        "--gate-rank", type=int, default=8, metavar="N", help="of the gate adapter (default: %(default)s)"
+    )
     group.add_argument(
         "--gate-learning-rate", type=float, default=1e-4, metavar="X", help="of the gate (default: %(default)s)"
     )

@@ -271,18 +271,14 @@ def depth(report: Mapping[str, Any]) -> str:
             ],
         )
 
-    texts = [
-        f"{d['id']}: {', '.join(map(str, d['blocks_active']))} of {d['blocks_total']} blocks" for d in devices
-    ]
+    texts = [f"{d['id']}: {', '.join(map(str, d['blocks_active']))} of {d['blocks_total']} blocks" for d in devices]
     return _render("depth", "Active depth by rounds of FedMS", texts, _rows(devices) * 195 + 62, draw)
 
 
 def training_rounds(device: Device) -> list[Mapping[str, Any]]:
     """The rounds of FedMS in which the device trained."""
     return [
-        entry
-        for entry in device["history"]
-        if entry["job"] == "fedms" and entry["stage"] in ("global", "personal")
+        entry for entry in device["history"] if entry["job"] == "fedms" and entry["stage"] in ("global", "personal")
     ]
 
 
@@ -340,18 +336,14 @@ def _name_axes(panels: Sequence[Axes], *, x: str, y: str) -> None:
 
 
 def _legend(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
-    figure.legend(
-        handles=handles, loc="outside upper left", ncols=len(handles), handlelength=2.2, columnspacing=1.5
-    )
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), handlelength=2.2, columnspacing=1.5)
 
 
 def _short(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _render(
-    name: str, title: str, texts: Sequence[str], height: float, draw: Callable[[Figure], None]
-) -> str:
+def _render(name: str, title: str, texts: Sequence[str], height: float, draw: Callable[[Figure], None]) -> str:
     """An ``<svg>`` element; ``name`` keeps its ids apart from those of the page's other plots."""
     with matplotlib.style.context(["default", _STYLE]):
         figure = Figure(figsize=(_WIDTH / _POINTS, height / _POINTS), layout="constrained")

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.edge.protocol.files import write_atomic
@@ -20,10 +25,6 @@ from fleetune.tools.demo.processes import Processes, processes
 from fleetune.tools.demo.report import RunFacts, build_report
 from fleetune.tools.demo.task import Task
 from fleetune.tools.demo.watch import Watch
-from rich import box
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
 _LINE_EVERY = 10.0
 """Seconds between two lines of progress where there is no terminal."""
@@ -112,9 +113,7 @@ def _start_fleet(
     for device in fleet.devices:
         data, state = folder.data(device.id, options.task.suffix), folder.device(device.id)
         agent = ["agent", *common, "--id", device.id, "--data", str(data), "--state", str(state)]
-        running.start(
-            device.id, folder.log(device.id), [*agent, "--threads", "1", "--costs", str(folder.costs)]
-        )
+        running.start(device.id, folder.log(device.id), [*agent, "--threads", "1", "--costs", str(folder.costs)])
 
 
 def _follow(watch: Watch, running: Processes, console: Console) -> None:

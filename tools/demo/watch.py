@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from rich.console import Group
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
 from fleetune.edge.protocol.errors import MessageError
 from fleetune.edge.protocol.link import BrokerAddress, Link, Received
 from fleetune.edge.protocol.messages import Presence, decode
 from fleetune.edge.protocol.topics import Topics
 from fleetune.profiles.fleet import Fleet
-from rich.console import Group
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
 _COLOURS = {"working": "cyan", "online": "green", "idle": "green", "failed": "red", "offline": "dim"}
 

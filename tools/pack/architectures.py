@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -80,8 +80,10 @@ class BlockWeights:
 class Architecture(Protocol):
     """One family of backbones."""
 
-    modality: str
-    """``text`` or ``image``."""
+    @property
+    def modality(self) -> str:
+        """``text`` or ``image``."""
+        ...
 
     def geometry(self, config: Mapping[str, Any], image_size: int | None) -> Geometry:
         """Read the sizes from a Hugging Face configuration."""
@@ -117,9 +119,7 @@ class Architecture(Protocol):
         """Hidden state [b, t, d] after one block; ``mask`` [b, 1, t] is 1 for real tokens and 0 for padding."""
         ...
 
-    def pool(
-        self, graph: Graph, h: Tensor, mask: Tensor, outer: Mapping[str, Tensor], geometry: Geometry
-    ) -> Tensor:
+    def pool(self, graph: Graph, h: Tensor, mask: Tensor, outer: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
         """Features [b, d] from the hidden state after the last block."""
         ...
 
@@ -234,9 +234,7 @@ class Bert:
         out = _norm(graph, graph.add(_feed_forward(graph, middle, weights), middle), "norm2", weights.tensors, geometry)
         return graph.reshape(out, ("b", "t", geometry.width))
 
-    def pool(
-        self, graph: Graph, h: Tensor, mask: Tensor, outer: Mapping[str, Tensor], geometry: Geometry
-    ) -> Tensor:
+    def pool(self, graph: Graph, h: Tensor, mask: Tensor, outer: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
         """Mean of the hidden states of real tokens."""
         del outer
         share = graph.div(mask, graph.sum_last(mask))
@@ -245,13 +243,15 @@ class Bert:
 
 @dataclass(frozen=True)
 class Dinov2:
-    """DINOv2's vision transformer (Oquab et al. 2023): normalisation first, layer scale; features are the class token."""
+    """DINOv2 (Oquab et al. 2023): normalisation first, layer scale; features are the class token."""
 
     modality: str = "image"
 
     def geometry(self, config: Mapping[str, Any], image_size: int | None) -> Geometry:
         """Read the sizes from a Hugging Face configuration."""
-        side = (int_field(config, "image_size") if image_size is None else image_size) // int_field(config, "patch_size")
+        side = (int_field(config, "image_size") if image_size is None else image_size) // int_field(
+            config, "patch_size"
+        )
         width = int_field(config, "hidden_size")
         return Geometry(
             blocks=int_field(config, "num_hidden_layers"),
@@ -347,9 +347,7 @@ class Dinov2:
         out = graph.add(graph.mul(fed, tensors["scale2"]), middle)
         return graph.reshape(out, ("b", "t", geometry.width))
 
-    def pool(
-        self, graph: Graph, h: Tensor, mask: Tensor, outer: Mapping[str, Tensor], geometry: Geometry
-    ) -> Tensor:
+    def pool(self, graph: Graph, h: Tensor, mask: Tensor, outer: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
         """The class token after the final normalisation."""
         del mask
         select = np.zeros((1, 1, geometry.length), dtype=np.float32)

@@ -189,6 +189,7 @@ def _embedding_error(pack: Pack, backbone: Backbone, model: Any, rng: np.random.
         assert spec is not None
         pictures = rng.integers(0, 256, (2, spec.size, spec.size, 3), dtype=np.uint8)
         found = backbone.embed(to_patches(pictures, spec))
-        normal = (pictures.astype(np.float32) / 255 - np.float32(spec.mean)) / np.float32(spec.std)
+        mean, deviation = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
+        normal = (pictures.astype(np.float32) / 255 - mean) / deviation
         reference = model.embeddings(torch.from_numpy(normal.transpose(0, 3, 1, 2).astype(np.float32)))
     return _error(found, reference.detach().numpy())

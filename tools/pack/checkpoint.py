@@ -84,7 +84,9 @@ def read_checkpoint(path: Path, *, image_size: int | None = None) -> Checkpoint:
     try:
         tensors: dict[str, FloatArray] = safetensors.numpy.load_file(weights)
     except (safetensors.SafetensorError, KeyError, TypeError) as error:
-        raise UnsupportedBackboneError(f"{weights} cannot be read: {error}", "copy it again, or save it again") from error
+        raise UnsupportedBackboneError(
+            f"{weights} cannot be read: {error}", "copy it again, or save it again"
+        ) from error
     tensors = {key.removeprefix(f"{model_type}."): value for key, value in tensors.items()}
     shapes = block_shapes(architecture, geometry)
     outer_shapes = architecture.outer_shapes(config, geometry)
@@ -103,7 +105,13 @@ def read_checkpoint(path: Path, *, image_size: int | None = None) -> Checkpoint:
         )
     outer = {name: np.asarray(array, dtype=np.float32) for name, array in outer.items()}
     return Checkpoint(
-        path, config, architecture, geometry, blocks, architecture.prepare(outer, config, geometry), file_sha256(weights)
+        path,
+        config,
+        architecture,
+        geometry,
+        blocks,
+        architecture.prepare(outer, config, geometry),
+        file_sha256(weights),
     )
 
 

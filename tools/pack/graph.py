@@ -291,13 +291,9 @@ def _gemm(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Itera
     a, b = node.inputs[:2]
     trans_a, trans_b = bool(node.attributes["transA"]), bool(node.attributes["transB"])
     if wanted[0]:
-        yield a, (
-            graph.gemm(b, g, trans_a=trans_b, trans_b=True) if trans_a else graph.gemm(g, b, trans_b=not trans_b)
-        )
+        yield a, (graph.gemm(b, g, trans_a=trans_b, trans_b=True) if trans_a else graph.gemm(g, b, trans_b=not trans_b))
     if wanted[1]:
-        yield b, (
-            graph.gemm(g, a, trans_a=True, trans_b=trans_a) if trans_b else graph.gemm(a, g, trans_a=not trans_a)
-        )
+        yield b, (graph.gemm(g, a, trans_a=True, trans_b=trans_a) if trans_b else graph.gemm(a, g, trans_a=not trans_a))
     if len(wanted) > 2 and wanted[2]:
         if node.inputs[2].shape != g.shape:
             raise ValueError("a broadcast bias takes no gradient here")
@@ -335,9 +331,7 @@ def _mul(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterab
 def _gelu(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
     # d/dx [x Φ(x)] = Φ(x) + x φ(x)
     x = node.inputs[0]
-    cdf = graph.mul(
-        graph.add(graph.unary("Erf", graph.mul(x, 1 / math.sqrt(2))), graph.constant(np.float32(1.0))), 0.5
-    )
+    cdf = graph.mul(graph.add(graph.unary("Erf", graph.mul(x, 1 / math.sqrt(2))), graph.constant(np.float32(1.0))), 0.5)
     pdf = graph.mul(graph.unary("Exp", graph.mul(graph.mul(x, x), -0.5)), 1 / math.sqrt(2 * math.pi))
     yield x, graph.mul(g, graph.add(cdf, graph.mul(x, pdf)))
 

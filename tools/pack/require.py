@@ -13,7 +13,9 @@ def require_pack_extra() -> None:
     Raises:
         ConfigError: One of them is missing.
     """
-    missing = [name for name in ("torch", "transformers", "optimum", "bitsandbytes", "onnx", "rich") if not find_spec(name)]
+    missing = [
+        name for name in ("torch", "transformers", "optimum", "bitsandbytes", "onnx", "rich") if not find_spec(name)
+    ]
     if missing:
         raise ConfigError(
             f"packing a backbone needs {', '.join(missing)}", "pip install 'fleetune[pack]' on a workstation"

@@ -102,7 +102,8 @@ def write_pack(
             quantisation=Quantisation(type="nf4", block_size=BLOCK_SIZE, code=tuple(code)),
             opset=OPSET,
             files={
-                file.name: File(bytes=file.stat().st_size, sha256=file_sha256(file)) for file in sorted(folder.iterdir())
+                file.name: File(bytes=file.stat().st_size, sha256=file_sha256(file))
+                for file in sorted(folder.iterdir())
             },
             text=text,
             image=image,
@@ -141,7 +142,9 @@ def _inputs(checkpoint: Checkpoint, folder: Path, max_length: int) -> tuple[Text
         found = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
         lowercase = bool(found.get("do_lower_case", True))
     except (ValueError, AttributeError) as error:
-        raise UnsupportedBackboneError(f"{settings} is not a JSON object: {error}", "save the tokeniser again") from error
+        raise UnsupportedBackboneError(
+            f"{settings} is not a JSON object: {error}", "save the tokeniser again"
+        ) from error
     return Text(vocabulary="vocab.txt", lowercase=lowercase, max_length=max_length), None
 
 

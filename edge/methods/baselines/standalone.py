@@ -26,7 +26,9 @@ class Standalone:
         expert.load(device.store.load(_STATE) or {})
         local = LocalRun(device, settings, expert)
         val, test = dataset.indices("val"), dataset.indices("test")
-        loss = local.train(expert, random_for(device, settings, announced), announced.guard, evaluated=len(val) + len(test))
+        loss = local.train(
+            expert, random_for(device, settings, announced), announced.guard, evaluated=len(val) + len(test)
+        )
         device.store.save(_STATE, expert.tensors)
         scores = {
             split: accuracy(expert.logits(local.features(expert, indices)), dataset.labels[indices])

@@ -48,12 +48,16 @@ class Gate:
 
     def _forward(self, x: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         t = self.tensors
-        low = x @ t["gate.A"]
-        z = x + low @ t["gate.B"]
+        low: FloatArray = x @ t["gate.A"]
+        z: FloatArray = x + low @ t["gate.B"]
         return low, z, softmax(z @ t["gate.weight"] + t["gate.bias"])
 
     def gradients(
-        self, pooled: FloatArray, experts: FloatArray, labels: NDArray[np.int64], head: tuple[FloatArray, FloatArray] | None
+        self,
+        pooled: FloatArray,
+        experts: FloatArray,
+        labels: NDArray[np.int64],
+        head: tuple[FloatArray, FloatArray] | None,
     ) -> tuple[float, dict[str, FloatArray]]:
         """Loss of the mixture and its gradients with respect to the gate.
 

@@ -106,15 +106,15 @@ class FedMS:
         run = LocalRun(self._device, settings, shared)
         val, test = dataset.indices("val"), dataset.indices("test")
         scores = {
-            split: accuracy(shared.logits(run.features(shared, indices)), dataset.labels[indices])
-            for split, indices in (("val", val), ("test", test))
+            part: accuracy(shared.logits(run.features(shared, indices)), dataset.labels[indices])
+            for part, indices in (("val", val), ("test", test))
         }
         loss = run.train(shared, random_for(self._device, settings, announced), announced.guard, evaluated=0)
         metrics: Metrics = {"loss": loss, "val": scores["val"], "test": scores["test"]}
         return Outcome(metrics, shared.active(run.depth), run.depth)
 
     def _personal(self, announced: Round, settings: FedMSSettings, shared: Expert) -> Outcome:
-        device, dataset = self._device, self._device.dataset
+        device = self._device
         local = shared.copy()
         local.load(device.store.load(_LOCAL) or {})
         run = LocalRun(device, settings, shared)
@@ -173,8 +173,8 @@ class FedMS:
         """Accuracy of each expert and of the mixture on the device's test samples, and of the mixture on ``val``."""
         dataset, pooled = self._device.dataset, self._gate_input(mixture)
         metrics: Metrics = {}
-        for split in ("val", "test"):
-            indices = dataset.indices(split)
+        for part in ("val", "test"):
+            indices = dataset.indices(part)
             labels = dataset.labels[indices]
             features = mixture.run.features(mixture.local, indices)
             weights = mixture.gate.weights(pooled[indices])
@@ -184,7 +184,7 @@ class FedMS:
                 "local": accuracy(mixture.local.logits(features), labels),
                 "mixture": accuracy(mixture.logits(weights, experts), labels),
             }
-            if split == "val":
+            if part == "val":
                 metrics["val"] = scores["mixture"]
             else:
                 metrics |= {f"test_{name}": score for name, score in scores.items()}
