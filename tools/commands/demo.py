@@ -18,9 +18,9 @@ def register(subparsers: Any) -> None:
         summary="run a whole fleet on this machine",
         description=(
             "Run a whole fleet on this machine: the embedded MQTT 5 broker, the aggregator and four device agents,\n"
-            "each a process of its own, with the budgets of four different boards. They train FedMS on a real backbone and\n"
-            "real data; the baselines run on the same splits. Leaves report.json and report.html. Ctrl-C stops all\n"
-            "processes; the same command goes on where it stopped. Needs the `all` extra."
+            "each a process of its own, with the budgets of four different boards. They train FedMS on a real\n"
+            "backbone and real data; the baselines run on the same splits. Leaves report.json and report.html.\n"
+            "Ctrl-C stops all processes; the same command goes on where it stopped. Needs the `all` extra."
         ),
         examples=(
             "  fleetune demo\n"
