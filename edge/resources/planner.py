@@ -86,7 +86,7 @@ def candidates(costs: Costs, workload: Workload) -> list[Plan]:
                 above = workload.evaluate * depth
                 cpu = train + (below + above) * costs.forward_cpu_s
                 peak = costs.peak_mib(depth, micro_batch, recompute=recompute)
-                found.append(Plan(depth, micro_batch, recompute, round(peak, 1), round(cpu, 2), bound_by=""))
+                found.append(Plan(depth, micro_batch, recompute, peak, cpu, bound_by=""))
     return found
 
 

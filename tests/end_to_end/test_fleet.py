@@ -1,0 +1,178 @@
+"""A small fleet of real processes, from the first announcement to the last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from fleetune.edge.engine.dataset import read_dataset
+from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.codec import decode_tensors
+from fleetune.edge.resources.costs import Costs
+from fleetune.edge.resources.planner import CPU_MARGIN, Workload, candidates
+from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal
+
+ROUNDS = ("--global-rounds", "2", "--personal-rounds", "1", "--sal-start", "3")
+STAGES = ["prepare", "global", "global", "personal", "evaluate"]
+
+
+def stages(records: list[Any]) -> list[str]:
+    return [record.announcement.stage for record in records if isinstance(record, Announced)]
+
+
+def answers(records: list[Any]) -> list[tuple[str, int]]:
+    return sorted((r.manifest.device, r.manifest.version) for r in records if isinstance(r, Accepted))
+
+
+def run_to_the_end(fleet: Any, *more: str) -> None:
+    serve = fleet.serve(*ROUNDS, *more)
+    for device in fleet.data:
+        fleet.agent(device)
+    assert serve.wait() == 0, serve.output
+
+
+def test_a_fleet_trains_over_each_broker(make_fleet: Any, any_broker: str) -> None:
+    fleet = make_fleet(any_broker)
+    run_to_the_end(fleet)
+    records = fleet.records()
+    assert stages(records) == STAGES
+    versions = [r.announcement.version for r in records if isinstance(r, Announced)]
+    assert answers(records) == sorted((device, version) for device in ("big", "small") for version in versions)
+    last = [r.manifest.metrics for r in records if isinstance(r, Accepted)][-1]
+    assert {"test_global", "test_local", "test_mixture", "peak_mib", "cpu_s"} <= last.keys()
+    assert isinstance(records[-1], Finished)
+
+
+def test_a_device_sends_only_the_blocks_that_its_budget_lets_it_train(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    data = read_dataset(fleet.data["small"], Pack.open(fleet.pack))
+    evaluated = len(data.indices("val")) + len(data.indices("test"))
+    workload = Workload(len(data.indices("train")), evaluated, epochs=1, batch=4, max_depth=3)
+    plans = candidates(msgspec.json.decode(fleet.costs.read_bytes(), type=Costs), workload)
+    cheapest = {depth: min(plan.cpu_s for plan in plans if plan.depth == depth) for depth in (1, 2)}
+    budget = (cheapest[1] + cheapest[2]) / 2 * (1 + CPU_MARGIN)
+    fleet.write({"big": ("1GiB", 100.0), "small": ("1GiB", budget)})
+    run_to_the_end(fleet)
+    updates = [r.manifest for r in fleet.records() if isinstance(r, Accepted)]
+    first = {u.device: u for u in updates if u.version == 1}
+    journal = Journal(fleet.folder / "aggregator")
+    blocks = {
+        device: {name.split(".")[1] for name in journal.load_update(update) if name.startswith("blocks.")}
+        for device, update in first.items()
+    }
+    journal.close()
+    assert blocks == {"big": {"0", "1", "2"}, "small": {"2"}}
+    assert first["small"].metrics["plan_bound_by"] == "cpu"
+
+
+def test_a_block_is_the_mean_over_the_devices_that_trained_it_weighted_by_samples(
+    make_fleet: Any, embedded: str
+) -> None:
+    fleet = make_fleet(embedded)
+    run_to_the_end(fleet)
+    journal = Journal(fleet.folder / "aggregator")
+    first = [r.manifest for r in journal.records if isinstance(r, Accepted) and r.manifest.version == 1]
+    result = journal.load_globals("fedms", 1)
+    tensors = [journal.load_update(update) for update in first]
+    journal.close()
+    weights = [update.samples for update in first]
+    assert sorted(weights) == [10, 12]
+    for name, mean in result.items():
+        expected = sum(w * t[name].astype(np.float64) for w, t in zip(weights, tensors, strict=True)) / sum(weights)
+        np.testing.assert_allclose(mean, expected, atol=1e-6)
+
+
+def test_only_the_gates_adapter_goes_up_in_the_second_stage(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    run_to_the_end(fleet)
+    journal = Journal(fleet.folder / "aggregator")
+    personal = [r.announcement.version for r in journal.records if isinstance(r, Announced)][3]
+    sent = [r.manifest for r in journal.records if isinstance(r, Accepted) and r.manifest.version == personal]
+    names = {name for update in sent for name in journal.load_update(update)}
+    journal.close()
+    assert len(sent) == 2
+    assert names == {"gate.A", "gate.B"}
+
+
+def test_the_same_seed_gives_the_same_expert(make_fleet: Any, embedded: str) -> None:
+    experts = []
+    for name in ("one", "two"):
+        fleet = make_fleet(embedded, name)
+        run_to_the_end(fleet, "--job", "fedms")
+        fleet.stop()
+        journal = Journal(fleet.folder / "aggregator")
+        closed = [r.version for r in journal.records if isinstance(r, Closed)][-1]
+        experts.append(journal.load_globals("fedms", closed))
+        journal.close()
+    for name, tensor in experts[0].items():
+        np.testing.assert_allclose(tensor, experts[1][name], atol=1e-5)
+
+
+def test_the_backbone_stays_as_it_was_packed(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    before = Pack.open(fleet.pack).weights_sha256()
+    run_to_the_end(fleet)
+    assert Pack.open(fleet.pack).weights_sha256() == before
+
+
+def test_a_killed_aggregator_goes_on_in_the_middle_of_the_round(make_fleet: Any, mosquitto: str) -> None:
+    fleet = make_fleet(mosquitto)
+    first = fleet.serve(*ROUNDS)
+    fleet.agent("big")
+    fleet.wait_for(lambda records: not records)
+    small = fleet.agent("small")
+    fleet.wait_for(lambda records: stages(records)[-1:] == ["global"])
+    small.kill()  # so that the round stays open, with the answer of one device at most
+    fleet.wait_for(lambda records: "big" in {device for device, _ in answers(records)})
+    first.kill()
+    before = fleet.records()
+    second = fleet.serve(*ROUNDS)
+    fleet.agent("small")
+    assert second.wait() == 0, second.output
+    records = fleet.records()
+    assert records[: len(before)] == before
+    assert stages(records) == STAGES
+    assert len(answers(records)) == len(set(answers(records))) == 2 * len(STAGES)
+
+
+def test_a_killed_device_takes_part_again(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    serve = fleet.serve(*ROUNDS)
+    fleet.agent("big")
+    victim = fleet.agent("small")
+    fleet.wait_for(lambda records: "global" in stages(records))
+    victim.kill()
+    fleet.agent("small")
+    assert serve.wait() == 0, serve.output
+    assert len(set(answers(fleet.records()))) == 2 * len(STAGES)
+
+
+def test_a_finished_run_ends_at_once_when_it_is_started_again(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    run_to_the_end(fleet)
+    before = fleet.records()
+    assert fleet.serve(*ROUNDS).wait(20) == 0
+    assert fleet.records() == before
+
+
+def test_a_budget_below_one_block_is_refused_with_what_is_missing(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    fleet.write({"big": ("1GiB", 100.0), "small": ("20MiB", 100.0)})
+    serve = fleet.serve(*ROUNDS)
+    fleet.agent("big")
+    small = fleet.agent("small")
+    assert small.wait() == 14
+    assert "MiB more than the 20 MiB given" in small.output
+    assert "Traceback" not in small.output
+    assert serve.wait() == 19
+    assert "small: budget: memory" in serve.output
+
+
+def test_payloads_travel_as_safetensors(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    run_to_the_end(fleet)
+    files = sorted((fleet.folder / "aggregator" / "fedms" / "updates" / "1").iterdir())
+    assert [file.name for file in files] == ["big.bin", "small.bin"]
+    assert all("head.weight" in decode_tensors(file.read_bytes(), "f16") for file in files)
