@@ -30,7 +30,7 @@ from fleetune.edge.protocol.messages import (
     open_envelope,
     seal,
 )
-from fleetune.edge.protocol.topics import Topics
+from fleetune.edge.protocol.topics import Topics, chunk_index
 from fleetune.server.aggregate import PartialSum
 from fleetune.server.job import Job
 from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal
@@ -189,7 +189,8 @@ class Aggregator:
         wanted = len(self._config.devices) or self._config.quorum
         while len(self._registry.ready()) < wanted:
             self._check_quorum()
-            self._publish("online", f"waits for devices: {len(self._registry.ready())} of {wanted} are there")
+            missing = ", ".join(sorted(self._config.devices - self._registry.ready())) or "devices"
+            self._publish("online", f"waits for {missing}: {len(self._registry.ready())} of {wanted} are there")
             self._pump(1.0)
             if self._open is not None and set(self._open.accepted) >= self._registry.members():
                 return  # after a restart: everyone had answered already
@@ -291,11 +292,17 @@ class Aggregator:
         missing = Missing(update=upload.manifest.update, bitmap=bitmap)
         self._link.publish(self._topics.down(upload.manifest.device, "missing"), encode(missing))
 
+    def _receive_presence(self, levels: tuple[str, ...], event: Received) -> None:
+        presence = decode(event.payload, Presence)
+        if levels != (presence.name,):
+            raise MessageError("the presence is of another device", "ignore it", reason="wrong-topic")
+        self._registry.update(presence, retained=event.retained)
+
     def _receive(self, event: Received, job: Job | None) -> None:
         levels = self._topics.split(event.topic)
         try:
             if levels[:1] == ("st",):
-                self._registry.update(decode(event.payload, Presence))
+                self._receive_presence(levels[1:], event)
             elif levels[:1] == ("up",) and levels[2:] == ("need",):
                 self._repair(decode(event.payload, Need))
             elif levels[:1] == ("up",) and len(levels) == 4 and job is not None:
@@ -343,10 +350,10 @@ class Aggregator:
         )
 
     def _receive_chunk(self, device: str, update: str, index: str, data: bytes, job: Job) -> None:
-        upload = self._uploads.get((device, update))
-        if upload is None or not index.isdecimal():
+        upload, which = self._uploads.get((device, update)), chunk_index(index)
+        if upload is None or which is None:
             return  # a copy of a chunk that is here already, or one whose manifest was refused
-        upload.assembly.add(int(index), data)
+        upload.assembly.add(which, data)
         upload.last = time.monotonic()
         if not upload.assembly.missing:
             whole = upload.assembly.finish()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from fleetune.edge.protocol.messages import Presence
 
 
@@ -16,13 +18,21 @@ class Registry:
         self._expected = expected
         self._presence: dict[str, Presence] = {}
 
-    def update(self, presence: Presence) -> bool:
-        """Take a presence message; False if it is from an unknown device or an earlier boot (a late Will)."""
+    def update(self, presence: Presence, *, retained: bool = False) -> bool:
+        """Take a presence message; False if it is from an unknown device, or the late Will of another boot.
+
+        Args:
+            presence: The message.
+            retained: Whether the broker kept it from before this side connected. A device that failed then may have
+                been mended since, so it counts as away.
+        """
         if self._expected and presence.name not in self._expected:
             return False
         known = self._presence.get(presence.name)
-        if known is not None and presence.boot < known.boot:
+        if known is not None and presence.state == "offline" and presence.boot != known.boot:
             return False
+        if retained and known is None and presence.state == "failed":
+            presence = msgspec.structs.replace(presence, state="offline")
         self._presence[presence.name] = presence
         return True
 

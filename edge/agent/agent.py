@@ -15,7 +15,7 @@ from pathlib import Path
 from fleetune.edge.agent.state import State
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.cache import PrefixCache
-from fleetune.edge.engine.dataset import Dataset, read_dataset, typical_length
+from fleetune.edge.engine.dataset import Dataset, read_dataset
 from fleetune.edge.methods import METHODS
 from fleetune.edge.methods.base import Device, Method, Metrics, Round, Settings, Tensors, read_settings
 from fleetune.edge.pack.pack import Pack
@@ -36,11 +36,11 @@ from fleetune.edge.protocol.messages import (
     open_envelope,
     seal,
 )
-from fleetune.edge.protocol.topics import Topics, check_name
+from fleetune.edge.protocol.topics import Topics, check_name, chunk_index
 from fleetune.edge.resources.costs import Costs, measure
 from fleetune.edge.resources.guard import Guard
 from fleetune.edge.resources.planner import Budget, Plan, Workload, choose
-from fleetune.edge.resources.process import cpu_seconds, peak_mib
+from fleetune.edge.resources.process import cpu_seconds, peak_mib, return_free_memory
 
 log = logging.getLogger(__name__)
 
@@ -242,9 +242,10 @@ class Agent:
                 self._downloads[payload.sha256] = _Download(job, number, assembly, time.monotonic())
 
     def _receive_chunk(self, job: str, number: str, index: str, data: bytes) -> None:
+        which = chunk_index(index)
         for sha256, download in self._downloads.items():
-            if download.job == job and number == str(download.version) and index.isdecimal():
-                download.assembly.add(int(index), data)
+            if download.job == job and number == str(download.version) and which is not None:
+                download.assembly.add(which, data)
                 download.last = time.monotonic()
                 if not download.assembly.missing:
                     self._state.save_payload(download.assembly.payload, download.assembly.finish())
@@ -266,6 +267,7 @@ class Agent:
         if announced is None or self._downloads:
             return
         self._announced = None
+        return_free_memory()
         start, cpu = time.monotonic(), cpu_seconds()
         self._facts |= {"job": announced.job, "stage": announced.stage, "round": announced.round, "progress": 0.0}
         self._publish("working", f"does round {announced.round} of {announced.job}")
@@ -313,9 +315,7 @@ class Agent:
                 self._state.save_costs(costs)
                 return costs
         self._publish("working", "measures what it can afford")
-        costs = measure(
-            self._pack, self._config.data, threads=threads, length=length, typical=typical_length(self._data.lengths)
-        )
+        costs = measure(self._pack, self._config.data, threads=threads, lengths=self._data.lengths)
         self._state.save_costs(costs)
         return costs
 
@@ -323,30 +323,22 @@ class Agent:
         job = announced.job
         if job not in self._plans:
             assert self._costs is not None
-            plan = self._state.plan(job)
-            if plan is None:
-                names = set(Settings.__struct_fields__)
-                common = {name: value for name, value in announced.settings.items() if name in names}
-                settings = read_settings(Round(announced.stage, announced.round, common, {}, {}, Guard()), Settings)
-                plan = choose(self._costs, self._workload(settings), self._config.budget)
-                self._state.save_plan(job, plan)
-            self._plans[job] = plan
+            names = set(Settings.__struct_fields__)
+            common = {name: value for name, value in announced.settings.items() if name in names}
+            settings = read_settings(Round(announced.stage, announced.round, common, {}, {}, Guard()), Settings)
+            workload = Workload.of(
+                self._data,
+                epochs=settings.epochs,
+                batch=settings.batch,
+                max_depth=min(settings.max_depth, self._pack.manifest.blocks),
+            )
+            self._plans[job] = choose(self._costs, workload, self._config.budget)
         plan = self._plans[job]
         self._facts |= {
             "plan": f"{plan.depth} blocks, {'recompute' if plan.recompute else 'keep'}, micro-batch {plan.micro_batch}",
             "bound_by": plan.bound_by,
         }
         return plan
-
-    def _workload(self, settings: Settings) -> Workload:
-        data = self._data
-        return Workload(
-            train=len(data.indices("train")),
-            evaluate=len(data.indices("val")) + len(data.indices("test")),
-            epochs=settings.epochs,
-            batch=settings.batch,
-            max_depth=min(settings.max_depth, self._pack.manifest.blocks),
-        )
 
     def _method(self, announced: Announcement, plan: Plan) -> Method:
         if announced.job not in self._methods:

@@ -1,4 +1,4 @@
-"""What an agent keeps on disk: counters, plans, payloads that came down, updates that wait to go up."""
+"""What an agent keeps on disk: counters, costs, payloads that came down, updates that wait to go up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from fleetune.edge.protocol.files import write_atomic
 from fleetune.edge.protocol.messages import Payload, UpdateManifest, encode
 from fleetune.edge.protocol.topics import check_name
 from fleetune.edge.resources.costs import Costs
-from fleetune.edge.resources.planner import Plan
 
 _KEEP_PAYLOADS = 4
 
@@ -82,15 +81,6 @@ class State:
     def save_costs(self, costs: Costs) -> None:
         """Keep measured costs."""
         write_atomic(self.folder / "costs.json", encode(costs))
-
-    def plan(self, job: str) -> Plan | None:
-        """The plan of a job, if one was made: a restart goes on with the same."""
-        plan: Plan | None = self._read(f"jobs/{job}/plan.json", Plan)
-        return plan
-
-    def save_plan(self, job: str, plan: Plan) -> None:
-        """Keep the plan of a job."""
-        write_atomic(self.folder / "jobs" / job / "plan.json", encode(plan))
 
     def store(self, job: str) -> JobStore:
         """The private tensors of a job."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Literal
@@ -140,11 +139,6 @@ class ImageDataset(Dataset):
     def embed(self, backbone: Backbone, indices: NDArray[np.int64]) -> FloatArray:
         """Hidden state [n, t, d] of some samples before the first block."""
         return backbone.embed(to_patches(self._images[indices], self._spec))
-
-
-def typical_length(lengths: NDArray[np.int64]) -> int:
-    """Tokens of a usual micro-batch: a little above the mean, because it is as long as its longest sample."""
-    return min(int(lengths.max()), math.ceil(1.15 * float(lengths.mean())))
 
 
 def read_dataset(path: Path, pack: Pack) -> Dataset:

@@ -64,7 +64,7 @@ class LocalRun:
         tail = expert.layout.tail(self.depth)
         optimiser = Adam(tail.stop - tail.start, settings.learning_rate, weight_decay=settings.weight_decay)
         gradient = Expert(expert.layout)
-        reserve = evaluated * self.depth * self.device.costs.forward_cpu_s
+        reserve = evaluated * self.depth * float(dataset.lengths.mean()) * self.device.costs.forward_cpu_s
         steps = settings.epochs * -(-len(train) // settings.batch)
         total, seen = 0.0, 0
         for step, batch in enumerate(self._batches(train, rng)):

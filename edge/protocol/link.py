@@ -74,10 +74,17 @@ class Disconnected:
 
 @dataclass(frozen=True)
 class Received:
-    """A message."""
+    """A message.
+
+    Attributes:
+        topic: Where it was published.
+        payload: Its bytes.
+        retained: Whether the broker kept it from earlier.
+    """
 
     topic: str
     payload: bytes
+    retained: bool = False
 
 
 Event = Connected | Disconnected | Received
@@ -244,7 +251,7 @@ class Link:
 
     def _on_message(self, _c: mqtt.Client, _u: Any, message: mqtt.MQTTMessage) -> None:
         self.bytes_in += len(message.payload)
-        self._events.put(Received(message.topic, bytes(message.payload)))
+        self._events.put(Received(message.topic, bytes(message.payload), message.retain))
 
 
 def _no_delay(_c: mqtt.Client, _u: Any, sock: Any) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fleetune.edge.protocol.errors import ConfigError
 
 PROTOCOL = 1
+_INDEX = re.compile(r"[0-9]{1,6}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -23,6 +24,11 @@ def check_name(kind: str, name: str) -> str:
             "use 1 to 64 letters, digits, '-' and '_', starting with a letter or a digit",
         )
     return name
+
+
+def chunk_index(level: str) -> int | None:
+    """The number of a chunk from its topic level, or None if it is none."""
+    return int(level) if _INDEX.fullmatch(level) else None
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
 """A device's measured costs for one pack, and the model that extends them to every plan.
 
-At a fixed sequence length both peak memory and the time of a step are, for each activation policy, bilinear in
-depth and micro-batch: a constant, weights a block, activations a sample, activations a sample and block. Trials at
-the four corners of the grid determine those four coefficients.
+For each activation policy, peak memory is bilinear in depth and micro-batch, with every sample as long as the longest:
+a constant, weights a block, activations a sample, activations a sample and block. The time of a step is bilinear in
+depth and tokens. Trials at the four corners of the grid determine the four coefficients of each.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import platform
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,7 +33,7 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         machine: Processor architecture.
         threads: Threads of the trials.
         length: Tokens of the longest sample, at which memory was measured.
-        typical: Tokens of a usual sample, at which time was measured.
+        typical: Tokens of the samples with which time was measured.
         trials: What was measured.
     """
 
@@ -48,13 +50,13 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         """Predicted peak of the process in MiB."""
         return float(_features(depth, micro_batch) @ self._fits[recompute][0])
 
-    def step_cpu_s(self, depth: int, micro_batch: int, *, recompute: bool) -> float:
-        """Predicted CPU seconds of one forward and backward pass of a micro-batch."""
-        return float(_features(depth, micro_batch) @ self._fits[recompute][1])
+    def step_cpu_s(self, depth: int, tokens: float, *, recompute: bool) -> float:
+        """Predicted CPU seconds of one forward and backward pass of a micro-batch of ``tokens``, padding included."""
+        return float(_features(depth, tokens) @ self._fits[recompute][1])
 
     @functools.cached_property
     def forward_cpu_s(self) -> float:
-        """CPU seconds of one block's forward pass, a sample (median over the trials)."""
+        """CPU seconds of one block's forward pass, a token (median over the trials)."""
         return float(np.median([trial.forward_cpu_s for trial in self.trials]))
 
     @functools.cached_property
@@ -62,10 +64,11 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         fits = {}
         for recompute in (False, True):
             trials = [trial for trial in self.trials if trial.recompute is recompute]
-            matrix = np.array([_features(trial.depth, trial.micro_batch) for trial in trials])
+            samples = np.array([_features(trial.depth, trial.micro_batch) for trial in trials])
+            tokens = np.array([_features(trial.depth, trial.micro_batch * self.typical) for trial in trials])
             memory = np.array([trial.peak_mib for trial in trials])
             seconds = np.array([trial.step_cpu_s for trial in trials])
-            fits[recompute] = (np.linalg.lstsq(matrix, memory)[0], np.linalg.lstsq(matrix, seconds)[0])
+            fits[recompute] = (np.linalg.lstsq(samples, memory)[0], np.linalg.lstsq(tokens, seconds)[0])
         return fits
 
     def fit(self, pack: Pack, *, threads: int, length: int) -> bool:
@@ -74,8 +77,8 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         return mine == (*_environment(pack), threads) and self.length >= length
 
 
-def _features(depth: int, micro_batch: int) -> NDArray[np.float64]:
-    return np.array([1.0, depth, micro_batch, depth * micro_batch])
+def _features(depth: int, load: float) -> NDArray[np.float64]:
+    return np.array([1.0, depth, load, depth * load])
 
 
 def _environment(pack: Pack) -> tuple[str, str, str, str]:
@@ -87,8 +90,8 @@ def measure(
     data: Path,
     *,
     threads: int,
-    length: int,
-    typical: int,
+    lengths: NDArray[np.int64],
+    at_once: int = 1,
     micro_batches: tuple[int, int] = (2, 16),
     on_trial: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Costs:
@@ -98,8 +101,9 @@ def measure(
         pack: The pack.
         data: The device's data file.
         threads: Threads of ONNX Runtime.
-        length: Tokens of the longest sample.
-        typical: Tokens of a usual sample.
+        lengths: Tokens of each sample.
+        at_once: Trials side by side: more than one if as many agents are to share the machine, so that they are
+            measured as they will run.
         micro_batches: The small and the large one.
         on_trial: Is told how many of the trials are done.
 
@@ -107,10 +111,12 @@ def measure(
         BudgetError: A trial failed.
     """
     grid = [(r, d, m) for r in (False, True) for d in (1, pack.manifest.blocks) for m in micro_batches]
+    length, typical = int(lengths.max()), math.ceil(lengths.mean())
+    requests = [Request(str(pack.path), str(data), d, m, length, typical, r, threads) for r, d, m in grid]
     trials = []
-    for done, (recompute, depth, micro_batch) in enumerate(grid):
-        on_trial(done, len(grid))
-        request = Request(str(pack.path), str(data), depth, micro_batch, length, typical, recompute, threads)
-        trials.append(run_trial(request))
-    on_trial(len(grid), len(grid))
+    with ThreadPoolExecutor(at_once) as pool:
+        on_trial(0, len(grid))
+        for trial in pool.map(run_trial, requests):
+            trials.append(trial)
+            on_trial(len(trials), len(grid))
     return Costs(*_environment(pack), threads, length, typical, tuple(trials))

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
+from fleetune.edge.engine.cache import split
+from fleetune.edge.engine.dataset import Dataset
 from fleetune.edge.protocol.errors import BudgetError
 from fleetune.edge.resources.costs import Costs
 
@@ -39,6 +44,8 @@ class Workload(msgspec.Struct, frozen=True):
         epochs: Passes over the training samples.
         batch: Samples an optimiser step.
         max_depth: Deepest that any device of the job goes.
+        length: Mean tokens of a sample.
+        padded: Micro-batch → mean tokens of a sample when each is padded to the longest of its micro-batch.
     """
 
     train: int
@@ -46,6 +53,22 @@ class Workload(msgspec.Struct, frozen=True):
     epochs: int
     batch: int
     max_depth: int
+    length: float
+    padded: Mapping[int, float]
+
+    @classmethod
+    def of(cls, dataset: Dataset, *, epochs: int, batch: int, max_depth: int) -> Workload:
+        """What a round asks of a device with these samples."""
+        lengths = dataset.lengths[dataset.indices("train")]
+        return cls(
+            train=len(lengths),
+            evaluate=len(dataset.indices("val")) + len(dataset.indices("test")),
+            epochs=epochs,
+            batch=batch,
+            max_depth=max_depth,
+            length=float(dataset.lengths.mean()),
+            padded={size: padded_length(lengths, batch, size) for size in MICRO_BATCHES if size <= batch},
+        )
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -68,23 +91,35 @@ class Plan(msgspec.Struct, frozen=True):
     bound_by: str
 
 
+def padded_length(lengths: NDArray[np.int64], batch: int, micro_batch: int) -> float:
+    """Mean tokens of a sample when training pads each to the longest of its micro-batch.
+
+    Args:
+        lengths: Tokens of each sample [n].
+        batch: Samples an optimiser step, drawn at random and cut into micro-batches of like length.
+        micro_batch: Samples that go through a block at once.
+    """
+    order = np.random.default_rng(0).permutation(lengths)
+    groups = [group for some in split(order, batch) for group in split(np.sort(some), micro_batch)]
+    return sum(len(group) * int(group.max()) for group in groups) / len(lengths)
+
+
 def candidates(costs: Costs, workload: Workload) -> list[Plan]:
     """Every plan that the job allows, with its predicted costs."""
     found = []
+    forward = workload.length * costs.forward_cpu_s
     for depth in range(1, workload.max_depth + 1):
-        for micro_batch in MICRO_BATCHES:
-            if micro_batch > workload.batch:
-                continue
+        for micro_batch, padded in workload.padded.items():
             for recompute in (False, True):
                 full, rest = divmod(workload.train, workload.batch)
                 runs = full * math.ceil(workload.batch / micro_batch) + math.ceil(rest / micro_batch)
-                steps = workload.epochs * runs
-                train = steps * costs.step_cpu_s(depth, micro_batch, recompute=recompute)
+                tokens = workload.train * padded / runs
+                train = workload.epochs * runs * costs.step_cpu_s(depth, tokens, recompute=recompute)
                 # The frozen blocks between the job's boundary and this device's own carry others' adapters, so they
                 # run once a round for every sample; so does the whole suffix for evaluation.
                 below = (workload.train + workload.evaluate) * (workload.max_depth - depth)
                 above = workload.evaluate * depth
-                cpu = train + (below + above) * costs.forward_cpu_s
+                cpu = train + (below + above) * forward
                 peak = costs.peak_mib(depth, micro_batch, recompute=recompute)
                 found.append(Plan(depth, micro_batch, recompute, peak, cpu, bound_by=""))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import time
 from pathlib import Path
@@ -18,3 +19,10 @@ def peak_mib() -> float:
 def cpu_seconds() -> float:
     """CPU time of this process so far, all threads, user and system, in seconds."""
     return time.process_time()
+
+
+def return_free_memory() -> None:
+    """Give memory that the allocator keeps for later back to the system, where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

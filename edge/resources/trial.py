@@ -26,7 +26,7 @@ class Request(msgspec.Struct, frozen=True):
         depth: Active blocks.
         micro_batch: Samples a step.
         length: Tokens of the longest sample, at which memory peaks.
-        typical: Tokens of a usual sample, at which time is measured.
+        typical: Tokens of a sample when time is measured.
         recompute: Whether activations are recomputed.
         threads: Threads of ONNX Runtime.
         steps: How many steps are timed, after some that are not.
@@ -52,7 +52,7 @@ class Trial(msgspec.Struct, frozen=True):
         recompute: Whether activations were recomputed.
         peak_mib: Peak of the process in MiB.
         step_cpu_s: CPU seconds of one forward and backward pass of a micro-batch.
-        forward_cpu_s: CPU seconds of one block's forward pass in a chunk, a sample.
+        forward_cpu_s: CPU seconds of one block's forward pass in a chunk, a token.
     """
 
     depth: int
@@ -97,7 +97,7 @@ def _measure(request: Request) -> Trial:
     from fleetune.edge.engine.optimiser import Adam
     from fleetune.edge.engine.suffix import Part, Suffix, forward_chunk
     from fleetune.edge.pack.pack import Pack
-    from fleetune.edge.resources.process import cpu_seconds, peak_mib
+    from fleetune.edge.resources.process import cpu_seconds, peak_mib, return_free_memory
 
     pack = Pack.open(Path(request.pack), verify=False)
     data = read_dataset(Path(request.data), pack)
@@ -124,7 +124,8 @@ def _measure(request: Request) -> Trial:
     usual = [part(request.typical) for _ in range(chunk)]
     start = cpu_seconds()
     forward_chunk(backbone, range(_CHUNK_BLOCKS), expert, usual)
-    forward_cpu_s = (cpu_seconds() - start) / _CHUNK_BLOCKS / (chunk * request.micro_batch)
+    forward_cpu_s = (cpu_seconds() - start) / _CHUNK_BLOCKS / (chunk * request.micro_batch * request.typical)
+    return_free_memory()
     for length in lengths:
         step(part(length))
     start = cpu_seconds()

@@ -1,4 +1,4 @@
-"""FedMS: prepare, stage 1 (the global expert), stage 2 (local experts and the gate's adapter), evaluate."""
+"""FedMS: stage 1 (the global expert), stage 2 (local experts and the gate's adapter), evaluate; each stage prepared."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ GATE = ("gate.",)
 class FedMS:
     """``rounds["global"]`` rounds of stage 1, then ``rounds["personal"]`` rounds of stage 2.
 
+    Before each stage comes a round in which devices compute what is frozen from there on.
+
     In stage 2 the depth stays where stage 1 left it, so that a local expert has the shape of its global one.
     """
 
@@ -22,8 +24,8 @@ class FedMS:
 
     @property
     def rounds(self) -> int:
-        """Number of rounds, preparation and evaluation included."""
-        return 2 + self._job.rounds["global"] + self._job.rounds["personal"]
+        """Number of rounds, preparations and evaluation included."""
+        return 3 + self._job.rounds["global"] + self._job.rounds["personal"]
 
     def next(self, closed: Sequence[ClosedRound]) -> NextRound | None:
         """The round after these."""
@@ -36,7 +38,9 @@ class FedMS:
             return NextRound("prepare", depth)
         if done <= first:
             return NextRound("global", depth, broadcast=EXPERT)
-        if done <= first + second:
+        if done == first + 1:
+            return NextRound("prepare", depth, frozen=EXPERT)
+        if done <= first + 1 + second:
             return NextRound("personal", depth, broadcast=GATE, frozen=EXPERT)
         if done < self.rounds:
             return NextRound("evaluate", depth, broadcast=GATE, frozen=EXPERT)

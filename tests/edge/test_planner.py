@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +22,7 @@ from fleetune.edge.resources.planner import (
     Workload,
     candidates,
     choose,
+    padded_length,
 )
 from fleetune.edge.resources.trial import Trial
 
@@ -28,7 +31,19 @@ BLOCKS = 6
 KEEP_MIB, RECOMPUTE_MIB = (60.0, 12.0, 3.0, 2.0), (70.0, 0.5, 3.0, 0.25)
 KEEP_S, RECOMPUTE_S = (0.002, 0.001, 0.002, 0.004), (0.004, 0.002, 0.002, 0.006)
 FORWARD_S = 0.002
-JOB = Workload(train=96, evaluate=40, epochs=2, batch=16, max_depth=BLOCKS)
+LENGTH, LONGEST = 20, 32
+TOKEN_S = FORWARD_S / LENGTH
+
+
+def workload(
+    train: int = 96, evaluate: int = 40, epochs: int = 2, batch: int = 16, max_depth: int = BLOCKS
+) -> Workload:
+    """Samples of one length: nothing is padded."""
+    padded = {size: float(LENGTH) for size in (1, 2, 4, 8, 16, 32, 64) if size <= batch}
+    return Workload(train, evaluate, epochs, batch, max_depth, LENGTH, padded)
+
+
+JOB = workload()
 PLENTY = 1e9
 
 
@@ -47,7 +62,7 @@ def costs_of(
             recompute=recompute,
             peak_mib=bilinear(memory[recompute], depth, micro_batch),
             step_cpu_s=bilinear(seconds[recompute], depth, micro_batch),
-            forward_cpu_s=FORWARD_S * factor,
+            forward_cpu_s=TOKEN_S * factor,
         )
         for recompute in (False, True)
         for depth, factor in ((1, 0.5), (BLOCKS, 1.5))
@@ -59,8 +74,8 @@ def costs_of(
         onnxruntime="1",
         machine="arm",
         threads=1,
-        length=32,
-        typical=20,
+        length=LONGEST,
+        typical=LENGTH,
         trials=tuple(trials),
     )
 
@@ -82,32 +97,33 @@ def test_the_model_recovers_the_formula_away_from_the_trials(
         wanted = bilinear(memory, depth, micro_batch)
         assert costs.peak_mib(depth, micro_batch, recompute=policy) == pytest.approx(wanted, abs=1e-6)
         wanted = bilinear(seconds, depth, micro_batch)
-        assert costs.step_cpu_s(depth, micro_batch, recompute=policy) == pytest.approx(wanted, abs=1e-6)
+        tokens = micro_batch * LENGTH
+        assert costs.step_cpu_s(depth, tokens, recompute=policy) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_the_forward_pass_is_the_median_of_the_trials() -> None:
-    assert COSTS.forward_cpu_s == pytest.approx(FORWARD_S)
+    assert COSTS.forward_cpu_s == pytest.approx(TOKEN_S)
 
 
 def test_a_round_costs_its_steps_the_frozen_blocks_of_the_job_and_its_evaluation() -> None:
-    job = Workload(train=100, evaluate=40, epochs=3, batch=16, max_depth=6)
+    job = workload(train=104, epochs=3)
     (plan,) = (p for p in candidates(COSTS, job) if (p.depth, p.micro_batch, p.recompute) == (4, 8, False))
-    steps = 3 * 13  # 100 samples in micro-batches of 8
-    frozen = (100 + 40) * 2 * FORWARD_S
+    steps = 3 * 13  # 104 samples in micro-batches of 8
+    frozen = (104 + 40) * 2 * FORWARD_S
     evaluation = 40 * 4 * FORWARD_S
     assert plan.cpu_s == pytest.approx(steps * bilinear(KEEP_S, 4, 8) + frozen + evaluation, abs=0.01)
     assert plan.peak_mib == pytest.approx(bilinear(KEEP_MIB, 4, 8), abs=0.06)
 
 
 def test_micro_batches_that_do_not_divide_the_batch_are_counted() -> None:
-    job = Workload(train=100, evaluate=0, epochs=1, batch=10, max_depth=1)
+    job = workload(train=100, evaluate=0, epochs=1, batch=10, max_depth=1)
     (plan,) = (p for p in candidates(COSTS, job) if (p.depth, p.micro_batch, p.recompute) == (1, 4, True))
     in_a_batch = [4, 4, 2]
     assert plan.cpu_s >= 10 * sum(bilinear(RECOMPUTE_S, 1, size) for size in in_a_batch) - 0.005
 
 
 def test_no_candidate_is_deeper_than_the_job_or_larger_than_its_batch() -> None:
-    plans = candidates(COSTS, Workload(train=9, evaluate=1, epochs=1, batch=7, max_depth=3))
+    plans = candidates(COSTS, workload(train=9, evaluate=1, epochs=1, batch=7, max_depth=3))
     assert {plan.depth for plan in plans} == {1, 2, 3}
     assert max(plan.micro_batch for plan in plans) == 4
     assert {plan.recompute for plan in plans} == {False, True}
@@ -132,6 +148,20 @@ def test_costs_are_only_for_their_own_pack_threads_and_length(tiny_bert_pack: Pa
     assert not costs.fit(tiny_bert_pack, threads=2, length=33)
     assert not costs.fit(tiny_bert_pack, threads=1, length=32)
     assert not COSTS.fit(tiny_bert_pack, threads=1, length=32)
+
+
+def test_padding_is_counted_as_training_pads() -> None:
+    lengths = np.array([3, 9, 5, 7])
+    assert padded_length(lengths, batch=4, micro_batch=1) == 6
+    assert padded_length(lengths, batch=4, micro_batch=2) == (2 * 5 + 2 * 9) / 4  # like lengths together
+    assert padded_length(lengths, batch=4, micro_batch=4) == 9
+
+
+def test_longer_samples_cost_more() -> None:
+    short, long = workload(), msgspec.structs.replace(JOB, padded=dict.fromkeys(JOB.padded, 2.0 * LENGTH))
+    for some, other in zip(candidates(COSTS, short), candidates(COSTS, long), strict=True):
+        assert other.cpu_s > some.cpu_s
+        assert other.peak_mib == some.peak_mib
 
 
 # --- the choice ---------------------------------------------------------------------------------------------

@@ -16,10 +16,8 @@ from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.errors import ConfigError
 from fleetune.edge.protocol.messages import Payload, UpdateManifest
 from fleetune.edge.resources.costs import Costs
-from fleetune.edge.resources.planner import Plan
 from fleetune.edge.resources.trial import Trial
 
-PLAN = Plan(depth=2, micro_batch=4, recompute=True, peak_mib=80.5, cpu_s=1.25, bound_by="memory")
 TRIAL = Trial(depth=1, micro_batch=2, recompute=False, peak_mib=70.0, step_cpu_s=0.1, forward_cpu_s=0.01)
 COSTS = Costs(pack="p", kit="1", onnxruntime="1", machine="arm", threads=1, length=8, typical=6, trials=(TRIAL,))
 
@@ -52,7 +50,7 @@ def stray_files(folder: Path) -> list[str]:
     return [file.name for file in folder.rglob(".*")]
 
 
-# --- counters, costs, plans ---------------------------------------------------------------------------------
+# --- counters, costs ----------------------------------------------------------------------------------------
 
 
 def test_counters_survive_a_restart(state: State) -> None:
@@ -71,14 +69,10 @@ def test_two_states_do_not_share_their_counters(tmp_path: Path) -> None:
     assert second.counters.answered == {}
 
 
-def test_costs_and_plans_survive_a_restart(state: State) -> None:
+def test_costs_survive_a_restart(state: State) -> None:
     assert state.costs() is None
-    assert state.plan("fedms") is None
     state.save_costs(COSTS)
-    state.save_plan("fedms", PLAN)
     assert again(state).costs() == COSTS
-    assert again(state).plan("fedms") == PLAN
-    assert again(state).plan("other") is None
 
 
 def test_the_folder_of_another_device_is_refused(state: State) -> None:
@@ -100,13 +94,11 @@ DAMAGED = [
 @pytest.mark.parametrize(("file", "read"), [
     ("counters.json", lambda state: again(state)),
     ("costs.json", lambda state: state.costs()),
-    ("jobs/fedms/plan.json", lambda state: state.plan("fedms")),
     ("outbox/u-1.json", lambda state: state.outbox()),
 ])  # fmt: skip
 def test_a_damaged_file_is_named(file: str, read: Callable[[State], object], raw: bytes, state: State) -> None:
     state.save_counters()
     state.save_costs(COSTS)
-    state.save_plan("fedms", PLAN)
     state.put_outbox(update("u-1"), b"")
     (state.folder / file).write_bytes(raw)
     with pytest.raises(ConfigError, match=f"{state.folder / file}"):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fleetune.edge.engine.dataset import read_dataset, typical_length
+from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.messages import encode
 from fleetune.edge.resources.costs import Costs, measure
@@ -132,6 +132,13 @@ class TestFleet:
             assert time.monotonic() < deadline, "\n".join(command.output for command in self.started)
             time.sleep(0.02)
 
+    def wait_for_file(self, name: str, timeout: float = 60.0) -> None:
+        """Wait until a file of the folder is there."""
+        deadline = time.monotonic() + timeout
+        while not (self.folder / name).exists():
+            assert time.monotonic() < deadline, "\n".join(command.output for command in self.started)
+            time.sleep(0.02)
+
     def stop(self) -> None:
         """End everything."""
         for command in self.started:
@@ -143,9 +150,7 @@ class TestFleet:
 def tiny_costs(tiny_bert_pack: Pack, text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What training costs here, measured once."""
     lengths = read_dataset(text_data, tiny_bert_pack).lengths
-    costs: Costs = measure(
-        tiny_bert_pack, text_data, threads=1, length=int(lengths.max()), typical=typical_length(lengths)
-    )
+    costs: Costs = measure(tiny_bert_pack, text_data, threads=1, lengths=lengths)
     path = tmp_path_factory.mktemp("costs") / "costs.json"
     path.write_bytes(encode(costs))
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import msgspec
@@ -15,7 +16,7 @@ from fleetune.edge.resources.planner import CPU_MARGIN, Workload, candidates
 from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal
 
 ROUNDS = ("--global-rounds", "2", "--personal-rounds", "1", "--sal-start", "3")
-STAGES = ["prepare", "global", "global", "personal", "evaluate"]
+STAGES = ["prepare", "global", "global", "prepare", "personal", "evaluate"]
 
 
 def stages(records: list[Any]) -> list[str]:
@@ -48,8 +49,7 @@ def test_a_fleet_trains_over_each_broker(make_fleet: Any, any_broker: str) -> No
 def test_a_device_sends_only_the_blocks_that_its_budget_lets_it_train(make_fleet: Any, embedded: str) -> None:
     fleet = make_fleet(embedded)
     data = read_dataset(fleet.data["small"], Pack.open(fleet.pack))
-    evaluated = len(data.indices("val")) + len(data.indices("test"))
-    workload = Workload(len(data.indices("train")), evaluated, epochs=1, batch=4, max_depth=3)
+    workload = Workload.of(data, epochs=1, batch=4, max_depth=3)
     plans = candidates(msgspec.json.decode(fleet.costs.read_bytes(), type=Costs), workload)
     cheapest = {depth: min(plan.cpu_s for plan in plans if plan.depth == depth) for depth in (1, 2)}
     budget = (cheapest[1] + cheapest[2]) / 2 * (1 + CPU_MARGIN)
@@ -88,7 +88,7 @@ def test_only_the_gates_adapter_goes_up_in_the_second_stage(make_fleet: Any, emb
     fleet = make_fleet(embedded)
     run_to_the_end(fleet)
     journal = Journal(fleet.folder / "aggregator")
-    personal = [r.announcement.version for r in journal.records if isinstance(r, Announced)][3]
+    personal = [r.announcement.version for r in journal.records if isinstance(r, Announced)][4]
     sent = [r.manifest for r in journal.records if isinstance(r, Accepted) and r.manifest.version == personal]
     names = {name for update in sent for name in journal.load_update(update)}
     journal.close()
@@ -144,6 +144,20 @@ def test_a_killed_device_takes_part_again(make_fleet: Any, embedded: str) -> Non
     victim = fleet.agent("small")
     fleet.wait_for(lambda records: "global" in stages(records))
     victim.kill()
+    fleet.agent("small")
+    assert serve.wait() == 0, serve.output
+    assert len(set(answers(fleet.records()))) == 2 * len(STAGES)
+
+
+def test_a_device_that_was_flashed_anew_takes_part_again(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    serve = fleet.serve(*ROUNDS)
+    fleet.agent("big")
+    for _ in range(2):  # so that its boot counter has moved on
+        victim = fleet.agent("small")
+        fleet.wait_for_file("small/counters.json")
+        victim.kill()
+    shutil.rmtree(fleet.folder / "small")
     fleet.agent("small")
     assert serve.wait() == 0, serve.output
     assert len(set(answers(fleet.records()))) == 2 * len(STAGES)

@@ -43,6 +43,14 @@ def test_the_late_will_of_an_earlier_boot_is_ignored(fleet: Registry) -> None:
     assert fleet.ready() == set()
 
 
+def test_a_device_that_was_flashed_anew_counts_its_boots_from_one(fleet: Registry) -> None:
+    fleet.update(presence("a", "offline", boot=7))
+    assert fleet.update(presence("a", boot=1))
+    assert fleet.ready() == {"a"}
+    assert not fleet.update(presence("a", "offline", boot=7))
+    assert fleet.ready() == {"a"}
+
+
 def test_a_failed_device_is_no_member_and_says_why(fleet: Registry) -> None:
     fleet.update(presence("a"))
     fleet.update(presence("b", "failed", detail="too little memory"))
@@ -54,6 +62,20 @@ def test_a_failed_device_is_no_member_and_says_why(fleet: Registry) -> None:
     assert fleet.failures() == {"b": "too little memory"}
 
 
+def test_a_device_that_failed_before_the_aggregator_came_is_waited_for(fleet: Registry) -> None:
+    fleet.update(presence("b", "failed", detail="too little memory"), retained=True)
+    assert fleet.members() == FLEET
+    assert fleet.ready() == set()
+    fleet.update(presence("b", "failed", boot=2, detail="too little memory"))
+    assert fleet.members() == {"a", "c"}
+
+
+def test_a_failure_that_was_seen_stays_when_the_broker_repeats_it(fleet: Registry) -> None:
+    fleet.update(presence("b", "failed"))
+    fleet.update(presence("b", "failed"), retained=True)
+    assert fleet.members() == {"a", "c"}
+
+
 def test_a_device_that_failed_without_saying_why_is_no_member_either(fleet: Registry) -> None:
     fleet.update(presence("b", "failed", detail=""))
     assert fleet.members() == {"a", "c"}
@@ -62,8 +84,6 @@ def test_a_device_that_failed_without_saying_why_is_no_member_either(fleet: Regi
 
 def test_a_device_that_starts_again_after_a_failure_is_a_member_again(fleet: Registry) -> None:
     fleet.update(presence("b", "failed", boot=1, detail="broken"))
-    assert not fleet.update(presence("b", "online", boot=0))
-    assert fleet.members() == {"a", "c"}
     fleet.update(presence("b", "online", boot=2))
     assert fleet.members() == FLEET
     assert fleet.failures() == {}

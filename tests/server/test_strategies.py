@@ -51,6 +51,7 @@ def test_fedms_prepares_trains_the_global_expert_then_the_personal_ones_and_eval
     assert [upcoming.stage for upcoming in announced] == [
         "prepare",
         *["global"] * 3,
+        "prepare",
         *["personal"] * 2,
         "evaluate",
     ]
@@ -58,10 +59,12 @@ def test_fedms_prepares_trains_the_global_expert_then_the_personal_ones_and_eval
 
 
 def test_fedms_sends_the_expert_in_stage_one_and_the_gate_beside_the_frozen_expert_in_stage_two() -> None:
-    sent = {upcoming.stage: (upcoming.broadcast, upcoming.frozen) for upcoming in play(FEDMS, [])}
+    announced = play(FEDMS, [])
+    sent = {upcoming.stage: (upcoming.broadcast, upcoming.frozen) for upcoming in announced}
     assert sent == {
-        "prepare": ((), ()), "global": (EXPERT, ()), "personal": (GATE, EXPERT), "evaluate": (GATE, EXPERT),
+        "prepare": ((), EXPERT), "global": (EXPERT, ()), "personal": (GATE, EXPERT), "evaluate": (GATE, EXPERT),
     }  # fmt: skip
+    assert (announced[0].broadcast, announced[0].frozen) == ((), ())
 
 
 def test_fedms_deepens_when_validation_stands_still() -> None:
@@ -81,7 +84,7 @@ def test_in_stage_two_the_depth_stays_where_stage_one_left_it(accuracies: list[f
     leader = job("fedms", {"global": 3, "personal": 3}, start=1, step=1, window=2, threshold=0.01)
     announced = play(leader, [*accuracies, 0.1, 0.1, 0.1])
     left = [upcoming.depth for upcoming in announced if upcoming.stage == "global"][-1]
-    assert {upcoming.depth for upcoming in announced if upcoming.stage in ("personal", "evaluate")} == {left}
+    assert {upcoming.depth for upcoming in announced if upcoming.frozen} == {left}
 
 
 # --- baselines ----------------------------------------------------------------------------------------------

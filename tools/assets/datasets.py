@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fleetune.edge.protocol.errors import DataError
+from fleetune.edge.protocol.files import write_atomic
 from fleetune.tools.assets.idx import read_idx
-from fleetune.tools.assets.staging import write_atomic
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")

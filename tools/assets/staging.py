@@ -1,4 +1,4 @@
-"""Atomic writes: into a folder of the cache, or over a single file.
+"""Atomic writes into a folder of the cache.
 
 A folder is filled under a temporary name beside its place and renamed when it is complete, so no reader ever
 sees half of one. Whoever fills a staging folder holds a lock on it. The kernel drops that lock when the
@@ -78,38 +78,6 @@ def fill(folder: Path, target: Path) -> None:
             place.mkdir(parents=True, exist_ok=True)
         elif not place.exists():
             source.replace(place)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes `content` to `path` so that a reader finds the old file or the new one, never a part.
-
-    Args:
-        path: The file; its folder is made if it is missing.
-        content: All of the file's bytes.
-
-    Raises:
-        OSError: The file cannot be written; the old one is then still there.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    """The mask that ordinary files are made with; mkstemp ignores it and makes private ones."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _lock(path: Path, how: int) -> int:

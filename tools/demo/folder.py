@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import msgspec
 import numpy as np
 import yaml
 
-from fleetune.edge.engine.dataset import read_dataset, typical_length
+from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import RunFolderError
 from fleetune.edge.protocol.files import write_atomic
@@ -140,26 +141,19 @@ def prepare(
         task.write_data(list(files.values()))
     datasets = {device: read_dataset(file, pack) for device, file in files.items()}
     if not folder.costs.exists():
-        lengths = np.concatenate([dataset.lengths for dataset in datasets.values()])
         costs = measure(
             pack,
             next(iter(files.values())),
             threads=1,
-            length=int(lengths.max()),
-            typical=max(typical_length(dataset.lengths) for dataset in datasets.values()),
+            lengths=np.concatenate([dataset.lengths for dataset in datasets.values()]),
+            at_once=min(len(files), os.cpu_count() or 1),
             on_trial=lambda done, total: say(f"measures what training costs on this machine ({done} of {total})"),
         )
         write_atomic(folder.costs, encode(costs))
     costs = msgspec.json.decode(folder.costs.read_bytes(), type=Costs)
     if not folder.fleet.exists():
         some = next(iter(datasets.values()))
-        workload = Workload(
-            train=len(some.indices("train")),
-            evaluate=len(some.indices("val")) + len(some.indices("test")),
-            epochs=epochs,
-            batch=batch,
-            max_depth=max_depth or pack.manifest.blocks,
-        )
+        workload = Workload.of(some, epochs=epochs, batch=batch, max_depth=max_depth or pack.manifest.blocks)
         write_atomic(folder.fleet, _fleet_file(template, _full_round(costs, workload)).encode())
     return pack
 

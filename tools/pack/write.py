@@ -168,7 +168,7 @@ def _write_weights(checkpoint: Checkpoint, file: Path) -> list[float]:
             add(f"blocks.{index}.{name}", array, matrix=is_matrix(name))
     for name, array in checkpoint.outer.items():
         add(name, array, matrix=name == "tokens.table")
-    safetensors.numpy.save_file(tensors, file)
+    file.write_bytes(safetensors.numpy.save(tensors))
     return code
 
 

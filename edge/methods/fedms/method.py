@@ -93,7 +93,10 @@ class FedMS:
         settings = read_settings(announced, FedMSSettings)
         shared = Expert.initial(task_layout(self._device, settings), settings.seed)
         if announced.stage == "prepare":
+            shared.load(announced.frozen)
             self._device.cache.prefix(self._device.backbone.blocks - settings.max_depth, shared)
+            if announced.frozen:
+                self._features_of(shared, LocalRun(self._device, settings, shared))
             return Outcome({"samples": len(self._device.dataset.indices("train"))})
         if announced.stage == "global":
             shared.load(announced.tensors)
