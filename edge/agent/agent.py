@@ -118,6 +118,7 @@ class Agent:
         self._sent: dict[str, float] = {}
         self._facts: Metrics = {}
         self._costs: Costs | None = None
+        self._base_mib = peak_mib()
         me = config.device
         self._link = Link(
             config.broker,
@@ -332,7 +333,7 @@ class Agent:
                 batch=settings.batch,
                 max_depth=min(settings.max_depth, self._pack.manifest.blocks),
             )
-            self._plans[job] = choose(self._costs, workload, self._config.budget)
+            self._plans[job] = choose(self._costs, workload, self._config.budget, self._base_mib)
         plan = self._plans[job]
         self._facts |= {
             "plan": f"{plan.depth} blocks, {'recompute' if plan.recompute else 'keep'}, micro-batch {plan.micro_batch}",

@@ -122,6 +122,7 @@ class PrefixCache:
 
     def _compute(self, boundary: int, expert: Expert, below: Prefix | None) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._backbone.hold(range(0))  # the room of an earlier suffix's blocks is needed here
         lengths = self._dataset.lengths
         width = self._backbone.pack.manifest.width
         for left in self._folder.glob(".new-*"):  # by a process that was killed: a state folder has one agent

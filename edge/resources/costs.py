@@ -1,8 +1,9 @@
 """A device's measured costs for one pack, and the model that extends them to every plan.
 
-For each activation policy, peak memory is bilinear in depth and micro-batch, with every sample as long as the longest:
-a constant, weights a block, activations a sample, activations a sample and block. The time of a step is bilinear in
-depth and tokens. Trials at the four corners of the grid determine the four coefficients of each.
+For each activation policy, what training adds to a process's memory is bilinear in depth and micro-batch, with every
+sample as long as the longest: a constant, weights a block, activations a sample, activations a sample and block. The
+time of a step is bilinear in depth and tokens. Trials at the four corners of the grid determine the four
+coefficients of each.
 """
 
 from __future__ import annotations
@@ -46,8 +47,13 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     typical: int
     trials: tuple[Trial, ...]
 
-    def peak_mib(self, depth: int, micro_batch: int, *, recompute: bool) -> float:
-        """Predicted peak of the process in MiB."""
+    @functools.cached_property
+    def base_mib(self) -> float:
+        """Peak of a process before it trains, in MiB (median over the trials)."""
+        return float(np.median([trial.base_mib for trial in self.trials]))
+
+    def growth_mib(self, depth: int, micro_batch: int, *, recompute: bool) -> float:
+        """Predicted MiB that training adds to the peak of the process."""
         return float(_features(depth, micro_batch) @ self._fits[recompute][0])
 
     def step_cpu_s(self, depth: int, tokens: float, *, recompute: bool) -> float:
@@ -66,7 +72,7 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
             trials = [trial for trial in self.trials if trial.recompute is recompute]
             samples = np.array([_features(trial.depth, trial.micro_batch) for trial in trials])
             tokens = np.array([_features(trial.depth, trial.micro_batch * self.typical) for trial in trials])
-            memory = np.array([trial.peak_mib for trial in trials])
+            memory = np.array([trial.peak_mib - trial.base_mib for trial in trials])
             seconds = np.array([trial.step_cpu_s for trial in trials])
             fits[recompute] = (np.linalg.lstsq(samples, memory)[0], np.linalg.lstsq(tokens, seconds)[0])
         return fits

@@ -14,7 +14,7 @@ from fleetune.edge.engine.dataset import Dataset
 from fleetune.edge.protocol.errors import BudgetError
 from fleetune.edge.resources.costs import Costs
 
-MEMORY_MARGIN = 0.08
+MEMORY_MARGIN = 0.1
 """Share of the predicted peak that is kept free, for what the trials did not see."""
 
 CPU_MARGIN = 0.15
@@ -104,8 +104,15 @@ def padded_length(lengths: NDArray[np.int64], batch: int, micro_batch: int) -> f
     return sum(len(group) * int(group.max()) for group in groups) / len(lengths)
 
 
-def candidates(costs: Costs, workload: Workload) -> list[Plan]:
-    """Every plan that the job allows, with its predicted costs."""
+def candidates(costs: Costs, workload: Workload, base_mib: float | None = None) -> list[Plan]:
+    """Every plan that the job allows, with its predicted costs.
+
+    Args:
+        costs: What training costs here.
+        workload: What a round asks for.
+        base_mib: Peak of the process that is to train, before it does; by default as in the trials.
+    """
+    base = costs.base_mib if base_mib is None else base_mib
     found = []
     forward = workload.length * costs.forward_cpu_s
     for depth in range(1, workload.max_depth + 1):
@@ -120,18 +127,24 @@ def candidates(costs: Costs, workload: Workload) -> list[Plan]:
                 below = (workload.train + workload.evaluate) * (workload.max_depth - depth)
                 above = workload.evaluate * depth
                 cpu = train + (below + above) * forward
-                peak = costs.peak_mib(depth, micro_batch, recompute=recompute)
+                peak = base + costs.growth_mib(depth, micro_batch, recompute=recompute)
                 found.append(Plan(depth, micro_batch, recompute, peak, cpu, bound_by=""))
     return found
 
 
-def choose(costs: Costs, workload: Workload, budget: Budget) -> Plan:
+def choose(costs: Costs, workload: Workload, budget: Budget, base_mib: float | None = None) -> Plan:
     """The deepest plan inside the budget; among equals the one with the fewest CPU seconds.
+
+    Args:
+        costs: What training costs here.
+        workload: What a round asks for.
+        budget: What the device leaves over.
+        base_mib: Peak of the process that is to train, before it does; by default as in the trials.
 
     Raises:
         BudgetError: Not even one active block fits; says how much is missing.
     """
-    plans = candidates(costs, workload)
+    plans = candidates(costs, workload, base_mib)
     fitting = [plan for plan in plans if _fits_memory(plan, budget) and _fits_cpu(plan, budget)]
     if not fitting:
         raise _nothing_fits(plans, budget)

@@ -50,6 +50,7 @@ class Trial(msgspec.Struct, frozen=True):
         depth: Active blocks.
         micro_batch: Samples a step.
         recompute: Whether activations were recomputed.
+        base_mib: Peak of the process before the first step: interpreter, libraries, samples.
         peak_mib: Peak of the process in MiB.
         step_cpu_s: CPU seconds of one forward and backward pass of a micro-batch.
         forward_cpu_s: CPU seconds of one block's forward pass in a chunk, a token.
@@ -58,6 +59,7 @@ class Trial(msgspec.Struct, frozen=True):
     depth: int
     micro_batch: int
     recompute: bool
+    base_mib: float
     peak_mib: float
     step_cpu_s: float
     forward_cpu_s: float
@@ -108,6 +110,8 @@ def _measure(request: Request) -> Trial:
     rng = np.random.default_rng(0)
     optimiser = Adam(layout.size, 1e-4)
 
+    base = peak_mib()
+
     def part(length: int) -> Part:
         hidden = rng.standard_normal((request.micro_batch, length, pack.manifest.width), dtype=np.float32)
         return hidden, np.ones((request.micro_batch, 1, length), dtype=np.float32)
@@ -135,6 +139,7 @@ def _measure(request: Request) -> Trial:
         depth=request.depth,
         micro_batch=request.micro_batch,
         recompute=request.recompute,
+        base_mib=base,
         peak_mib=peak_mib(),
         step_cpu_s=(cpu_seconds() - start) / request.steps,
         forward_cpu_s=forward_cpu_s,

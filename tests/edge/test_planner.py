@@ -28,7 +28,8 @@ from fleetune.edge.resources.trial import Trial
 
 Coefficients = tuple[float, float, float, float]
 BLOCKS = 6
-KEEP_MIB, RECOMPUTE_MIB = (60.0, 12.0, 3.0, 2.0), (70.0, 0.5, 3.0, 0.25)
+BASE_MIB = 50.0
+KEEP_MIB, RECOMPUTE_MIB = (10.0, 12.0, 3.0, 2.0), (20.0, 0.5, 3.0, 0.25)
 KEEP_S, RECOMPUTE_S = (0.002, 0.001, 0.002, 0.004), (0.004, 0.002, 0.002, 0.006)
 FORWARD_S = 0.002
 LENGTH, LONGEST = 20, 32
@@ -60,7 +61,8 @@ def costs_of(
             depth=depth,
             micro_batch=micro_batch,
             recompute=recompute,
-            peak_mib=bilinear(memory[recompute], depth, micro_batch),
+            base_mib=BASE_MIB,
+            peak_mib=BASE_MIB + bilinear(memory[recompute], depth, micro_batch),
             step_cpu_s=bilinear(seconds[recompute], depth, micro_batch),
             forward_cpu_s=TOKEN_S * factor,
         )
@@ -95,7 +97,7 @@ def test_the_model_recovers_the_formula_away_from_the_trials(
     costs = costs_of(memory=(keep, recompute), seconds=(recompute, keep))
     for policy, memory, seconds in ((False, keep, recompute), (True, recompute, keep)):
         wanted = bilinear(memory, depth, micro_batch)
-        assert costs.peak_mib(depth, micro_batch, recompute=policy) == pytest.approx(wanted, abs=1e-6)
+        assert costs.growth_mib(depth, micro_batch, recompute=policy) == pytest.approx(wanted, abs=1e-6)
         wanted = bilinear(seconds, depth, micro_batch)
         tokens = micro_batch * LENGTH
         assert costs.step_cpu_s(depth, tokens, recompute=policy) == pytest.approx(wanted, abs=1e-6)
@@ -112,7 +114,7 @@ def test_a_round_costs_its_steps_the_frozen_blocks_of_the_job_and_its_evaluation
     frozen = (104 + 40) * 2 * FORWARD_S
     evaluation = 40 * 4 * FORWARD_S
     assert plan.cpu_s == pytest.approx(steps * bilinear(KEEP_S, 4, 8) + frozen + evaluation, abs=0.01)
-    assert plan.peak_mib == pytest.approx(bilinear(KEEP_MIB, 4, 8), abs=0.06)
+    assert plan.peak_mib == pytest.approx(BASE_MIB + bilinear(KEEP_MIB, 4, 8), abs=0.06)
 
 
 def test_micro_batches_that_do_not_divide_the_batch_are_counted() -> None:
@@ -164,6 +166,12 @@ def test_longer_samples_cost_more() -> None:
         assert other.peak_mib == some.peak_mib
 
 
+def test_a_process_that_is_larger_before_it_trains_is_larger_when_it_does() -> None:
+    for usual, larger in zip(candidates(COSTS, JOB), candidates(COSTS, JOB, BASE_MIB + 7), strict=True):
+        assert larger.peak_mib == pytest.approx(usual.peak_mib + 7)
+        assert larger.cpu_s == usual.cpu_s
+
+
 # --- the choice ---------------------------------------------------------------------------------------------
 
 
@@ -210,7 +218,7 @@ def test_with_plenty_the_plan_is_the_deepest_and_quickest() -> None:
 
 
 def test_recomputing_is_chosen_when_memory_bites() -> None:
-    roomy = bilinear(KEEP_MIB, BLOCKS, 1) * (1 + MEMORY_MARGIN)
+    roomy = (BASE_MIB + bilinear(KEEP_MIB, BLOCKS, 1)) * (1 + MEMORY_MARGIN)
     assert not choose(COSTS, JOB, Budget(roomy + 1, PLENTY)).recompute
     plan = choose(COSTS, JOB, Budget(roomy - 1, PLENTY))
     assert (plan.depth, plan.recompute) == (BLOCKS, True)
@@ -218,7 +226,12 @@ def test_recomputing_is_chosen_when_memory_bites() -> None:
 
 def test_smaller_micro_batches_are_chosen_when_memory_bites() -> None:
     assert choose(COSTS, JOB, Budget(PLENTY, PLENTY)).micro_batch == 16
-    assert choose(COSTS, JOB, Budget(bilinear(KEEP_MIB, BLOCKS, 4) * (1 + MEMORY_MARGIN) + 1, PLENTY)).micro_batch == 4
+    assert (
+        choose(
+            COSTS, JOB, Budget((BASE_MIB + bilinear(KEEP_MIB, BLOCKS, 4)) * (1 + MEMORY_MARGIN) + 1, PLENTY)
+        ).micro_batch
+        == 4
+    )
 
 
 def test_the_limit_that_stands_in_the_way_is_named() -> None:
