@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,19 @@ from fleetune.edge.protocol.errors import PackError
 
 FloatArray = NDArray[np.float32]
 Saved = dict[str, FloatArray]
+
+
+@functools.cache
+def _share_arena() -> None:
+    """Let all sessions of this process allocate from one arena, which grows in powers of two and is never given back.
+
+    An arena a session would hold every graph's peak at once; the C library's allocator fragments (docs/adr/0005).
+    """
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    limit, power_of_two, default = 0, 0, -1
+    onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(limit, power_of_two, default, default))
 
 
 class Backbone:
@@ -42,6 +56,7 @@ class Backbone:
 
     def hold(self, blocks: range) -> None:
         """Keep these blocks dequantised (float32) from their next use on, and let go of all others."""
+        self._scratch = None
         self._held = {block: self._held.get(block) for block in blocks}
 
     def _block_weights(self, block: int) -> dict[str, FloatArray]:
@@ -69,8 +84,8 @@ class Backbone:
         options.log_severity_level = 3
         # A waiting thread that spins burns the CPU seconds that the device's other work needs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Memory goes back to the system after each run, so the process stays inside its budget between peaks.
-        options.enable_cpu_mem_arena = False
+        _share_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
         options.enable_mem_pattern = False
         try:
             session = onnxruntime.InferenceSession(

@@ -93,7 +93,7 @@ def _measure(request: Request) -> Trial:
     import fleetune.edge.protocol.codec
     import fleetune.edge.protocol.link  # noqa: F401 - counts towards the peak, as it does in an agent
     from fleetune.edge.engine.backbone import Backbone
-    from fleetune.edge.engine.cache import CHUNK
+    from fleetune.edge.engine.cache import CHUNK, split
     from fleetune.edge.engine.dataset import read_dataset
     from fleetune.edge.engine.expert import Expert, Layout
     from fleetune.edge.engine.optimiser import Adam
@@ -106,10 +106,8 @@ def _measure(request: Request) -> Trial:
     backbone = Backbone(pack, request.threads)
     layout = Layout.of(pack.manifest, data.classes)
     expert, gradient = Expert.initial(layout, seed=0), Expert(layout)
-    suffix = Suffix(backbone, request.depth, recompute=request.recompute)
     rng = np.random.default_rng(0)
     optimiser = Adam(layout.size, 1e-4)
-
     base = peak_mib()
 
     def part(length: int) -> Part:
@@ -120,16 +118,21 @@ def _measure(request: Request) -> Trial:
         suffix.gradients(*of, expert, gradient, lambda features: features)
         optimiser.step(expert.vector, gradient.vector)
 
-    # What an agent does before and between steps: a chunk of samples through the frozen blocks, and steps of other
-    # lengths. The allocator keeps some of that memory, so it belongs to the peak.
-    lengths = [max(2, request.length * eighths // 8) for eighths in (3, 4, 5, 6, 7, 8)]
+    # What an agent does before and between steps: a chunk of samples, embedded and sent through the frozen blocks, and
+    # steps of other lengths that samples have. The allocator keeps some of that memory, so it belongs to the peak.
+    shortest = int(data.lengths.min())
+    lengths = [max(shortest, request.length * eighths // 8) for eighths in (3, 4, 5, 6, 7, 8)]
     chunk = max(1, CHUNK // request.micro_batch)
-    forward_chunk(backbone, range(_CHUNK_BLOCKS), expert, [part(request.length) for _ in range(chunk)])
+    longest = np.argsort(data.lengths, kind="stable")[-CHUNK:]
+    embedded = [data.embed(backbone, some) for some in split(longest, request.micro_batch)]
+    forward_chunk(backbone, range(_CHUNK_BLOCKS), expert, [part(request.length) for _ in embedded])
+    del embedded
     usual = [part(request.typical) for _ in range(chunk)]
     start = cpu_seconds()
     forward_chunk(backbone, range(_CHUNK_BLOCKS), expert, usual)
     forward_cpu_s = (cpu_seconds() - start) / _CHUNK_BLOCKS / (chunk * request.micro_batch * request.typical)
     return_free_memory()
+    suffix = Suffix(backbone, request.depth, recompute=request.recompute)
     for length in lengths:
         step(part(length))
     start = cpu_seconds()

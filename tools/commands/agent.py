@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ def register(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.threads:  # NumPy reads it once, when it is imported
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(args.threads))
+
     import msgspec
 
     from fleetune.edge.agent.agent import Agent, AgentConfig

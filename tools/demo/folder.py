@@ -109,7 +109,7 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: str
     profile: str
     memory: str
-    cpu_share: float
+    cpu: float
 
 
 class _Template(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -154,22 +154,20 @@ def prepare(
     if not folder.fleet.exists():
         some = next(iter(datasets.values()))
         workload = Workload.of(some, epochs=epochs, batch=batch, max_depth=max_depth or pack.manifest.blocks)
-        write_atomic(folder.fleet, _fleet_file(template, _full_round(costs, workload)).encode())
+        write_atomic(folder.fleet, _fleet_file(template, costs, workload).encode())
     return pack
 
 
-def _full_round(costs: Costs, workload: Workload) -> float:
-    """CPU seconds that a round at full depth is planned with, margin included, when memory does not matter."""
-    deepest = [plan.cpu_s for plan in candidates(costs, workload) if plan.depth == workload.max_depth]
-    return min(deepest) * (1 + CPU_MARGIN)
-
-
-def _fleet_file(template: _Template, full_round: float) -> str:
+def _fleet_file(template: _Template, costs: Costs, workload: Workload) -> str:
+    plans = candidates(costs, workload)
+    one, deepest = (
+        min(plan.cpu_s for plan in plans if plan.depth == depth) * (1 + CPU_MARGIN) for depth in (1, workload.max_depth)
+    )
     devices = [
         {
             "id": entry.id,
             "profile": entry.profile,
-            "budget": {"memory": entry.memory, "cpu_seconds": round(entry.cpu_share * full_round, 2)},
+            "budget": {"memory": entry.memory, "cpu_seconds": round(one + entry.cpu * (deepest - one), 2)},
         }
         for entry in template.devices
     ]

@@ -78,7 +78,12 @@ def build_report(journal: Path, fleet: Fleet, pack: Pack, data: Mapping[str, Any
                 if (values := [d["accuracy"][name] for d in devices if name in d["accuracy"]])
             },
             "inside_memory_budget": all(d["peak_mib"] <= d["budget_mib"] for d in devices),
-            "inside_cpu_budget": all(max(d["cpu_s"]) <= d["budget_cpu_s"] for d in devices),
+            "inside_cpu_budget": all(
+                entry["cpu_s"] <= d["budget_cpu_s"]
+                for d in devices
+                for entry in d["history"]
+                if entry["stage"] != "prepare"
+            ),
             "bytes_up": sum(d["bytes_up"] for d in devices),
             "bytes_down": sum(d["bytes_down"] for d in devices),
         },

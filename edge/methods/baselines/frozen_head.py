@@ -38,9 +38,9 @@ class FrozenHead:
         device, dataset = self._device, self._device.dataset
         settings = read_settings(announced, Settings)
         layout = task_layout(device, settings)
+        prefix = device.cache.prefix(device.backbone.blocks, Expert(layout))
         if announced.stage == "prepare":
             return Outcome({"samples": len(dataset.indices("train"))})
-        prefix = device.cache.prefix(device.backbone.blocks, Expert(layout))
         indices = {name: dataset.indices(name) for name in SPLITS}
         features = {name: self._features(prefix, some) for name, some in indices.items()}
         labels = {name: dataset.labels[some] for name, some in indices.items()}
@@ -56,8 +56,10 @@ class FrozenHead:
         return Outcome(best)
 
     def _features(self, prefix: Prefix, indices: Indices) -> FloatArray:
-        parts = [prefix.batch(some) for some in split(indices, self._device.plan.micro_batch)]
-        return np.concatenate([self._device.backbone.pool(hidden, mask) for hidden, mask in parts])
+        rows = []
+        for some in split(indices, self._device.plan.micro_batch):
+            rows.append(self._device.backbone.pool(*prefix.batch(some)).copy())  # so that the arena gets its room back
+        return np.concatenate(rows)
 
 
 def _fit(layout: Layout, features: FloatArray, labels: Indices, penalty: float) -> tuple[Expert, float]:
