@@ -118,7 +118,7 @@ class Agent:
         self._sent: dict[str, float] = {}
         self._facts: Metrics = {}
         self._costs: Costs | None = None
-        self._base_mib = 0.0
+        self._base_mib: float | None = None
         me = config.device
         self._link = Link(
             config.broker,
@@ -140,8 +140,6 @@ class Agent:
         self._link.connect()
         try:
             self._costs = self._measured_costs()
-            self._costs.growth_mib(1, 1, recompute=False)  # fits the model, which loads LAPACK: it belongs to the base
-            self._base_mib = peak_mib()
             self._publish("online", "waits for a round")
             while True:
                 for event in self._link.events(timeout=0.25):
@@ -335,6 +333,9 @@ class Agent:
                 batch=settings.batch,
                 max_depth=min(settings.max_depth, self._pack.manifest.blocks),
             )
+            if self._base_mib is None:
+                self._costs.growth_mib(1, 1, recompute=False)  # planning loads more of NumPy: that belongs to the base
+                self._base_mib = peak_mib()
             self._plans[job] = choose(self._costs, workload, self._config.budget, self._base_mib)
         plan = self._plans[job]
         self._facts |= {
