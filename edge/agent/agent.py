@@ -21,7 +21,7 @@ from fleetune.edge.methods.base import Device, Method, Metrics, Round, Settings,
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.codec import decode_tensors, encode_tensors
-from fleetune.edge.protocol.errors import FleetuneError, MessageError
+from fleetune.edge.protocol.errors import BudgetError, FleetuneError, MessageError
 from fleetune.edge.protocol.link import BrokerAddress, Connected, Link, Received
 from fleetune.edge.protocol.messages import (
     Ack,
@@ -40,7 +40,7 @@ from fleetune.edge.protocol.topics import Topics, check_name, chunk_index
 from fleetune.edge.resources.costs import Costs, measure
 from fleetune.edge.resources.guard import Guard
 from fleetune.edge.resources.planner import Budget, Plan, Workload, choose
-from fleetune.edge.resources.process import cpu_seconds, peak_mib, return_free_memory
+from fleetune.edge.resources.process import cpu_seconds, machine_memory_mib, peak_mib, return_free_memory
 
 log = logging.getLogger(__name__)
 
@@ -97,10 +97,20 @@ class Agent:
 
     Args:
         config: What it is started with.
+
+    Raises:
+        FleetuneError: The pack, the data or the state folder cannot be used.
+        BudgetError: The budget is larger than the machine's memory, so nothing would hold the agent to it.
     """
 
     def __init__(self, config: AgentConfig) -> None:
         check_name("device", config.device)
+        if config.budget.memory_mib > machine_memory_mib():
+            raise BudgetError(
+                f"budget: memory: {config.budget.memory_mib:.0f} MiB are given, "
+                f"but this machine has {machine_memory_mib():.0f} MiB in all",
+                "lower the budget of this device in the fleet file",
+            )
         self._config = config
         self._topics = Topics(config.fleet)
         self._pack = Pack.open(config.pack)

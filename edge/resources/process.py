@@ -1,4 +1,4 @@
-"""What this process has used, as the kernel counts it."""
+"""What this process has used, as the kernel counts it, and what the machine has."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import re
 import time
 from pathlib import Path
+
+import psutil
 
 
 def peak_mib() -> float:
@@ -19,6 +21,11 @@ def peak_mib() -> float:
 def cpu_seconds() -> float:
     """CPU time of this process so far, all threads, user and system, in seconds."""
     return time.process_time()
+
+
+def machine_memory_mib() -> float:
+    """Physical memory of this machine in MiB."""
+    return psutil.virtual_memory().total / (1 << 20)
 
 
 def return_free_memory() -> None:

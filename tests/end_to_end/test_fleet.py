@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from importlib import resources
 from typing import Any
 
 import msgspec
@@ -182,6 +184,17 @@ def test_a_budget_below_one_block_is_refused_with_what_is_missing(make_fleet: An
     assert "Traceback" not in small.output
     assert serve.wait() == 19
     assert "small: budget: memory" in serve.output
+
+
+def test_a_budget_above_the_machine_is_refused(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    shipped = resources.files("fleetune.profiles").joinpath("raspberry-pi-5.yaml").read_text(encoding="utf-8")
+    profile = fleet.folder / "large.yaml"
+    profile.write_text(re.sub(r"(?m)^memory: .*$", "memory: 65536GiB", shipped))
+    fleet.write({"big": ("60000GiB", 100.0)}, profile=str(profile))
+    big = fleet.agent("big")
+    assert big.wait() == 14
+    assert f"{60000 << 10} MiB are given, but this machine has" in big.output
 
 
 def test_payloads_travel_as_safetensors(make_fleet: Any, embedded: str) -> None:

@@ -117,7 +117,11 @@ def _run(args: argparse.Namespace) -> None:
     )
     folder = RunFolder(args.out)
     console = Console(stderr=args.json)
-    report = run_demo(folder, options, console)
+    try:
+        report = run_demo(folder, options, console)
+    except KeyboardInterrupt:
+        console.print(f"stopped; the same command goes on with the run in {folder.path}")
+        raise
     if args.json:
         print(json.dumps({"report": str(folder.report), **report["summary"]}, indent=2))  # noqa: T201
     else:

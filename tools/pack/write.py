@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -182,6 +183,9 @@ def quantise(matrix: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np
         Codes uint8 [rows, columns / 2], scales float32 [rows, columns / block size], and the code's 16 values.
     """
     import torch
+
+    # It warns of a missing kernel for 4-bit inference, which nothing here runs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from bitsandbytes import functional
 
     rows, columns = matrix.shape

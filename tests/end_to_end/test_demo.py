@@ -1,0 +1,135 @@
+"""The demo as a user runs it, on few samples: stopped in the middle, started again, read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="the demo packs a backbone: pip install 'fleetune[all]'")
+
+FEW = ("--samples", "32", "--global-rounds", "2", "--personal-rounds", "1", "--sal-start", "4")
+ACCURACIES = {"frozen_head", "standalone", "global_expert", "local_expert", "mixture"}
+
+
+def demo(out: Path, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "fleetune.tools.cli", "demo", "--out", str(out), *FEW, *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
+
+
+def processes_of(out: Path) -> list[str]:
+    """Command lines of live processes that name the run's folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it ended while we looked
+            continue
+        if int(entry.parent.name) != os.getpid() and any(str(out) in word for word in words):
+            found.append(" ".join(words))
+    return found
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
+    """A run that was stopped with Ctrl-C while the fleet trained."""
+    out = tmp_path_factory.mktemp("demo") / "run"
+    process = demo(out)
+    journal = out / "aggregator" / "journal.jsonl"
+    deadline = time.monotonic() + 180
+    while not (journal.exists() and '"stage":"global"' in journal.read_text(encoding="utf-8")):
+        assert process.poll() is None, end(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    return out, *end(process)
+
+
+@pytest.fixture(scope="module")
+def finished(interrupted: tuple[Path, int, str]) -> tuple[Path, dict[str, Any], str]:
+    """The same run, started again."""
+    out, *_ = interrupted
+    code, output = end(demo(out))
+    assert code == 0, output
+    return out, json.loads((out / "report.json").read_text(encoding="utf-8")), output
+
+
+def test_ctrl_c_stops_every_process_and_says_how_to_go_on(interrupted: tuple[Path, int, str]) -> None:
+    out, code, output = interrupted
+    assert code == 130
+    assert "Traceback" not in output
+    assert "goes on" in output
+    assert processes_of(out) == []
+    assert not (out / "report.json").exists()
+
+
+def test_the_same_command_goes_on_where_it_stopped(finished: tuple[Path, dict[str, Any], str]) -> None:
+    out, report, output = finished
+    assert "goes on with an interrupted run" in output
+    boots = [json.loads((out / "devices" / d["id"] / "counters.json").read_bytes())["boot"] for d in report["devices"]]
+    assert boots == [2, 2, 2, 2]
+    rounds = [(entry["job"], entry["round"]) for entry in report["devices"][0]["history"]]
+    assert len(rounds) == len(set(rounds))
+    assert processes_of(out) == []
+
+
+def test_the_report_holds_what_was_measured(finished: tuple[Path, dict[str, Any], str]) -> None:
+    out, report, _ = finished
+    assert report["backbone"]["sha256_before"] == report["backbone"]["sha256_after"]
+    assert len(report["backbone"]["sha256_before"]) == 64
+    assert report["transport"]["protocol"] == 5
+    assert "rumqttd" in report["transport"]["broker"]
+    assert set(report["summary"]["accuracy"]) == ACCURACIES
+    assert (report["seed"], report["seconds"] > 0) == (0, True)
+    assert len({device["profile"] for device in report["devices"]}) == len(report["devices"]) == 4
+    for device in report["devices"]:
+        assert set(device["accuracy"]) == ACCURACIES
+        assert all(0 <= value <= 1 for value in device["accuracy"].values())
+        assert 50 < device["peak_mib"] <= device["budget_mib"]
+        assert len(device["cpu_s"]) == len(device["blocks_active"]) == 3
+        assert device["blocks_total"] == 6
+        assert min(device["bytes_up"], device["bytes_down"]) > 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert all(device["id"] in page for device in report["devices"])
+
+
+def test_budgets_make_devices_train_at_different_depths(finished: tuple[Path, dict[str, Any], str]) -> None:
+    _, report, _ = finished
+    depths = {device["id"]: max(device["blocks_active"]) for device in report["devices"]}
+    bounds = {device["id"]: device["plan"]["bound_by"] for device in report["devices"]}
+    assert depths["orin-nano"] == 4
+    assert depths["nano-4gb"] < depths["orin-nano"]
+    assert bounds["nano-4gb"] == "cpu"
+    assert "memory" in bounds["nano-2gb"]
+
+
+def test_a_finished_run_is_left_alone(finished: tuple[Path, dict[str, Any], str]) -> None:
+    out, report, _ = finished
+    code, output = end(demo(out))
+    assert code == 18
+    assert str(out / "report.html") in output.replace("\n", "")
+    assert json.loads((out / "report.json").read_text(encoding="utf-8")) == report
+
+
+def test_other_options_do_not_go_on_with_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"seed": 1}))
+    code, output = end(demo(tmp_path, "--seed", "2"))
+    assert code == 18
+    assert "seed" in output
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
