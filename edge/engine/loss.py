@@ -17,8 +17,10 @@ def softmax(logits: FloatArray) -> FloatArray:
 
 def cross_entropy(logits: FloatArray, labels: NDArray[np.int64]) -> tuple[float, FloatArray]:
     """Summed cross-entropy of logits [n, classes], and its gradient with respect to them."""
-    probabilities = softmax(logits)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    total = np.exp(shifted).sum(axis=-1, keepdims=True)
     rows = np.arange(len(labels))
-    loss = -np.log(np.maximum(probabilities[rows, labels], np.finfo(np.float32).tiny)).sum()
-    probabilities[rows, labels] -= 1
-    return float(loss), probabilities
+    loss = (np.log(total[:, 0]) - shifted[rows, labels]).sum()
+    gradient: FloatArray = np.exp(shifted) / total
+    gradient[rows, labels] -= 1
+    return float(loss), gradient

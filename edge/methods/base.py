@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -25,6 +25,10 @@ Tensors = dict[str, FloatArray]
 Metrics = dict[str, float | int | str | bool]
 
 
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Rate = Annotated[float, msgspec.Meta(gt=0)]
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Hyper-parameters that every method has.
 
@@ -39,14 +43,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         weight_decay: Its decoupled weight decay.
     """
 
-    classes: int
-    seed: int
-    max_depth: int
-    depth: int
-    epochs: int
-    batch: int
-    learning_rate: float
-    weight_decay: float
+    classes: Annotated[int, msgspec.Meta(ge=2)]
+    seed: Annotated[int, msgspec.Meta(ge=0)]
+    max_depth: Count
+    depth: Count
+    epochs: Count
+    batch: Count
+    learning_rate: Rate
+    weight_decay: Annotated[float, msgspec.Meta(ge=0)]
 
 
 class TensorStore(Protocol):
@@ -143,7 +147,7 @@ def read_settings(announced: Round, kind: type[AnySettings]) -> AnySettings:
     """Convert the announced settings to a method's own.
 
     Raises:
-        MessageError: A setting is missing, unknown or of a wrong type.
+        MessageError: A setting is missing, unknown, of a wrong type or out of range.
     """
     try:
         return msgspec.convert(dict(announced.settings), type=kind)

@@ -12,7 +12,7 @@ from fleetune.edge.methods import METHODS
 from fleetune.edge.methods.base import Round, Settings, read_settings
 from fleetune.edge.methods.fedms.method import FedMSSettings
 from fleetune.edge.pack.manifest import Backbone, Manifest, Quantisation
-from fleetune.edge.protocol.errors import ConfigError
+from fleetune.edge.protocol.errors import ConfigError, MessageError
 from fleetune.edge.resources.guard import Guard
 from fleetune.server.strategies import STRATEGIES
 from fleetune.tools.commands.serve import add_job_options
@@ -125,3 +125,14 @@ def test_an_option_out_of_range_is_named(option: str, value: str) -> None:
 def test_a_task_with_too_few_classes_is_refused(classes: int) -> None:
     with pytest.raises(ConfigError, match=f"--classes: {classes}"):
         jobs(classes=classes)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("classes", 1), ("max_depth", 0), ("depth", 0), ("epochs", 0), ("batch", 0), ("learning_rate", 0.0),
+    ("learning_rate", -1.0), ("weight_decay", -0.1), ("seed", -1), ("batch", "many"),
+])  # fmt: skip
+def test_a_device_refuses_settings_that_it_cannot_train_with(name: str, value: float | str) -> None:
+    (job,) = jobs("--job", "standalone")
+    announced = Round("prepare", 0, {**job.settings, "depth": 1, name: value}, {}, {}, Guard())
+    with pytest.raises(MessageError, match=name):
+        read_settings(announced, Settings)

@@ -16,10 +16,12 @@ from fleetune.edge.engine.cache import split
 from fleetune.edge.engine.expert import Expert
 from fleetune.edge.engine.optimiser import Adam
 from fleetune.edge.methods.base import (
+    Count,
     Device,
     FloatArray,
     Metrics,
     Outcome,
+    Rate,
     Round,
     Settings,
     random_for,
@@ -44,9 +46,9 @@ class FedMSSettings(Settings, frozen=True, kw_only=True):
         mix: Whether experts are mixed at their logits or at their features.
     """
 
-    gate_rank: int
-    gate_learning_rate: float
-    gate_epochs: int
+    gate_rank: Count
+    gate_learning_rate: Rate
+    gate_epochs: Count
     gate_split: Literal["train", "val"]
     mix: Mix
 
