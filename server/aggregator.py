@@ -36,7 +36,7 @@ from fleetune.server.job import Job
 from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal
 from fleetune.server.registry import Registry
 from fleetune.server.strategies import STRATEGIES
-from fleetune.server.strategies.base import ClosedRound, NextRound
+from fleetune.server.strategies.base import ClosedRound, NextRound, trains
 
 log = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ class Aggregator:
             version=self._version,
             method=job.method,
             stage=plan.stage,
-            round=len(self._closed),
+            round=sum(trains(past.stage) for past in self._closed) + trains(plan.stage),
             rounds=rounds,
             backbone=job.backbone,
             settings={**job.settings, "depth": plan.depth},
@@ -433,4 +433,4 @@ class Aggregator:
     def _publish_progress(self) -> None:
         assert self._open is not None
         done, members = len(self._open.accepted), len(self._registry.members())
-        self._publish("working", f"collects round {self._open.announcement.round}: {done} of {members} updates")
+        self._publish("working", f"collects updates: {done} of {members}")

@@ -281,7 +281,7 @@ class Agent:
         return_free_memory()
         start, cpu = time.monotonic(), cpu_seconds()
         self._facts |= {"job": announced.job, "stage": announced.stage, "round": announced.round, "progress": 0.0}
-        self._publish("working", f"does round {announced.round} of {announced.job}")
+        self._publish("working", f"{announced.job}: {announced.stage}, round {announced.round} of {announced.rounds}")
         plan = self._plan(announced)
         method = self._method(announced, plan)
         preparing = announced.stage == "prepare"

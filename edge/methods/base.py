@@ -96,7 +96,7 @@ class Round:
 
     Attributes:
         stage: What to do.
-        number: Number of the round within the job.
+        number: Rounds of training in the job, up to this one and with it.
         settings: Hyper-parameters, not yet converted to the method's own type.
         tensors: This round's global tensors.
         frozen: Global tensors of an earlier stage that do not change any more.

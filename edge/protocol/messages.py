@@ -81,8 +81,8 @@ class Announcement(_Struct, frozen=True):
         version: Grows by one with every announcement of the job.
         method: ``fedms``, ``standalone`` or ``frozen-head``.
         stage: What devices do.
-        round: Number of the round within the job, from 0.
-        rounds: Number of rounds of the job.
+        round: Rounds in which devices train, up to this one and with it.
+        rounds: All of them in the job; preparation and evaluation do not count.
         backbone: Hash of the backbone's weights; a device with another one does not take part.
         settings: Hyper-parameters of the method.
         expires: Unix time after which the announcement is void.

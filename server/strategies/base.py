@@ -56,12 +56,17 @@ class Strategy(Protocol):
 
     @property
     def rounds(self) -> int:
-        """Number of rounds, the preparation included."""
+        """Number of rounds in which devices train."""
         ...
 
     def next(self, closed: Sequence[ClosedRound]) -> NextRound | None:
         """The round after these, or None when the job is done."""
         ...
+
+
+def trains(stage: Stage) -> bool:
+    """Whether devices train in a round of this stage, so that it counts as one."""
+    return stage in ("global", "personal", "train")
 
 
 def depth_after(closed: Sequence[ClosedRound], job: Job) -> int:

@@ -16,14 +16,14 @@ class Standalone:
 
     @property
     def rounds(self) -> int:
-        """Number of rounds, the preparation included."""
-        return 1 + self._job.rounds["train"]
+        """Number of rounds in which devices train."""
+        return self._job.rounds["train"]
 
     def next(self, closed: Sequence[ClosedRound]) -> NextRound | None:
         """The round after these."""
         if not closed:
             return NextRound("prepare", self._job.schedule.start)
-        if len(closed) >= self.rounds:
+        if len(closed) > self.rounds:
             return None
         return NextRound("train", depth_after(closed, self._job))
 

@@ -24,8 +24,8 @@ class FedMS:
 
     @property
     def rounds(self) -> int:
-        """Number of rounds, preparations and evaluation included."""
-        return 3 + self._job.rounds["global"] + self._job.rounds["personal"]
+        """Number of rounds in which devices train."""
+        return self._job.rounds["global"] + self._job.rounds["personal"]
 
     def next(self, closed: Sequence[ClosedRound]) -> NextRound | None:
         """The round after these."""
@@ -42,6 +42,6 @@ class FedMS:
             return NextRound("prepare", depth, frozen=EXPERT)
         if done <= first + 1 + second:
             return NextRound("personal", depth, broadcast=GATE, frozen=EXPERT)
-        if done < self.rounds:
+        if closed[-1].stage == "personal":
             return NextRound("evaluate", depth, broadcast=GATE, frozen=EXPERT)
         return None

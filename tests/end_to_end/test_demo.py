@@ -84,7 +84,7 @@ def test_the_same_command_goes_on_where_it_stopped(finished: tuple[Path, dict[st
     assert "goes on with an interrupted run" in output
     boots = [json.loads((out / "devices" / d["id"] / "counters.json").read_bytes())["boot"] for d in report["devices"]]
     assert boots == [2, 2, 2, 2]
-    rounds = [(entry["job"], entry["round"]) for entry in report["devices"][0]["history"]]
+    rounds = [(entry["job"], entry["stage"], entry["round"]) for entry in report["devices"][0]["history"]]
     assert len(rounds) == len(set(rounds))
     assert processes_of(out) == []
 

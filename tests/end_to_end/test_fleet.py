@@ -41,6 +41,8 @@ def test_a_fleet_trains_over_each_broker(make_fleet: Any, any_broker: str) -> No
     run_to_the_end(fleet)
     records = fleet.records()
     assert stages(records) == STAGES
+    numbers = [r.announcement.round for r in records if isinstance(r, Announced)]
+    assert numbers == [0, 1, 2, 2, 3, 3]  # what is prepared or evaluated is no round of training
     versions = [r.announcement.version for r in records if isinstance(r, Announced)]
     assert answers(records) == sorted((device, version) for device in ("big", "small") for version in versions)
     last = [r.manifest.metrics for r in records if isinstance(r, Accepted)][-1]

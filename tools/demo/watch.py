@@ -57,7 +57,7 @@ class Watch:
             return aggregator.detail if aggregator else "starts"
         facts = aggregator.facts
         return (
-            f"{facts['job']}: {facts['stage']} round {facts['round']} of {int(facts['rounds']) - 1}, "
+            f"{facts['job']}: {facts['stage']}, {facts['round']} of {facts['rounds']} rounds, "
             f"depth {facts['depth']} asked for, {facts['updates']} of {len(self._fleet.devices)} updates"
         )
 
