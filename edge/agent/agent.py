@@ -349,7 +349,7 @@ class Agent:
             self._plans[job] = choose(self._costs, workload, self._config.budget, self._base_mib)
         plan = self._plans[job]
         self._facts |= {
-            "plan": f"{plan.depth} blocks, {'recompute' if plan.recompute else 'keep'}, micro-batch {plan.micro_batch}",
+            "plan": f"depth {plan.depth}, {'recompute' if plan.recompute else 'keep'}, micro-batch {plan.micro_batch}",
             "bound_by": plan.bound_by,
         }
         return plan

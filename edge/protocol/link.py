@@ -158,7 +158,7 @@ class Link:
     def _unreachable(self, why: str) -> BrokerUnreachableError:
         return BrokerUnreachableError(
             f"no broker answers at {self.address}: {why}",
-            "check the address and that the broker runs; `fleetune broker` starts one on this machine",
+            "check the address, or start a broker: Mosquitto, or `fleetune broker` (pip install 'fleetune[server]')",
         )
 
     def close(self) -> None:
