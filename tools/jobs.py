@@ -12,27 +12,37 @@ from fleetune.edge.protocol.errors import ConfigError
 from fleetune.server.job import Job, ScheduleSettings
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """Check what can be checked before there is a pack.
+
+    Raises:
+        ConfigError: An option is out of range.
+    """
+    least = {"batch": 1, "epochs": 1, "global_rounds": 1, "personal_rounds": 1, "sal_start": 1, "gate_rank": 1}
+    least |= {"sal_step": 0, "sal_window": 2, "seed": 0, "max_depth": 1}
+    for name, minimum in least.items():
+        value = getattr(args, name)
+        if value is not None and value < minimum:
+            raise ConfigError(f"--{name.replace('_', '-')}: {value} is out of range", f"use {minimum} or more")
+    for option, value, fits in (
+        ("--learning-rate", args.learning_rate, 0 < args.learning_rate < math.inf),
+        ("--gate-learning-rate", args.gate_learning_rate, 0 < args.gate_learning_rate < math.inf),
+        ("--weight-decay", args.weight_decay, 0 <= args.weight_decay < math.inf),
+        ("--sal-threshold", args.sal_threshold, math.isfinite(args.sal_threshold)),
+    ):
+        if not fits:
+            raise ConfigError(f"{option}: {value} is out of range", "use a finite number, above zero for a rate")
+
+
 def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int) -> tuple[Job, ...]:
     """The jobs that ``--job`` and its companions ask for.
 
     Raises:
         ConfigError: An option is out of range.
     """
+    check_options(args)
     max_depth = args.max_depth if args.max_depth is not None else manifest.blocks
-    least = {"batch": 1, "epochs": 1, "global_rounds": 1, "personal_rounds": 1, "sal_start": 1, "gate_rank": 1}
-    least |= {"sal_step": 0, "sal_window": 2, "seed": 0}
-    for name, minimum in least.items():
-        if getattr(args, name) < minimum:
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{option}: {getattr(args, name)} is out of range", f"use {minimum} or more")
-    for option, value, fits in (
-        ("--learning-rate", args.learning_rate, 0 < args.learning_rate < math.inf),
-        ("--weight-decay", args.weight_decay, 0 <= args.weight_decay < math.inf),
-        ("--sal-threshold", args.sal_threshold, math.isfinite(args.sal_threshold)),
-    ):
-        if not fits:
-            raise ConfigError(f"{option}: {value} is out of range", "use a finite number, above zero for a rate")
-    if not 1 <= max_depth <= manifest.blocks:
+    if max_depth > manifest.blocks:
         raise ConfigError(f"--max-depth: {max_depth} is out of range", f"choose from 1 to {manifest.blocks}")
     if classes < 2:
         raise ConfigError(f"--classes: {classes} is out of range", "a task has at least 2 classes")

@@ -103,6 +103,8 @@ def test_standalone_has_as_many_training_rounds_as_both_stages() -> None:
     ("--learning-rate", "-0.001"),
     ("--learning-rate", "nan"),
     ("--learning-rate", "inf"),
+    ("--gate-learning-rate", "0"),
+    ("--gate-learning-rate", "nan"),
     ("--weight-decay", "-0.1"),
     ("--weight-decay", "nan"),
     ("--max-depth", "0"),

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fleetune.tools.commands.options import add_broker, add_command, add_fleet, add_pack, add_state
+from fleetune.tools.commands.options import add_broker, add_command, add_fleet, add_pack, add_state, check_state
 
 
 def register(subparsers: Any) -> None:
@@ -53,24 +53,31 @@ def register(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from fleetune.edge.protocol.errors import ConfigError
+
+    if args.threads < 0:
+        raise ConfigError(f"--threads: {args.threads} is out of range", "use 1 or more, or 0 for one a core")
     if args.threads:  # NumPy reads it once, when it is imported
         os.environ.setdefault("OPENBLAS_NUM_THREADS", str(args.threads))
 
     import msgspec
 
     from fleetune.edge.agent.agent import Agent, AgentConfig
-    from fleetune.edge.protocol.errors import ConfigError
     from fleetune.edge.protocol.link import BrokerAddress
     from fleetune.edge.resources.costs import Costs
     from fleetune.profiles.fleet import read_fleet
 
     fleet = read_fleet(args.fleet)
-    device = fleet.device(args.id)
+    try:
+        device = fleet.device(args.id)
+    except ConfigError as error:
+        raise ConfigError(f"--id: {args.fleet}: {error.what}", error.remedy) from error
+    check_state(args.state)
     costs = None
     if args.costs is not None:
         try:
             costs = msgspec.json.decode(args.costs.read_bytes(), type=Costs)
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"--costs: {args.costs}: {error}", "leave the option out to measure again") from error
     config = AgentConfig(
         device=device.id,

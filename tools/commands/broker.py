@@ -26,8 +26,11 @@ def register(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from fleetune.edge.protocol.errors import ConfigError
     from fleetune.server.broker import embedded_broker
 
+    if not 1 <= args.port <= 65535:
+        raise ConfigError(f"--port: {args.port} is out of range", "choose from 1 to 65535")
     with embedded_broker(args.port) as address:
         print(f"broker: {address}", flush=True)  # noqa: T201
         while True:

@@ -81,12 +81,18 @@ def _run(args: argparse.Namespace) -> None:
 
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.edge.protocol.link import BrokerAddress
+    from fleetune.tools.assets import fetch
+    from fleetune.tools.jobs import check_options
 
     missing = [name for name in ("iotcore", "jinja2", "matplotlib", "rich") if not find_spec(name)]
     if missing:
         raise ConfigError(f"the demo needs {', '.join(missing)}", "pip install 'fleetune[all]'")
     if args.samples < 16:
         raise ConfigError(f"--samples: {args.samples} is out of range", "use 16 or more")
+    check_options(args)
+    jobs = args.jobs or ["frozen-head", "standalone", "fedms"]
+    if "fedms" not in jobs:
+        raise ConfigError(f"--job: {', '.join(jobs)} without fedms", "add --job fedms: the report is about it")
 
     from rich.console import Console
 
@@ -94,15 +100,15 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.tools.demo.run import DemoOptions, check_report, print_summary, run_demo
     from fleetune.tools.demo.task import Task
 
-    jobs = args.jobs or ["frozen-head", "standalone", "fedms"]
-    if "fedms" not in jobs:
-        raise ConfigError(f"--job: {', '.join(jobs)} without fedms", "add --job fedms: the report is about it")
     trained = [part for job in jobs for part in ("--job", job)]
     for name in _TRAINED:
         if getattr(args, name) is not None:
             trained += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    task = Task(args.task, args.backbone, args.samples, args.samples // 4, args.samples // 2, args.seed)
+    if args.backbone is not None:
+        fetch(task.backbone, local=args.backbone)  # a wrong path is found before the run's folder is taken
     options = DemoOptions(
-        task=Task(args.task, args.backbone, args.samples, args.samples // 4, args.samples // 2, args.seed),
+        task=task,
         jobs=trained,
         max_depth=args.max_depth,
         epochs=args.epochs,

@@ -48,3 +48,15 @@ def add_state(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state", metavar="DIR", type=Path, required=True, help="folder that survives restarts; created if missing"
     )
+
+
+def check_state(path: Path) -> None:
+    """Check ``--state`` before anything is written.
+
+    Raises:
+        ConfigError: It is something else than a folder.
+    """
+    from fleetune.edge.protocol.errors import ConfigError
+
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--state: {path} is not a folder", "name a folder; it is made if it is missing")

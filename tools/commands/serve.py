@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
-from fleetune.tools.commands.options import add_broker, add_command, add_fleet, add_pack, add_state
+from fleetune.tools.commands.options import add_broker, add_command, add_fleet, add_pack, add_state, check_state
 
 
 def register(subparsers: Any) -> None:
@@ -97,9 +98,12 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.tools.jobs import build_jobs
 
     fleet = read_fleet(args.fleet)
-    quorum = args.quorum or len(fleet.devices)
+    quorum = args.quorum if args.quorum is not None else len(fleet.devices)
     if not 1 <= quorum <= len(fleet.devices):
         raise ConfigError(f"--quorum: {quorum} is out of range", f"choose from 1 to {len(fleet.devices)}")
+    if not 0 < args.deadline < math.inf:
+        raise ConfigError(f"--deadline: {args.deadline} is out of range", "use a finite number above zero")
+    check_state(args.state)
     config = AggregatorConfig(
         fleet=fleet.name,
         broker=BrokerAddress.parse(args.broker),

@@ -86,12 +86,14 @@ class RunFolder:
         Raises:
             RunFolderError: It holds a finished run, a run with other options, or something else.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunFolderError(f"{self.path} is not a folder", "name another folder with --out")
         if self.report.exists():
             raise RunFolderError(
                 f"{self.path} holds a finished run", f"read {self.page}, or name another folder with --out"
             )
         if self.options.exists():
-            earlier = json.loads(self.options.read_text(encoding="utf-8"))
+            earlier = self._earlier()
             changed = sorted(name for name in earlier.keys() | options.keys() if earlier.get(name) != options.get(name))
             if changed:
                 raise RunFolderError(
@@ -103,6 +105,15 @@ class RunFolder:
             raise RunFolderError(f"{self.path} is not empty and holds no run", "name another folder with --out")
         write_atomic(self.options, json.dumps(options, indent=1).encode())
         return False
+
+    def _earlier(self) -> dict[str, Any]:
+        try:
+            earlier = json.loads(self.options.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunFolderError(f"{self.options} cannot be read: {error}", "name another folder with --out") from error
+        if not isinstance(earlier, dict):
+            raise RunFolderError(f"{self.options} holds no run's options", "name another folder with --out")
+        return earlier
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
