@@ -125,6 +125,19 @@ def test_other_options_do_not_go_on_with_a_run(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
+def test_a_fleet_trains_a_vision_transformer_on_pictures(tmp_path: Path) -> None:
+    code, output = end(demo(tmp_path / "run", "--task", "images", "--job", "fedms"))
+    assert code == 0, output
+    report = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
+    assert report["backbone"]["architecture"] == "dinov2"
+    assert report["backbone"]["sha256_before"] == report["backbone"]["sha256_after"]
+    assert report["data"]["classes"] == 10
+    assert [device["blocks_total"] for device in report["devices"]] == [12] * 4
+    assert set(report["summary"]["accuracy"]) == {"global_expert", "local_expert", "mixture"}
+    first, last = (entry["loss"] for entry in report["devices"][2]["history"] if "loss" in entry and entry["round"] < 3)
+    assert last < first
+
+
 def test_the_readmes_first_command_keeps_its_promises(tmp_path: Path) -> None:
     """All defaults: the one long test, about two minutes."""
     process = subprocess.Popen(
