@@ -36,7 +36,7 @@ from fleetune.server.job import Job
 from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal
 from fleetune.server.registry import Registry
 from fleetune.server.strategies import STRATEGIES
-from fleetune.server.strategies.base import ClosedRound, NextRound, trains
+from fleetune.server.strategies.base import ClosedRound, Metrics, NextRound, trains
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +160,11 @@ class Aggregator:
         self._version += 1
         finished = self._announcement(job, NextRound("finished", 0), strategy.rounds, None)
         self._link.publish(self._topics.current(job.id), seal(finished), retain=True)
+        last = self._last_closed(job)
+        kept = (
+            f"; the global tensors are in {self._journal.globals_path(job.id, last)}" if last and self._globals else ""
+        )
+        log.info("%s: done%s", job.id, kept)
 
     def _recover(self, job: Job) -> None:
         """Rebuild the state of a job from the journal."""
@@ -175,10 +180,15 @@ class Aggregator:
             elif isinstance(record, Closed) and record.job == job.id and self._open:
                 self._closed.append(self._closed_round(self._open))
                 self._open = None
+        last = self._last_closed(job)
+        if last is not None:
+            self._globals = self._journal.load_globals(job.id, last)
+            log.info("%s: goes on after version %d", job.id, last)
+
+    def _last_closed(self, job: Job) -> int | None:
+        """The newest version of a job that is closed."""
         closed = [r.version for r in self._journal.records if isinstance(r, Closed) and r.job == job.id]
-        if closed:
-            self._globals = self._journal.load_globals(job.id, closed[-1])
-            log.info("job %s goes on after round %d", job.id, len(closed) - 1)
+        return closed[-1] if closed else None
 
     @staticmethod
     def _closed_round(done: _Open) -> ClosedRound:
@@ -187,10 +197,15 @@ class Aggregator:
 
     def _wait_for_devices(self) -> None:
         wanted = len(self._config.devices) or self._config.quorum
+        said = ""
         while len(self._registry.ready()) < wanted:
             self._check_quorum()
             missing = ", ".join(sorted(self._config.devices - self._registry.ready())) or "devices"
-            self._publish("online", f"waits for {missing}: {len(self._registry.ready())} of {wanted} are there")
+            detail = f"waits for {missing}: {len(self._registry.ready())} of {wanted} are there"
+            self._publish("online", detail)
+            if detail != said:
+                said = detail
+                log.info("%s", detail)
             self._pump(1.0)
             if self._open is not None and set(self._open.accepted) >= self._registry.members():
                 return  # after a restart: everyone had answered already
@@ -230,6 +245,9 @@ class Aggregator:
         announcement = self._announcement(job, plan, rounds, payload)
         self._journal.append(Announced(announcement))
         self._open = _Open(announcement, plan)
+        log.info(
+            "%s: %s, %d of %d rounds, depth %d", job.id, plan.stage, announcement.round, announcement.rounds, plan.depth
+        )
         self._send_announcement(announcement)
 
     def _store_broadcast(self, job: Job, prefixes: tuple[str, ...]) -> Payload | None:
@@ -247,7 +265,7 @@ class Aggregator:
         self._open.deadline = time.monotonic() + self._config.deadline_s
         self._link.publish(self._topics.current(announcement.job), seal(announcement), retain=True)
         references = [(announcement.version, announcement.payload)]
-        if announcement.frozen is not None and not any(c.stage == announcement.stage for c in self._closed):
+        if announcement.frozen is not None and announcement.frozen.version == announcement.version - 1:  # it is new
             references.append((announcement.frozen.version, announcement.frozen.payload))
         for number, payload in references:
             if payload is not None:
@@ -380,6 +398,7 @@ class Aggregator:
             self._journal.save_update(manifest, data)
         self._journal.append(Accepted(manifest, time.time()))
         self._open.accepted[manifest.device] = manifest
+        log.info("%s: update of %s, %d bytes%s", manifest.job, manifest.device, len(data), _in_words(manifest.metrics))
         self._answer(manifest.device, manifest.update)
         self._publish_progress()
 
@@ -434,3 +453,10 @@ class Aggregator:
         assert self._open is not None
         done, members = len(self._open.accepted), len(self._registry.members())
         self._publish("working", f"collects updates: {done} of {members}")
+
+
+def _in_words(metrics: Metrics) -> str:
+    """The figures of an update that an operator looks for first."""
+    forms = {"loss": "loss {:.3f}", "test": "test accuracy {:.3f}", "cpu_s": "{:.1f} CPU s", "peak_mib": "{:.0f} MiB"}
+    shown = {name: value for name in forms if isinstance(value := metrics.get(name), float | int)}
+    return "".join(f", {forms[name].format(value)}" for name, value in shown.items())

@@ -113,11 +113,15 @@ class Journal:
 
     def save_globals(self, job: str, version: int, tensors: Mapping[str, NDArray[np.float32]]) -> None:
         """Keep the global tensors after a round; call before its ``closed`` record is appended."""
-        write_atomic(self._folder / job / "globals" / f"{version}.safetensors", encode_tensors(tensors, "f32"))
+        write_atomic(self.globals_path(job, version), encode_tensors(tensors, "f32"))
 
     def load_globals(self, job: str, version: int) -> Tensors:
         """The global tensors after a round."""
-        return decode_tensors((self._folder / job / "globals" / f"{version}.safetensors").read_bytes(), "f32")
+        return decode_tensors(self.globals_path(job, version).read_bytes(), "f32")
+
+    def globals_path(self, job: str, version: int) -> Path:
+        """Where the global tensors after a round are kept."""
+        return self._folder / job / "globals" / f"{version}.safetensors"
 
     def save_broadcast(self, job: str, version: int, data: bytes) -> None:
         """Keep what was broadcast, to repair late devices from."""

@@ -307,6 +307,11 @@ class Agent:
         self._facts |= {
             key: value for key, value in metrics.items() if key in ("loss", "test", "depth", "cpu_s", "peak_mib")
         }
+        log.info(
+            "%s: %s, round %d: %.1f s, %.1f CPU s, peak %.0f MiB",
+            *(announced.job, announced.stage, announced.round),
+            *(metrics["seconds"], metrics["cpu_s"], metrics["peak_mib"]),
+        )
         self._queue_update(announced, outcome.tensors, metrics)
         self._send_outbox()
         self._publish("idle", "waits for the next round")
@@ -326,6 +331,7 @@ class Agent:
                 self._state.save_costs(costs)
                 return costs
         self._publish("working", "measures what it can afford")
+        log.info("measures what training costs here, once for this pack")
         costs = measure(self._pack, self._config.data, threads=threads, lengths=self._data.lengths)
         self._state.save_costs(costs)
         return costs
@@ -346,7 +352,12 @@ class Agent:
             if self._base_mib is None:
                 self._costs.growth_mib(1, 1, recompute=False)  # planning loads more of NumPy: that belongs to the base
                 self._base_mib = peak_mib()
-            self._plans[job] = choose(self._costs, workload, self._config.budget, self._base_mib)
+            plan = self._plans[job] = choose(self._costs, workload, self._config.budget, self._base_mib)
+            log.info(
+                "%s: plans depth %d, micro-batch %d, %s; expects a peak of %.0f MiB, %.1f CPU s a round (bound by %s)",
+                *(job, plan.depth, plan.micro_batch, "recompute" if plan.recompute else "keep"),
+                *(plan.peak_mib, plan.cpu_s, plan.bound_by),
+            )
         plan = self._plans[job]
         self._facts |= {
             "plan": f"depth {plan.depth}, {'recompute' if plan.recompute else 'keep'}, micro-batch {plan.micro_batch}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -44,8 +45,9 @@ class ClosedRound:
     metrics: Mapping[str, Metrics]
 
     def mean(self, name: str) -> float | None:
-        """Mean of a figure over the devices that reported it."""
-        values = [float(m[name]) for m in self.metrics.values() if name in m]
+        """Mean of a figure over the devices that reported it as a finite number."""
+        reported = (metrics.get(name) for metrics in self.metrics.values())
+        values = [float(value) for value in reported if isinstance(value, float | int) and math.isfinite(value)]
         return fmean(values) if values else None
 
 

@@ -130,3 +130,9 @@ def test_a_mean_is_over_the_devices_that_reported_the_figure() -> None:
     assert closed.mean("loss") == 3.0
     assert closed.mean("test") is None
     assert ClosedRound("global", {}).mean("val") is None
+
+
+def test_figures_that_are_no_numbers_do_not_count() -> None:
+    closed = ClosedRound("global", {"a": {"val": 0.5}, "b": {"val": "high"}, "c": {"val": float("nan")}, "d": {}})
+    assert closed.mean("val") == 0.5
+    assert closed.mean("loss") is None
