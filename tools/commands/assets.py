@@ -43,4 +43,4 @@ def _run(args: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=2))  # noqa: T201
         return
     for row in rows:
-        print(f"{row['name']:18}{row['kind']:10}{row['licence']:14}{row.get('path') or row['notes']}")  # noqa: T201
+        print(f"{row['name']:18}{row['kind']:10}{row['licence']:27} {row.get('path') or row['notes']}")  # noqa: T201

@@ -50,8 +50,8 @@ def register(subparsers: Any) -> None:
         help="training samples of each device; a quarter as many validate, half as many test (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    add_job_options(parser)
-    parser.set_defaults(run=_run, jobs=None, max_depth=4, learning_rate=2e-3, sal_start=2, sal_threshold=0.05)
+    add_job_options(parser, jobs="all three", max_depth=4)
+    parser.set_defaults(run=_run, learning_rate=2e-3, sal_start=2, sal_threshold=0.05)
 
 
 _OWN = {"run", "command", "out", "json", "broker"}

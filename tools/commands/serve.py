@@ -40,8 +40,14 @@ def register(subparsers: Any) -> None:
     parser.set_defaults(run=_run)
 
 
-def add_job_options(parser: argparse.ArgumentParser) -> None:
-    """What is trained, and how; `fleetune demo` has the same options."""
+def add_job_options(parser: argparse.ArgumentParser, *, jobs: str = "fedms", max_depth: int | None = None) -> None:
+    """What is trained, and how; `fleetune demo` has the same options with defaults of its own.
+
+    Args:
+        parser: Gets the options.
+        jobs: What is trained if nothing is named, for the help.
+        max_depth: Default of ``--max-depth``; None is all blocks.
+    """
     group = parser.add_argument_group("what is trained")
     group.add_argument(
         "--job",
@@ -49,7 +55,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         choices=("fedms", "standalone", "frozen-head"),
         metavar="METHOD",
-        help="fedms, standalone or frozen-head; may be given several times (default: fedms)",
+        help=f"fedms, standalone or frozen-head; may be given several times (default: {jobs})",
     )
     group.add_argument("--global-rounds", type=int, default=6, metavar="N", help="FedMS stage 1 (default: %(default)s)")
     group.add_argument(
@@ -60,7 +66,11 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="of Adam (default: %(default)s)")
     group.add_argument("--weight-decay", type=float, default=0.01, metavar="X", help="of Adam (default: %(default)s)")
     group.add_argument(
-        "--max-depth", type=int, metavar="N", help="deepest that any device may train (default: all blocks)"
+        "--max-depth",
+        type=int,
+        default=max_depth,
+        metavar="N",
+        help=f"deepest that any device may train (default: {max_depth or 'all blocks'})",
     )
     group.add_argument("--sal-start", type=int, default=1, metavar="N", help="SAL: first depth (default: %(default)s)")
     group.add_argument("--sal-step", type=int, default=1, metavar="N", help="SAL: blocks added (default: %(default)s)")

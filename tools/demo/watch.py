@@ -64,7 +64,7 @@ class Watch:
     def render(self) -> Group:
         """The table."""
         table = Table(expand=True)
-        for heading in ("device", "state", "plan", "round", "", "loss", "accuracy", "up", "down"):
+        for heading in ("device", "state", "plan", "round", "done", "loss", "accuracy", "up", "down"):
             table.add_column(heading, justify="right" if heading in ("loss", "accuracy", "up", "down") else "left")
         for device in self._fleet.devices:
             presence = self._presence.get(device.id)
