@@ -157,14 +157,12 @@ class Aggregator:
             self._collect(job)
             self._close(job)
         self._journal.append(Finished(job.id))
+        log.info("%s: done", job.id)
+        if self._globals:
+            log.info("%s: the global tensors are in %s", job.id, self._journal.globals_path(job.id, self._version))
         self._version += 1
         finished = self._announcement(job, NextRound("finished", 0), strategy.rounds, None)
         self._link.publish(self._topics.current(job.id), seal(finished), retain=True)
-        last = self._last_closed(job)
-        kept = (
-            f"; the global tensors are in {self._journal.globals_path(job.id, last)}" if last and self._globals else ""
-        )
-        log.info("%s: done%s", job.id, kept)
 
     def _recover(self, job: Job) -> None:
         """Rebuild the state of a job from the journal."""
@@ -180,15 +178,10 @@ class Aggregator:
             elif isinstance(record, Closed) and record.job == job.id and self._open:
                 self._closed.append(self._closed_round(self._open))
                 self._open = None
-        last = self._last_closed(job)
-        if last is not None:
-            self._globals = self._journal.load_globals(job.id, last)
-            log.info("%s: goes on after version %d", job.id, last)
-
-    def _last_closed(self, job: Job) -> int | None:
-        """The newest version of a job that is closed."""
         closed = [r.version for r in self._journal.records if isinstance(r, Closed) and r.job == job.id]
-        return closed[-1] if closed else None
+        if closed:
+            self._globals = self._journal.load_globals(job.id, closed[-1])
+            log.info("%s: goes on after version %d", job.id, closed[-1])
 
     @staticmethod
     def _closed_round(done: _Open) -> ClosedRound:

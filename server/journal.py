@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetune.edge.protocol.codec import decode_tensors, encode_tensors
-from fleetune.edge.protocol.errors import RunFolderError
+from fleetune.edge.protocol.errors import UNDECODABLE, RunFolderError
 from fleetune.edge.protocol.files import sync_folder, write_atomic
 from fleetune.edge.protocol.messages import Announcement, UpdateManifest
 
@@ -144,7 +144,7 @@ def read_records(path: Path) -> list[Record]:
         for number, line in enumerate(file, start=1):
             try:
                 records.append(msgspec.json.decode(line, type=Record))
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            except UNDECODABLE as error:
                 raise RunFolderError(
                     f"{path}, line {number}: {error}",
                     "restore the file from a backup, or start the run in a new folder",

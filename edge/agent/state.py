@@ -14,7 +14,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from fleetune.edge.methods.base import Tensors
-from fleetune.edge.protocol.errors import ConfigError
+from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError
 from fleetune.edge.protocol.files import write_atomic
 from fleetune.edge.protocol.messages import Payload, UpdateManifest, encode
 from fleetune.edge.protocol.topics import check_name
@@ -64,7 +64,7 @@ class State:
             return None
         try:
             return msgspec.json.decode(file.read_bytes(), type=kind)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             raise ConfigError(f"{file}: {error}", "delete the file; it is made again") from error
 
     def save_counters(self) -> None:

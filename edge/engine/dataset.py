@@ -17,7 +17,7 @@ from fleetune.edge.pack.pack import Pack, file_sha256
 from fleetune.edge.pack.patches import to_patches
 from fleetune.edge.pack.tensorfile import TensorFile
 from fleetune.edge.pack.wordpiece import WordPiece
-from fleetune.edge.protocol.errors import DataError, PackError
+from fleetune.edge.protocol.errors import UNDECODABLE, DataError, PackError
 
 FloatArray = NDArray[np.float32]
 Split = Literal["train", "val", "test"]
@@ -81,7 +81,7 @@ class TextDataset(Dataset):
             for number, line in enumerate(file, start=1):
                 try:
                     row = msgspec.json.decode(line, type=_Row)
-                except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                except UNDECODABLE as error:
                     raise DataError(
                         f"{path}, line {number}: {error}",
                         'write {"text": "…", "label": 0, "split": "train" | "val" | "test"} on each line',

@@ -10,7 +10,7 @@ import msgspec
 
 from fleetune.edge.pack.manifest import FILE, GRAPHS, SCHEMA, WEIGHTS_FILE, Manifest
 from fleetune.edge.pack.weights import Weights
-from fleetune.edge.protocol.errors import PackError
+from fleetune.edge.protocol.errors import UNDECODABLE, PackError
 
 _MAX_MANIFEST = 1 << 20
 
@@ -57,7 +57,7 @@ class Pack:
                     f"install fleetune=={version.kit}, or pack the backbone again",
                 )
             manifest = msgspec.json.decode(raw, type=Manifest)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             raise PackError(f"{file}: {error}", "write the pack again") from error
         vocabulary = (manifest.text.vocabulary,) if manifest.text else ()
         for name in (WEIGHTS_FILE, *(f"{stem}.onnx" for stem in GRAPHS), *vocabulary):

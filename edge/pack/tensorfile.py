@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetune.edge.protocol.errors import PackError
+from fleetune.edge.protocol.errors import UNDECODABLE, PackError
 
 _MAX_HEADER = 4 << 20
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -55,7 +55,7 @@ class TensorFile(Mapping[str, NDArray[Any]]):
             self._entries = msgspec.convert(header, type=dict[str, _Entry])
         except OSError as error:
             raise PackError(f"{path} cannot be read: {error.strerror}", "write the pack again") from error
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             raise self._damaged(str(error)) from error
         self._start = 8 + length
         for name, entry in self._entries.items():

@@ -6,6 +6,11 @@ code of the class; `docs/exit-codes.md` has a section for each code.
 
 from __future__ import annotations
 
+import msgspec
+
+UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What ``msgspec.json.decode`` raises for bytes that are not the JSON that was asked for."""
+
 
 class FleetuneError(Exception):
     """Base of all errors that Fleetune raises on purpose.

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
-from fleetune.edge.protocol.errors import MessageError
+from fleetune.edge.protocol.errors import UNDECODABLE, MessageError
 
 MAX_MESSAGE = 64 * 1024
 """Largest message in bytes; anything above is refused before it is parsed."""
@@ -195,7 +195,7 @@ def decode(raw: bytes, kind: type[Message]) -> Message:
         )
     try:
         return msgspec.json.decode(raw, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise MessageError(
             f"not a {kind.__name__}: {error}", "use the same version of Fleetune on both sides", reason="malformed"
         ) from error

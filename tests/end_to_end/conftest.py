@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,19 +125,16 @@ class TestFleet:
         path = self.folder / "aggregator" / FILE
         return read_records(path) if path.exists() else []
 
-    def wait_for(self, what: Any, timeout: float = 60.0) -> None:
-        """Wait until ``what(records)`` is true."""
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 60.0) -> None:
+        """Wait for something; if it does not come, show what every command wrote."""
         deadline = time.monotonic() + timeout
-        while not what(self.records()):
+        while not condition():
             assert time.monotonic() < deadline, "\n".join(command.output for command in self.started)
             time.sleep(0.02)
 
-    def wait_for_file(self, name: str, timeout: float = 60.0) -> None:
-        """Wait until a file of the folder is there."""
-        deadline = time.monotonic() + timeout
-        while not (self.folder / name).exists():
-            assert time.monotonic() < deadline, "\n".join(command.output for command in self.started)
-            time.sleep(0.02)
+    def wait_for(self, what: Callable[[list[Record]], bool]) -> None:
+        """Wait until ``what(records)`` is true."""
+        self.wait_until(lambda: what(self.records()))
 
     def stop(self) -> None:
         """End everything."""

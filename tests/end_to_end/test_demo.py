@@ -19,17 +19,17 @@ FEW = ("--samples", "32", "--global-rounds", "2", "--personal-rounds", "1", "--s
 ACCURACIES = {"frozen_head", "standalone", "global_expert", "local_expert", "mixture"}
 
 
-def demo(out: Path, *more: str) -> subprocess.Popen[str]:
+def demo(out: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "fleetune.tools.cli", "demo", "--out", str(out), *FEW, *more],
+        [sys.executable, "-m", "fleetune.tools.cli", "demo", "--out", str(out), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def end(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=240)
+def end(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
 
 
@@ -50,7 +50,7 @@ def processes_of(out: Path) -> list[str]:
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
     """A run that was stopped with Ctrl-C while the fleet trained."""
     out = tmp_path_factory.mktemp("demo") / "run"
-    process = demo(out)
+    process = demo(out, *FEW)
     journal = out / "aggregator" / "journal.jsonl"
     deadline = time.monotonic() + 180
     while not (journal.exists() and '"stage":"global"' in journal.read_text(encoding="utf-8")):
@@ -65,7 +65,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, st
 def finished(interrupted: tuple[Path, int, str]) -> tuple[Path, dict[str, Any], str]:
     """The same run, started again."""
     out, *_ = interrupted
-    code, output = end(demo(out))
+    code, output = end(demo(out, *FEW))
     assert code == 0, output
     return out, json.loads((out / "report.json").read_text(encoding="utf-8")), output
 
@@ -111,7 +111,7 @@ def test_the_report_holds_what_was_measured(finished: tuple[Path, dict[str, Any]
 
 def test_a_finished_run_is_left_alone(finished: tuple[Path, dict[str, Any], str]) -> None:
     out, report, _ = finished
-    code, output = end(demo(out))
+    code, output = end(demo(out, *FEW))
     assert code == 18
     assert str(out / "report.html") in output.replace("\n", "")
     assert json.loads((out / "report.json").read_text(encoding="utf-8")) == report
@@ -119,14 +119,14 @@ def test_a_finished_run_is_left_alone(finished: tuple[Path, dict[str, Any], str]
 
 def test_other_options_do_not_go_on_with_a_run(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"seed": 1}))
-    code, output = end(demo(tmp_path, "--seed", "2"))
+    code, output = end(demo(tmp_path, *FEW, "--seed", "2"))
     assert code == 18
     assert "seed" in output
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_a_fleet_trains_a_vision_transformer_on_pictures(tmp_path: Path) -> None:
-    code, output = end(demo(tmp_path / "run", "--task", "images", "--job", "fedms"))
+    code, output = end(demo(tmp_path / "run", *FEW, "--task", "images", "--job", "fedms"))
     assert code == 0, output
     report = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
     assert report["backbone"]["architecture"] == "dinov2"
@@ -140,14 +140,8 @@ def test_a_fleet_trains_a_vision_transformer_on_pictures(tmp_path: Path) -> None
 
 def test_the_readmes_first_command_keeps_its_promises(tmp_path: Path) -> None:
     """All defaults: the one long test, about two minutes."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fleetune.tools.cli", "demo", "--out", str(tmp_path / "demo")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output
+    code, output = end(demo(tmp_path / "demo"), timeout=900)
+    assert code == 0, output
     report = json.loads((tmp_path / "demo" / "report.json").read_text(encoding="utf-8"))
     assert report["summary"]["inside_memory_budget"]
     depths = [max(device["blocks_active"]) for device in report["devices"]]

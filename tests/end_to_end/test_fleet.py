@@ -125,7 +125,6 @@ def test_a_killed_aggregator_goes_on_in_the_middle_of_the_round(make_fleet: Any,
     fleet = make_fleet(mosquitto)
     first = fleet.serve(*ROUNDS)
     fleet.agent("big")
-    fleet.wait_for(lambda records: not records)
     small = fleet.agent("small")
     fleet.wait_for(lambda records: stages(records)[-1:] == ["global"])
     small.kill()  # so that the round stays open, with the answer of one device at most
@@ -159,7 +158,7 @@ def test_a_device_that_was_flashed_anew_takes_part_again(make_fleet: Any, embedd
     fleet.agent("big")
     for _ in range(2):  # so that its boot counter has moved on
         victim = fleet.agent("small")
-        fleet.wait_for_file("small/counters.json")
+        fleet.wait_until((fleet.folder / "small" / "counters.json").exists)
         victim.kill()
     shutil.rmtree(fleet.folder / "small")
     fleet.agent("small")

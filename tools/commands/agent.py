@@ -53,7 +53,7 @@ def register(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from fleetune.edge.protocol.errors import ConfigError
+    from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError
 
     if args.threads < 0:
         raise ConfigError(f"--threads: {args.threads} is out of range", "use 1 or more, or 0 for one a core")
@@ -77,7 +77,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.costs is not None:
         try:
             costs = msgspec.json.decode(args.costs.read_bytes(), type=Costs)
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except (OSError, *UNDECODABLE) as error:
             raise ConfigError(f"--costs: {args.costs}: {error}", "leave the option out to measure again") from error
     config = AgentConfig(
         device=device.id,
