@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.codec import decode_tensors, encode_tensors
-from fleetune.edge.protocol.errors import MessageError, RunFailedError
+from fleetune.edge.protocol.errors import MessageError, RunFailedError, RunFolderError
 from fleetune.edge.protocol.link import BrokerAddress, Connected, Link, Received
 from fleetune.edge.protocol.messages import (
     Ack,
@@ -33,7 +35,7 @@ from fleetune.edge.protocol.messages import (
 from fleetune.edge.protocol.topics import Topics, chunk_index
 from fleetune.server.aggregate import PartialSum
 from fleetune.server.job import Job
-from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal
+from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal, Started
 from fleetune.server.registry import Registry
 from fleetune.server.strategies import STRATEGIES
 from fleetune.server.strategies.base import ClosedRound, Metrics, NextRound, trains
@@ -46,6 +48,9 @@ _REPAIR_AFTER = 1.0
 _BROADCAST_EXPIRY = 600
 """Seconds that the broker keeps a chunk for a device that is not connected."""
 
+_ANNOUNCEMENT_EXPIRY = 24 * 3600
+"""Seconds that an announcement counts, from the last time that it was sent."""
+
 
 @dataclass(frozen=True)
 class AggregatorConfig:
@@ -54,7 +59,7 @@ class AggregatorConfig:
     Attributes:
         fleet: Name of the fleet.
         broker: Where the broker listens.
-        state: Folder of the journal.
+        state: Folder of the journal; it holds one run.
         jobs: What to train, one after the other.
         devices: Ids of the fleet's devices; empty to take any that connects.
         quorum: Updates without which a round does not close at its deadline.
@@ -94,12 +99,22 @@ class Aggregator:
 
     Args:
         config: What it is started with.
+
+    Raises:
+        RunFolderError: The state folder is in use, damaged, or holds a run of another fleet or with other jobs.
     """
 
     def __init__(self, config: AggregatorConfig) -> None:
         self._config = config
         self._topics = Topics(config.fleet)
         self._journal = Journal(config.state)
+        self._run = self._journal.started or Started(secrets.token_hex(6), config.fleet, config.jobs)
+        if changed := _differences(self._run, Started(self._run.run, config.fleet, config.jobs)):
+            self._journal.close()
+            raise RunFolderError(
+                f"{config.state} holds a run with other options: {'; '.join(changed)}",
+                "start it with the same options to go on, or name another folder with --state for a new run",
+            )
         self._registry = Registry(config.devices)
         self._uploads: dict[tuple[str, str], _Upload] = {}
         self._globals: dict[str, NDArray[np.float32]] = {}
@@ -145,6 +160,7 @@ class Aggregator:
     def _lead(self, job: Job) -> None:
         strategy = STRATEGIES[job.method](job)
         if any(isinstance(record, Finished) and record.job == job.id for record in self._journal.records):
+            log.info("%s: is done already; name another folder with --state to train anew", job.id)
             return
         self._recover(job)
         self._wait_for_devices()
@@ -216,6 +232,7 @@ class Aggregator:
     def _announcement(self, job: Job, plan: NextRound, rounds: int, payload: Payload | None) -> Announcement:
         return Announcement(
             fleet=self._config.fleet,
+            run=self._run.run,
             job=job.id,
             version=self._version,
             method=job.method,
@@ -224,7 +241,7 @@ class Aggregator:
             rounds=rounds,
             backbone=job.backbone,
             settings={**job.settings, "depth": plan.depth},
-            expires=time.time() + 24 * 3600,
+            expires=time.time() + _ANNOUNCEMENT_EXPIRY,
             payload=payload,
             frozen=self._frozen if plan.frozen else None,
         )
@@ -236,6 +253,8 @@ class Aggregator:
             self._frozen = Frozen(self._version, payload)
         payload = self._store_broadcast(job, plan.broadcast)
         announcement = self._announcement(job, plan, rounds, payload)
+        if self._journal.started is None:
+            self._journal.append(self._run)
         self._journal.append(Announced(announcement))
         self._open = _Open(announcement, plan)
         log.info(
@@ -256,7 +275,8 @@ class Aggregator:
     def _send_announcement(self, announcement: Announcement) -> None:
         assert self._open is not None
         self._open.deadline = time.monotonic() + self._config.deadline_s
-        self._link.publish(self._topics.current(announcement.job), seal(announcement), retain=True)
+        fresh = msgspec.structs.replace(announcement, expires=time.time() + _ANNOUNCEMENT_EXPIRY)
+        self._link.publish(self._topics.current(announcement.job), seal(fresh), retain=True)
         references = [(announcement.version, announcement.payload)]
         if announcement.frozen is not None and announcement.frozen.version == announcement.version - 1:  # it is new
             references.append((announcement.frozen.version, announcement.frozen.payload))
@@ -277,14 +297,26 @@ class Aggregator:
     def _collect(self, job: Job) -> None:
         """Wait until every member has answered, or until the deadline with a quorum."""
         assert self._open is not None
+        late = False
         while True:
             self._check_quorum()
             waiting = self._registry.members() - set(self._open.accepted)
-            if not waiting and len(self._open.accepted) >= self._config.quorum:
+            answers, quorum = len(self._open.accepted), self._config.quorum
+            if not waiting and answers >= quorum:
                 return
-            if time.monotonic() > self._open.deadline and len(self._open.accepted) >= self._config.quorum:
-                log.warning("job %s: round %d closes without %s", job.id, len(self._closed), ", ".join(sorted(waiting)))
-                return
+            if time.monotonic() > self._open.deadline:
+                names = ", ".join(sorted(waiting)) or "more devices"
+                where = f"{job.id}: {self._open.announcement.stage}, round {self._open.announcement.round}"
+                if answers >= quorum:
+                    log.warning("%s: the deadline has passed; the round closes without %s", where, names)
+                    return
+                if not late:
+                    late = True
+                    log.warning(
+                        "%s: the deadline has passed with %d of the %d answers that close it; waits for %s",
+                        *(where, answers, quorum, names),
+                    )
+                    self._publish("working", f"late: waits for {names}")
             self._pump(0.5, job)
 
     def _pump(self, timeout: float, job: Job | None = None) -> None:
@@ -340,6 +372,8 @@ class Aggregator:
             raise MessageError(f"{device} is not of this fleet", "add it to the fleet file", reason="unknown-device")
         if manifest.backbone != job.backbone:
             raise MessageError("the update is for another backbone", "pack the job's one", reason="wrong-backbone")
+        if manifest.run != self._run.run:
+            raise MessageError("the update is of another run", "answer the newest announcement", reason="wrong-run")
         if self._is_journaled(manifest):
             self._answer(device, update)
             return
@@ -446,6 +480,32 @@ class Aggregator:
         assert self._open is not None
         done, members = len(self._open.accepted), len(self._registry.members())
         self._publish("working", f"collects updates: {done} of {members}")
+
+
+def _differences(earlier: Started, now: Started) -> list[str]:
+    """What the operator asks for otherwise than when the run began."""
+    if earlier.fleet != now.fleet:
+        return [f"fleet {earlier.fleet} (now {now.fleet})"]
+    names = [", ".join(job.id for job in started.jobs) for started in (earlier, now)]
+    if names[0] != names[1]:
+        return [f"jobs {names[0]} (now {names[1]})"]
+    found = []
+    for old, new in zip(earlier.jobs, now.jobs, strict=True):
+        if old != new:
+            before, after = _flat(old), _flat(new)
+            changed = [name for name in before if before[name] != after[name]]
+            words = [f"{name} {before[name]} (now {after[name]})" for name in changed]
+            found.append(f"{old.id}: {', '.join(words) or 'the pack has adapters of other shapes'}")
+    return found
+
+
+def _flat(job: Job) -> dict[str, Any]:
+    """A job's fields by the names that an operator knows; the shapes follow from those and the pack."""
+    fields = msgspec.to_builtins(job)
+    del fields["shapes"]
+    rounds = {f"{stage} rounds": number for stage, number in fields.pop("rounds").items()}
+    schedule = {f"SAL's {name}": value for name, value in fields.pop("schedule").items()}
+    return {**rounds, **fields.pop("settings"), **schedule, **fields}
 
 
 def _in_words(metrics: Metrics) -> str:

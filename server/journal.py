@@ -17,13 +17,22 @@ from numpy.typing import NDArray
 
 from fleetune.edge.protocol.codec import decode_tensors, encode_tensors
 from fleetune.edge.protocol.errors import UNDECODABLE, RunFolderError
-from fleetune.edge.protocol.files import sync_folder, write_atomic
+from fleetune.edge.protocol.files import FolderLock, sync_folder, write_atomic
 from fleetune.edge.protocol.messages import Announcement, UpdateManifest
+from fleetune.server.job import Job
 
 log = logging.getLogger(__name__)
 
 FILE = "journal.jsonl"
 Tensors = dict[str, NDArray[np.float32]]
+
+
+class Started(msgspec.Struct, frozen=True, tag="started"):
+    """A run began: what its first announcement fixed for all that follow."""
+
+    run: str
+    fleet: str
+    jobs: tuple[Job, ...]
 
 
 class Announced(msgspec.Struct, frozen=True, tag="announced"):
@@ -54,7 +63,7 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     job: str
 
 
-Record = Announced | Accepted | Closed | Finished
+Record = Started | Announced | Accepted | Closed | Finished
 
 
 class Journal:
@@ -64,15 +73,20 @@ class Journal:
         folder: Created if it does not exist.
 
     Raises:
-        RunFolderError: A record in the middle of the file is damaged. A last record that was cut off is dropped.
+        RunFolderError: Another process has it open, or a record in the middle of the file is damaged. A last record
+            that was cut off is dropped.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(folder)
         self._path = folder / FILE
-        self.records = self._recover()
-        self._file = self._path.open("ab")
+        try:
+            self.records = self._recover()
+            self._file = self._path.open("ab")
+        except (RunFolderError, OSError):
+            self._lock.close()
+            raise
         sync_folder(folder)
 
     def _recover(self) -> list[Record]:
@@ -93,8 +107,16 @@ class Journal:
         self.records.append(record)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, and let others open it."""
         self._file.close()
+        self._lock.close()
+
+    # --- what the records say -----------------------------------------------------------------------------------
+
+    @property
+    def started(self) -> Started | None:
+        """How the run began, if it did."""
+        return next((record for record in self.records if isinstance(record, Started)), None)
 
     # --- tensors beside the records -----------------------------------------------------------------------------
 

@@ -86,10 +86,27 @@ class AgentConfig:
 class _Download:
     """A broadcast that is being put together."""
 
-    job: str
     version: int
     assembly: chunks.Assembly
     last: float
+
+
+@dataclass
+class _Wanted:
+    """A round that was announced, and the broadcasts that it still waits for."""
+
+    announced: Announcement
+    downloads: list[_Download]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """This device's part in a job."""
+
+    run: str
+    job: str
+    plan: Plan
+    method: Method
 
 
 class Agent:
@@ -121,10 +138,8 @@ class Agent:
         self._state.save_counters()
         self._earlier = (counters.bytes_up, counters.bytes_down)
         self._backbone = Backbone(self._pack, config.threads)
-        self._plans: dict[str, Plan] = {}
-        self._methods: dict[str, Method] = {}
-        self._announced: Announcement | None = None
-        self._downloads: dict[str, _Download] = {}
+        self._wanted: dict[str, _Wanted] = {}  # by job: the broker may keep one that nobody leads any more
+        self._part: _Part | None = None
         self._sent: dict[str, float] = {}
         self._facts: Metrics = {}
         self._costs: Costs | None = None
@@ -170,6 +185,7 @@ class Agent:
             if not self._failed:
                 self._publish("offline", "stopped")
             self._link.close()
+            self._state.close()
 
     _failed = False
 
@@ -229,9 +245,11 @@ class Agent:
         announced = open_envelope(raw, Announcement)
         if announced.job != job or announced.fleet != self._config.fleet:
             raise MessageError("the announcement belongs to another topic", "ignore it", reason="wrong-topic")
-        if announced.stage == "finished" or announced.expires < time.time():
-            if self._announced is not None and self._announced.job == job:
-                self._announced = None
+        self._wanted.pop(job, None)
+        if announced.stage == "finished":
+            return
+        if announced.expires < time.time():
+            log.warning("%s: version %d has expired; the clocks of both sides may differ", job, announced.version)
             return
         if announced.method not in METHODS:
             raise MessageError(
@@ -240,53 +258,54 @@ class Agent:
         if announced.backbone != self._pack.manifest.backbone.sha256:
             self._publish("failed", f"the job {job} is for another backbone than {self._pack.manifest.backbone.id}")
             return
-        if announced.version <= self._state.counters.answered.get(check_name("job", job), -1):
+        if announced.version <= self._state.answered(announced.run, job):
             return
-        self._announced = announced
-        self._downloads.clear()
-        wanted = [(announced.version, announced.payload)]
+        payloads = [(announced.version, announced.payload)]
         if announced.frozen:
-            wanted.append((announced.frozen.version, announced.frozen.payload))
-        for number, payload in wanted:
-            if payload is not None and self._state.payload(payload) is None:
-                assembly = chunks.Assembly(payload)
-                self._downloads[payload.sha256] = _Download(job, number, assembly, time.monotonic())
+            payloads.append((announced.frozen.version, announced.frozen.payload))
+        downloads = [
+            _Download(number, chunks.Assembly(payload), time.monotonic())
+            for number, payload in payloads
+            if payload is not None and self._state.payload(payload) is None
+        ]
+        self._wanted[job] = _Wanted(announced, downloads)
 
     def _receive_chunk(self, job: str, number: str, index: str, data: bytes) -> None:
         which = chunk_index(index)
-        for sha256, download in self._downloads.items():
-            if download.job == job and number == str(download.version) and which is not None:
+        downloads = self._wanted[job].downloads if job in self._wanted else []
+        for download in downloads:
+            if number == str(download.version) and which is not None:
                 download.assembly.add(which, data)
                 download.last = time.monotonic()
                 if not download.assembly.missing:
                     self._state.save_payload(download.assembly.payload, download.assembly.finish())
-                    del self._downloads[sha256]
+                    downloads.remove(download)
                 return
 
     def _repair(self) -> None:
-        for download in self._downloads.values():
-            if time.monotonic() - download.last > _REPAIR_AFTER:
-                download.last = time.monotonic()
-                bitmap = chunks.pack_bitmap(download.assembly.missing, download.assembly.payload.chunks)
-                need = Need(job=download.job, version=download.version, bitmap=bitmap)
-                self._link.publish(self._topics.need(self._config.device), encode(need))
+        for job, wanted in self._wanted.items():
+            for download in wanted.downloads:
+                if time.monotonic() - download.last > _REPAIR_AFTER:
+                    download.last = time.monotonic()
+                    bitmap = chunks.pack_bitmap(download.assembly.missing, download.assembly.payload.chunks)
+                    need = Need(job=job, version=download.version, bitmap=bitmap)
+                    self._link.publish(self._topics.need(self._config.device), encode(need))
 
     # --- a round ------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        announced = self._announced
-        if announced is None or self._downloads:
+        job = next((job for job, wanted in self._wanted.items() if not wanted.downloads), None)
+        if job is None:
             return
-        self._announced = None
+        announced = self._wanted.pop(job).announced
         return_free_memory()
         start, cpu = time.monotonic(), cpu_seconds()
         self._facts |= {"job": announced.job, "stage": announced.stage, "round": announced.round, "progress": 0.0}
         self._publish("working", f"{announced.job}: {announced.stage}, round {announced.round} of {announced.rounds}")
-        plan = self._plan(announced)
-        method = self._method(announced, plan)
+        part = self._take_part(announced)
         preparing = announced.stage == "prepare"
         guard = Guard(None if preparing else self._config.budget.cpu_s)
-        outcome = method.run(
+        outcome = part.method.run(
             Round(
                 stage=announced.stage,
                 number=announced.round,
@@ -312,7 +331,7 @@ class Agent:
             *(announced.job, announced.stage, announced.round),
             *(metrics["seconds"], metrics["cpu_s"], metrics["peak_mib"]),
         )
-        self._queue_update(announced, outcome.tensors, metrics)
+        self._queue_update(announced, part.plan, outcome.tensors, metrics)
         self._send_outbox()
         self._publish("idle", "waits for the next round")
 
@@ -336,38 +355,12 @@ class Agent:
         self._state.save_costs(costs)
         return costs
 
-    def _plan(self, announced: Announcement) -> Plan:
-        job = announced.job
-        if job not in self._plans:
+    def _take_part(self, announced: Announcement) -> _Part:
+        part = self._part
+        if part is None or (part.run, part.job) != (announced.run, announced.job):
             assert self._costs is not None
-            names = set(Settings.__struct_fields__)
-            common = {name: value for name, value in announced.settings.items() if name in names}
-            settings = read_settings(Round(announced.stage, announced.round, common, {}, {}, Guard()), Settings)
-            workload = Workload.of(
-                self._data,
-                epochs=settings.epochs,
-                batch=settings.batch,
-                max_depth=min(settings.max_depth, self._pack.manifest.blocks),
-            )
-            if self._base_mib is None:
-                self._costs.growth_mib(1, 1, recompute=False)  # planning loads more of NumPy: that belongs to the base
-                self._base_mib = peak_mib()
-            plan = self._plans[job] = choose(self._costs, workload, self._config.budget, self._base_mib)
-            log.info(
-                "%s: plans depth %d, micro-batch %d, %s; expects a peak of %.0f MiB, %.1f CPU s a round (bound by %s)",
-                *(job, plan.depth, plan.micro_batch, "recompute" if plan.recompute else "keep"),
-                *(plan.peak_mib, plan.cpu_s, plan.bound_by),
-            )
-        plan = self._plans[job]
-        self._facts |= {
-            "plan": f"depth {plan.depth}, {'recompute' if plan.recompute else 'keep'}, micro-batch {plan.micro_batch}",
-            "bound_by": plan.bound_by,
-        }
-        return plan
-
-    def _method(self, announced: Announcement, plan: Plan) -> Method:
-        if announced.job not in self._methods:
-            assert self._costs is not None
+            self._state.enter(announced.run)
+            plan = self._plan(announced, self._costs)
             device = Device(
                 id=self._config.device,
                 backbone=self._backbone,
@@ -377,16 +370,36 @@ class Agent:
                 ),
                 plan=plan,
                 costs=self._costs,
-                store=self._state.store(announced.job),
+                store=self._state.store(announced.run, announced.job),
                 progress=self._progress(),
             )
-            self._methods = {announced.job: METHODS[announced.method](device)}
-        return self._methods[announced.job]
+            part = self._part = _Part(announced.run, announced.job, plan, METHODS[announced.method](device))
+            self._facts |= {"plan": _in_words(plan), "bound_by": plan.bound_by}
+        return part
+
+    def _plan(self, announced: Announcement, costs: Costs) -> Plan:
+        names = set(Settings.__struct_fields__)
+        common = {name: value for name, value in announced.settings.items() if name in names}
+        settings = read_settings(Round(announced.stage, announced.round, common, {}, {}, Guard()), Settings)
+        workload = Workload.of(
+            self._data,
+            epochs=settings.epochs,
+            batch=settings.batch,
+            max_depth=min(settings.max_depth, self._pack.manifest.blocks),
+        )
+        if self._base_mib is None:
+            costs.growth_mib(1, 1, recompute=False)  # planning loads more of NumPy: that belongs to the base
+            self._base_mib = peak_mib()
+        plan = choose(costs, workload, self._config.budget, self._base_mib)
+        log.info(
+            "%s: plans %s; expects a peak of %.0f MiB, %.1f CPU s a round (bound by %s)",
+            *(announced.job, _in_words(plan), plan.peak_mib, plan.cpu_s, plan.bound_by),
+        )
+        return plan
 
     # --- what goes out ------------------------------------------------------------------------------------------
 
-    def _queue_update(self, announced: Announcement, tensors: Tensors, metrics: Metrics) -> None:
-        plan = self._plans[announced.job]
+    def _queue_update(self, announced: Announcement, plan: Plan, tensors: Tensors, metrics: Metrics) -> None:
         self._count_bytes()
         counters = self._state.counters
         metrics = metrics | {
@@ -404,7 +417,8 @@ class Agent:
         manifest = UpdateManifest(
             fleet=self._config.fleet,
             device=self._config.device,
-            update=f"{announced.job}-{announced.version}",
+            update=f"{announced.run}-{announced.job}-{announced.version}",
+            run=announced.run,
             job=announced.job,
             version=announced.version,
             backbone=announced.backbone,
@@ -413,7 +427,7 @@ class Agent:
             payload=chunks.describe(data, self._config.codec) if data else None,
         )
         self._state.put_outbox(manifest, data)
-        counters.answered[announced.job] = announced.version
+        self._state.enter(announced.run).answered[announced.job] = announced.version
         self._state.save_counters()
 
     def _send_outbox(self) -> None:
@@ -450,3 +464,7 @@ class Agent:
             if not ack.accepted:
                 log.warning("update %s was refused: %s", ack.update, ack.reason)
                 self._publish("idle", f"update refused: {ack.reason}")
+
+
+def _in_words(plan: Plan) -> str:
+    return f"depth {plan.depth}, {'recompute' if plan.recompute else 'keep'}, micro-batch {plan.micro_batch}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,26 @@ from numpy.typing import NDArray
 
 from fleetune.edge.methods.base import Tensors
 from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError
-from fleetune.edge.protocol.files import write_atomic
+from fleetune.edge.protocol.files import FolderLock, write_atomic
 from fleetune.edge.protocol.messages import Payload, UpdateManifest, encode
-from fleetune.edge.protocol.topics import check_name
 from fleetune.edge.resources.costs import Costs
 
 _KEEP_PAYLOADS = 4
+
+_KEEP_RUNS = 4
+"""Runs whose private tensors stay: one to use, one that trains, and two to go back to."""
+
+
+class RunRecord(msgspec.Struct):
+    """What a device did in a run.
+
+    Attributes:
+        id: The run.
+        answered: Job → newest version that was answered.
+    """
+
+    id: str
+    answered: dict[str, int] = {}
 
 
 class Counters(msgspec.Struct):
@@ -30,13 +45,13 @@ class Counters(msgspec.Struct):
         boot: Starts of the agent.
         bytes_up: Payload bytes sent, by runs before this one.
         bytes_down: Payload bytes received, by runs before this one.
-        answered: Job → newest version that was answered.
+        runs: The newest runs that this device took part in, oldest first.
     """
 
     boot: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
-    answered: dict[str, int] = {}
+    runs: list[RunRecord] = []
 
 
 class State:
@@ -45,18 +60,34 @@ class State:
     Args:
         folder: Created if it does not exist.
         device: The id it belongs to; another id in the same folder is an error.
+
+    Raises:
+        RunFolderError: Another agent runs in it.
+        ConfigError: It belongs to another device, or its counters are damaged.
     """
 
     def __init__(self, folder: Path, device: str) -> None:
         self.folder = folder
-        owner = folder / "device"
+        self._lock = FolderLock(folder)
+        try:
+            self._claim(device)
+            self.counters: Counters = self._read("counters.json", Counters) or Counters()
+        except ConfigError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let another agent have the folder."""
+        self._lock.close()
+
+    def _claim(self, device: str) -> None:
+        owner = self.folder / "device"
         if owner.is_file() and owner.read_text() != device:
             raise ConfigError(
-                f"state: {folder} belongs to the device {owner.read_text()!r}, not to {device!r}",
+                f"state: {self.folder} belongs to the device {owner.read_text()!r}, not to {device!r}",
                 "give every device a state folder of its own",
             )
         write_atomic(owner, device.encode())
-        self.counters = self._read("counters.json", Counters) or Counters()
 
     def _read(self, name: str, kind: type[Any]) -> Any:
         file = self.folder / name
@@ -82,9 +113,28 @@ class State:
         """Keep measured costs."""
         write_atomic(self.folder / "costs.json", encode(costs))
 
-    def store(self, job: str) -> JobStore:
+    # --- runs ---------------------------------------------------------------------------------------------------
+
+    def answered(self, run: str, job: str) -> int:
+        """Newest version of a job that was answered, or -1."""
+        return next((known.answered.get(job, -1) for known in self.counters.runs if known.id == run), -1)
+
+    def enter(self, run: str) -> RunRecord:
+        """The record of a run; a new one takes the place of the oldest, whose private tensors are let go."""
+        runs = self.counters.runs
+        known = next((known for known in runs if known.id == run), None)
+        if known is None:
+            known = RunRecord(run)
+            runs[:] = [*runs, known][-_KEEP_RUNS:]
+            self.save_counters()
+            for folder in (self.folder / "runs").glob("*"):
+                if folder.name not in {kept.id for kept in runs}:
+                    shutil.rmtree(folder)
+        return known
+
+    def store(self, run: str, job: str) -> JobStore:
         """The private tensors of a job."""
-        return JobStore(self.folder / "jobs" / check_name("job", job))
+        return JobStore(self.folder / "runs" / run / job)
 
     # --- payloads that came down --------------------------------------------------------------------------------
 
@@ -115,14 +165,15 @@ class State:
 
     def outbox(self) -> list[tuple[UpdateManifest, bytes]]:
         """Updates that wait, oldest first."""
-        files = sorted((self.folder / "outbox").glob("*.json"), key=lambda file: file.stat().st_mtime)
-        return [
+        files = (self.folder / "outbox").glob("*.json")
+        waiting = [
             (self._read(f"outbox/{file.name}", UpdateManifest), file.with_suffix(".bin").read_bytes()) for file in files
         ]
+        return sorted(waiting, key=lambda update: update[0].version)  # no file's time: many boards have no clock
 
     def drop_outbox(self, update: str) -> bool:
         """Let go of an update; False if it was not there."""
-        file = self.folder / "outbox" / f"{check_name('update', update)}.json"
+        file = self.folder / "outbox" / f"{update}.json"
         there = file.is_file()
         file.unlink(missing_ok=True)
         file.with_suffix(".bin").unlink(missing_ok=True)

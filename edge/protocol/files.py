@@ -1,10 +1,13 @@
-"""Files that are whole or not there: written beside their place, synced, then renamed."""
+"""Files that are whole or not there, and folders that belong to one process at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 from pathlib import Path
+
+from fleetune.edge.protocol.errors import RunFolderError
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -36,3 +39,29 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class FolderLock:
+    """Keeps a folder for one process, until it closes the lock or ends in whatever way.
+
+    Args:
+        folder: Created if it does not exist.
+
+    Raises:
+        RunFolderError: Another process holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "lock").open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise RunFolderError(
+                f"{folder} is in use by another process", "stop that one, or name another folder with --state"
+            ) from error
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        self._file.close()

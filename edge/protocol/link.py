@@ -28,6 +28,12 @@ from fleetune.edge.protocol.messages import MAX_CHUNK, MAX_MESSAGE
 
 _PACKET_OVERHEAD = 4096
 _MAX_PACKET = max(MAX_CHUNK, MAX_MESSAGE) + _PACKET_OVERHEAD
+_SHORT_LIFE = 5.0
+"""Seconds; a connection that breaks sooner after it was made is one that the broker ended."""
+
+_SHORT_LIVES = 5
+"""So many of them in a row are no accident."""
+
 _WINDOW = 8
 """Messages on their way at once: enough to fill a link, few enough to hold in memory."""
 
@@ -104,14 +110,17 @@ class Link:
         self, address: BrokerAddress, client_id: str, *, subscriptions: Iterable[str], will: tuple[str, bytes]
     ) -> None:
         self.address = address
+        self._client_id = client_id
         self.bytes_in = 0
         self.bytes_out = 0
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event | BrokerProtocolError] = queue.SimpleQueue()
         self._subscriptions = [(topic, SubscribeOptions(qos=1)) for topic in subscriptions]
         self._answer: ReasonCode | None = None
         self._answered = threading.Event()
         self._closing = False
         self._max_packet = _MAX_PACKET
+        self._since = 0.0
+        self._short_lives = 0
         client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=mqtt.MQTTv5)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
@@ -213,12 +222,19 @@ class Link:
     # --- receiving ----------------------------------------------------------------------------------------------
 
     def events(self, timeout: float) -> Iterator[Event]:
-        """Wait up to ``timeout`` seconds for an event, then yield all that are there."""
+        """Wait up to ``timeout`` seconds for an event, then yield all that are there.
+
+        Raises:
+            BrokerProtocolError: The broker ends every connection soon after it is made, as it does for two clients
+                with one id.
+        """
         try:
             event = self._events.get(timeout=timeout)
         except queue.Empty:
             return
         while True:
+            if isinstance(event, BrokerProtocolError):
+                raise event
             yield event
             try:
                 event = self._events.get_nowait()
@@ -234,6 +250,7 @@ class Link:
         if reason.is_failure:
             self._answered.set()
             return
+        self._since = time.monotonic()
         self._max_packet = getattr(properties, "MaximumPacketSize", _MAX_PACKET)
         client.subscribe(self._subscriptions)
 
@@ -246,8 +263,18 @@ class Link:
         if not self._answered.is_set():
             self._answer = reason if reason.is_failure else None
             self._answered.set()
-        if not self._closing:
-            self._events.put(Disconnected())
+        if self._closing:
+            return
+        self._short_lives = self._short_lives + 1 if time.monotonic() - self._since < _SHORT_LIFE else 0
+        self._events.put(Disconnected())
+        if self._short_lives == _SHORT_LIVES:
+            self._events.put(
+                BrokerProtocolError(
+                    f"the broker at {self.address} ended {_SHORT_LIVES} connections in a row as soon as they were made",
+                    f"see that nothing else connects as {self._client_id!r}: a fleet has one aggregator, and a "
+                    "device's id belongs to one agent; else read the broker's log",
+                )
+            )
 
     def _on_message(self, _c: mqtt.Client, _u: Any, message: mqtt.MQTTMessage) -> None:
         self.bytes_in += len(message.payload)

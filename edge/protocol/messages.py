@@ -21,7 +21,12 @@ MAX_CHUNK = 64 * 1024
 MAX_PAYLOAD = 64 * 1024 * 1024
 """Largest tensor payload in bytes that a manifest may announce."""
 
-Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z"
+"""What a name that stands in a topic or in a path looks like."""
+
+Name = Annotated[str, msgspec.Meta(pattern=NAME)]
+UpdateId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,95}\Z")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 Stage = Literal["prepare", "global", "personal", "train", "evaluate", "finished"]
 
@@ -77,6 +82,7 @@ class Announcement(_Struct, frozen=True):
 
     Attributes:
         fleet: Name of the fleet.
+        run: Id of the run that the job belongs to; what a device keeps from another run has no part in it.
         job: Name of the job.
         version: Grows by one with every announcement of the job.
         method: ``fedms``, ``standalone`` or ``frozen-head``.
@@ -90,8 +96,9 @@ class Announcement(_Struct, frozen=True):
         frozen: Tensors of an earlier version that the stage also needs.
     """
 
-    fleet: str
-    job: str
+    fleet: Name
+    run: Name
+    job: Name
     version: int
     method: str
     stage: Stage
@@ -111,7 +118,8 @@ class UpdateManifest(_Struct, frozen=True):
         fleet: Name of the fleet.
         device: Id of the device.
         update: Id of the update, unique for the device.
-        job: The job.
+        run: The run.
+        job: Its job.
         version: The announcement that it answers.
         backbone: Hash of the backbone's weights.
         samples: Weight of the update in the mean.
@@ -119,10 +127,11 @@ class UpdateManifest(_Struct, frozen=True):
         payload: The tensors; absent if nothing goes up.
     """
 
-    fleet: str
-    device: str
-    update: str
-    job: str
+    fleet: Name
+    device: Name
+    update: UpdateId
+    run: Name
+    job: Name
     version: int
     backbone: str
     samples: int
@@ -133,7 +142,7 @@ class UpdateManifest(_Struct, frozen=True):
 class Ack(_Struct, frozen=True):
     """The aggregator answers an update: it is in the journal, or it is refused for a reason."""
 
-    update: str
+    update: UpdateId
     accepted: bool
     reason: str = ""
 
@@ -141,14 +150,14 @@ class Ack(_Struct, frozen=True):
 class Missing(_Struct, frozen=True):
     """The aggregator asks a device for chunks of an update: bit i of byte i // 8, lowest bit first."""
 
-    update: str
+    update: UpdateId
     bitmap: bytes
 
 
 class Need(_Struct, frozen=True):
     """A device asks the aggregator for chunks of a broadcast that it missed."""
 
-    job: str
+    job: Name
     version: int
     bitmap: bytes
 
@@ -165,7 +174,7 @@ class Presence(_Struct, frozen=True):
         facts: Figures to show: plan, round, loss, accuracy, bytes.
     """
 
-    name: str
+    name: Name
     state: Literal["online", "working", "idle", "failed", "offline"]
     boot: int
     kit: str

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 
 from fleetune.edge.protocol.errors import ConfigError
+from fleetune.edge.protocol.messages import NAME
 
 PROTOCOL = 1
 _INDEX = re.compile(r"[0-9]{1,6}")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 def check_name(kind: str, name: str) -> str:
@@ -18,7 +18,7 @@ def check_name(kind: str, name: str) -> str:
     Raises:
         ConfigError: It is empty, too long, or holds a character with a meaning in topics.
     """
-    if not _NAME.fullmatch(name):
+    if not re.match(NAME, name):
         raise ConfigError(
             f"{kind}: {name!r} is not a valid name",
             "use 1 to 64 letters, digits, '-' and '_', starting with a letter or a digit",

@@ -108,3 +108,15 @@ def test_the_brokers_packet_limit_is_obeyed(tmp_path: Path) -> None:
     finally:
         process.terminate()
         process.wait()
+
+
+def test_two_clients_of_one_name_do_not_fight_for_ever(broker: BrokerAddress) -> None:
+    links = connect(broker, "twin"), connect(broker, "twin")
+    deadline = time.monotonic() + 30
+    with pytest.raises(BrokerProtocolError, match="5 connections in a row") as caught:
+        while time.monotonic() < deadline:
+            for link in links:
+                list(link.events(0.1))
+    assert "nothing else connects as 'twin'" in caught.value.remedy
+    for link in links:
+        link.close()

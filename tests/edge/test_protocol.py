@@ -249,6 +249,7 @@ def test_a_bitmap_from_the_network_names_no_chunk_beyond_the_count(bitmap: bytes
 PAYLOAD = Payload(codec="f16", sha256="ab" * 32, size=5, chunk_size=4)
 ANNOUNCEMENT = Announcement(
     fleet="lab",
+    run="5f0c",
     job="fedms",
     version=3,
     method="fedms",
@@ -262,7 +263,7 @@ ANNOUNCEMENT = Announcement(
     frozen=Frozen(1, PAYLOAD),
 )
 UPDATE = UpdateManifest(
-    fleet="lab", device="nano-1", update="fedms-3", job="fedms", version=3, backbone="cd" * 32, samples=7,
+    fleet="lab", device="nano-1", update="fedms-3", run="5f0c", job="fedms", version=3, backbone="cd" * 32, samples=7,
     metrics={"loss": 0.25, "depth": 2, "stopped_early": False, "bound_by": "cpu"},
 )  # fmt: skip
 MESSAGES = [
@@ -296,7 +297,7 @@ def test_canonical_bytes_are_these_whatever_the_order_of_the_settings() -> None:
         ANNOUNCEMENT, settings=dict(reversed(ANNOUNCEMENT.settings.items())), payload=None, frozen=None
     )
     assert encode(turned) == (
-        b'{"fleet":"lab","job":"fedms","version":3,"method":"fedms","stage":"global","round":2,"rounds":11,"backbone":"'
+        b'{"fleet":"lab","run":"5f0c","job":"fedms","version":3,"method":"fedms","stage":"global","round":2,"rounds":11,"backbone":"'
         + b"cd" * 32
         + b'","settings":{"depth":2,"fast":true,"learning_rate":0.001,"mix":"logits"},"expires":1500000000.0}'
     )
@@ -341,6 +342,17 @@ def test_a_payload_without_a_proper_hash_is_malformed(sha256: str) -> None:
     assert (
         reason(decode, changed(payload=json.loads(encode(PAYLOAD)) | {"sha256": sha256}), UpdateManifest) == "malformed"
     )
+
+
+# A device and the aggregator keep files under the names that they are told.
+@pytest.mark.parametrize("name", ["", "../other", "a/b", "..", ".hidden", "a\n", "a\0", "a" * 200, 5, None])
+@pytest.mark.parametrize("field", ["fleet", "device", "update", "run", "job"])
+def test_a_name_that_could_lead_elsewhere_is_malformed(field: str, name: Any) -> None:
+    assert reason(decode, changed(**{field: name}), UpdateManifest) == "malformed"
+
+
+def test_an_answer_cannot_name_a_file_elsewhere() -> None:
+    assert reason(decode, b'{"update": "../counters", "accepted": true}', Ack) == "malformed"
 
 
 def test_a_bitmap_that_is_not_base64_is_malformed() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from fleetune.edge.agent.state import State
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.errors import ConfigError
+from fleetune.edge.protocol.errors import ConfigError, RunFolderError
 from fleetune.edge.protocol.messages import Payload, UpdateManifest
 from fleetune.edge.resources.costs import Costs
 from fleetune.edge.resources.trial import Trial
@@ -29,16 +29,18 @@ def state(tmp_path: Path) -> State:
 
 def again(state: State) -> State:
     """The same folder after a restart."""
+    state.close()
     return State(state.folder, "nano-1")
 
 
-def update(name: str, data: bytes = b"") -> UpdateManifest:
+def update(name: str, data: bytes = b"", version: int = 1) -> UpdateManifest:
     return UpdateManifest(
         fleet="lab",
         device="nano-1",
         update=name,
+        run="r",
         job="fedms",
-        version=1,
+        version=version,
         backbone="b",
         samples=5,
         metrics={"loss": 0.5, "depth": 2, "stopped_early": False, "bound_by": "cpu"},
@@ -57,16 +59,15 @@ def test_counters_survive_a_restart(state: State) -> None:
     assert state.counters.boot == 0
     state.counters.boot = 3
     state.counters.bytes_up = 5 << 40
-    state.counters.answered["fedms"] = 7
     state.save_counters()
     counters = again(state).counters
-    assert (counters.boot, counters.bytes_up, counters.answered) == (3, 5 << 40, {"fedms": 7})
+    assert (counters.boot, counters.bytes_up) == (3, 5 << 40)
 
 
 def test_two_states_do_not_share_their_counters(tmp_path: Path) -> None:
     first, second = State(tmp_path / "a", "a"), State(tmp_path / "b", "b")
-    first.counters.answered["fedms"] = 1
-    assert second.counters.answered == {}
+    first.enter("r")
+    assert second.counters.runs == []
 
 
 def test_costs_survive_a_restart(state: State) -> None:
@@ -77,7 +78,14 @@ def test_costs_survive_a_restart(state: State) -> None:
 
 def test_the_folder_of_another_device_is_refused(state: State) -> None:
     with pytest.raises(ConfigError, match=f"{state.folder} belongs to the device 'nano-1', not to 'nano-2'"):
+        state.close()
         State(state.folder, "nano-2")
+    again(state)
+
+
+def test_a_folder_in_use_is_refused_until_it_is_let_go(state: State) -> None:
+    with pytest.raises(RunFolderError, match=f"{state.folder} is in use by another process"):
+        State(state.folder, "nano-1")
     again(state)
 
 
@@ -86,7 +94,7 @@ DAMAGED = [
     b"{",
     b"[]",
     b'{"boot": "x", "depth": "x", "pack": 1}',
-    b'{"\xff": 1, "answered": {"\xff": 1}, "pack": "\xff"}',
+    b'{"\xff": 1, "runs": [{"id": "\xff"}], "pack": "\xff"}',
 ]
 
 
@@ -109,12 +117,12 @@ def test_a_damaged_file_is_named(file: str, read: Callable[[State], object], raw
 
 
 def test_updates_wait_in_the_order_in_which_they_came(state: State) -> None:
-    for name, data in (("z-1", b"first"), ("a-2", b""), ("m-3", b"third")):
-        state.put_outbox(update(name, data), data)
-        time.sleep(0.02)
-    assert again(state).outbox() == [
-        (update("z-1", b"first"), b"first"), (update("a-2"), b""), (update("m-3", b"third"), b"third"),
-    ]  # fmt: skip
+    waiting = [(update("z", b"first", 8), b"first"), (update("a", b"", 9), b""), (update("m", b"third", 10), b"third")]
+    for manifest, data in waiting:
+        state.put_outbox(manifest, data)
+        clock = 1e9 - manifest.version  # of a board that wakes up in the past
+        os.utime(state.folder / "outbox" / f"{manifest.update}.json", (clock, clock))
+    assert again(state).outbox() == waiting
 
 
 def test_a_dropped_update_is_gone(state: State) -> None:
@@ -124,11 +132,6 @@ def test_a_dropped_update_is_gone(state: State) -> None:
     assert not list((state.folder / "outbox").iterdir())
     assert not state.drop_outbox("u-1")
     assert not state.drop_outbox("u-2")
-
-
-def test_an_answer_cannot_name_a_file_elsewhere(state: State) -> None:
-    with pytest.raises(ConfigError, match="update"):
-        state.drop_outbox("../counters")
 
 
 @pytest.mark.parametrize("stop_at", range(1, 6))
@@ -202,6 +205,30 @@ def test_a_payload_that_every_round_reads_is_not_let_go(state: State) -> None:
         state.save_payload(payload(b"gate %d" % number), b"gate %d" % number)
 
 
+# --- runs ---------------------------------------------------------------------------------------------------
+
+
+def test_what_was_answered_in_one_run_is_open_in_another(state: State) -> None:
+    assert state.answered("first", "fedms") == -1
+    state.enter("first").answered["fedms"] = 7
+    state.save_counters()
+    state = again(state)
+    assert state.answered("first", "fedms") == 7
+    assert state.answered("first", "standalone") == -1
+    state.enter("second").answered["fedms"] = 0
+    assert (state.answered("first", "fedms"), state.answered("second", "fedms")) == (7, 0)
+
+
+def test_the_oldest_runs_tensors_are_let_go_and_the_newest_stay(state: State) -> None:
+    for number in range(10):
+        state.enter(f"run-{9 - number}")  # neither by name nor by clock
+        state.store(f"run-{9 - number}", "fedms").save("expert", {"x": np.ones(1, np.float32)})
+        state = again(state)
+    kept = [number for number in range(10) if state.store(f"run-{number}", "fedms").load("expert") is not None]
+    assert kept == [0, 1, 2, 3]
+    assert sorted(folder.name for folder in (state.folder / "runs").iterdir()) == [f"run-{n}" for n in kept]
+
+
 # --- a method's private tensors -----------------------------------------------------------------------------
 
 
@@ -210,29 +237,24 @@ def test_private_tensors_survive_a_restart(state: State) -> None:
         "gate.weight": np.arange(6, dtype=np.float32).reshape(3, 2),
         "gate.bias": np.zeros(2, np.float32),
     }
-    assert state.store("fedms").load("gate") is None
-    state.store("fedms").save("gate", tensors)
-    found = again(state).store("fedms").load("gate")
+    assert state.store("r", "fedms").load("gate") is None
+    state.store("r", "fedms").save("gate", tensors)
+    found = again(state).store("r", "fedms").load("gate")
     assert found is not None
     assert set(found) == set(tensors)
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(found[name], tensor)
 
 
-def test_jobs_do_not_see_each_others_tensors(state: State) -> None:
-    state.store("one").save("gate", {"x": np.ones(1, np.float32)})
-    assert state.store("two").load("gate") is None
+def test_jobs_and_runs_do_not_see_each_others_tensors(state: State) -> None:
+    state.store("r", "one").save("gate", {"x": np.ones(1, np.float32)})
+    assert state.store("r", "two").load("gate") is None
+    assert state.store("s", "one").load("gate") is None
 
 
 def test_damaged_private_tensors_are_named(state: State) -> None:
-    state.store("fedms").save("gate", {"x": np.ones(9, np.float32)})
-    file = state.folder / "jobs" / "fedms" / "gate.safetensors"
+    state.store("r", "fedms").save("gate", {"x": np.ones(9, np.float32)})
+    file = state.folder / "runs" / "r" / "fedms" / "gate.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ConfigError, match=f"{file} is damaged"):
-        state.store("fedms").load("gate")
-
-
-@pytest.mark.parametrize("job", ["../other", "a/b", "", ".."])
-def test_a_job_cannot_name_a_folder_elsewhere(job: str, state: State) -> None:
-    with pytest.raises(ConfigError, match="job"):
-        state.store(job)
+        state.store("r", "fedms").load("gate")

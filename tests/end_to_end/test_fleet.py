@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -27,6 +28,14 @@ def stages(records: list[Any]) -> list[str]:
 
 def answers(records: list[Any]) -> list[tuple[str, int]]:
     return sorted((r.manifest.device, r.manifest.version) for r in records if isinstance(r, Accepted))
+
+
+def final_globals(folder: Path) -> dict[str, Any]:
+    journal = Journal(folder)
+    closed = [r.version for r in journal.records if isinstance(r, Closed)][-1]
+    found = journal.load_globals("fedms", closed)
+    journal.close()
+    return found
 
 
 def run_to_the_end(fleet: Any, *more: str) -> None:
@@ -106,10 +115,7 @@ def test_the_same_seed_gives_the_same_expert(make_fleet: Any, embedded: str) -> 
         fleet = make_fleet(embedded, name)
         run_to_the_end(fleet, "--job", "fedms")
         fleet.stop()
-        journal = Journal(fleet.folder / "aggregator")
-        closed = [r.version for r in journal.records if isinstance(r, Closed)][-1]
-        experts.append(journal.load_globals("fedms", closed))
-        journal.close()
+        experts.append(final_globals(fleet.folder / "aggregator"))
     for name, tensor in experts[0].items():
         np.testing.assert_allclose(tensor, experts[1][name], atol=1e-5)
 
@@ -164,6 +170,71 @@ def test_a_device_that_was_flashed_anew_takes_part_again(make_fleet: Any, embedd
     fleet.agent("small")
     assert serve.wait() == 0, serve.output
     assert len(set(answers(fleet.records()))) == 2 * len(STAGES)
+
+
+def test_a_second_run_starts_anew_on_the_same_devices(make_fleet: Any, any_broker: str) -> None:
+    fleet = make_fleet(any_broker)
+    run_to_the_end(fleet)
+    fleet.started[-1].kill()
+    fleet.agent("small")  # one device goes on, one has restarted in between
+    again = fleet.serve(*ROUNDS, "--state", str(fleet.folder / "again"))
+    assert again.wait() == 0, again.output
+    first, second = (final_globals(fleet.folder / name) for name in ("aggregator", "again"))
+    assert {"gate.A", "gate.B", "head.bias"} <= first.keys()
+    for name, tensor in first.items():  # a private expert left over from the first run would show
+        np.testing.assert_allclose(tensor, second[name], atol=1e-5)
+
+
+def test_an_abandoned_run_does_not_stand_in_the_way_of_the_next(make_fleet: Any, mosquitto: str) -> None:
+    fleet = make_fleet(mosquitto)
+    first = fleet.serve(*ROUNDS)
+    agents = [fleet.agent(device) for device in fleet.data]
+    fleet.wait_for(lambda records: "global" in stages(records))
+    first.kill()  # and its announcement stays with the broker
+    for agent in agents:
+        agent.kill()
+    state = ("--state", str(fleet.folder / "again"))
+    second = fleet.serve(*ROUNDS, *state, "--job", "standalone", "--job", "fedms")
+    for device in fleet.data:
+        fleet.agent(device)
+    assert second.wait() == 0, second.output
+
+
+def test_a_run_is_not_changed_by_starting_it_with_other_options(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    run_to_the_end(fleet)
+    before = fleet.records()
+    changed = fleet.serve("--global-rounds", "9", "--personal-rounds", "1", "--sal-start", "2", "--classes", "3")
+    assert changed.wait(20) == 18
+    assert "fedms: global rounds 2 (now 9), classes 2 (now 3), SAL's start 3 (now 2)" in changed.output
+    other = fleet.serve(*ROUNDS, "--job", "standalone")
+    assert other.wait(20) == 18
+    assert "jobs fedms (now standalone)" in other.output
+    assert fleet.records() == before
+
+
+def test_a_state_folder_belongs_to_one_process(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    fleet.serve(*ROUNDS)
+    fleet.agent("big")
+    fleet.wait_until((fleet.folder / "big" / "counters.json").exists)
+    for second in (fleet.serve(*ROUNDS), fleet.agent("big")):
+        assert second.wait(20) == 18
+        assert "is in use by another process" in second.output
+        assert "Traceback" not in second.output
+
+
+def test_a_deadline_that_passes_is_said_and_nothing_is_lost(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    serve = fleet.serve(*ROUNDS, "--deadline", "1")
+    fleet.agent("big")
+    small = fleet.agent("small")
+    fleet.wait_for(lambda records: "prepare" in stages(records))
+    small.kill()
+    fleet.wait_until(lambda: "the deadline has passed with 1 of the 2 answers" in serve.output)
+    assert "waits for small" in serve.output
+    fleet.agent("small")
+    assert serve.wait() == 0, serve.output
 
 
 def test_a_finished_run_ends_at_once_when_it_is_started_again(make_fleet: Any, embedded: str) -> None:

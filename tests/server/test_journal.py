@@ -17,18 +17,24 @@ from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.codec import encode_tensors
 from fleetune.edge.protocol.errors import RunFolderError
 from fleetune.edge.protocol.messages import Announcement, UpdateManifest
-from fleetune.server.journal import FILE, Accepted, Announced, Closed, Finished, Journal, Record, read_records
+from fleetune.server.job import Job
+from fleetune.server.journal import FILE, Accepted, Announced, Closed, Finished, Journal, Record, Started, read_records
 
 ANNOUNCEMENT = Announcement(
-    fleet="lab", job="fedms", version=1, method="fedms", stage="global", round=1, rounds=5, backbone="b",
+    fleet="lab", run="r", job="fedms", version=1, method="fedms", stage="global", round=1, rounds=5, backbone="b",
     settings={"depth": 2, "learning_rate": 1e-3, "mix": "logits"}, expires=1e9,
 )  # fmt: skip
 UPDATE = UpdateManifest(
-    fleet="lab", device="nano-1", update="fedms-1", job="fedms", version=1, backbone="b", samples=9,
+    fleet="lab", device="nano-1", update="r-fedms-1", run="r", job="fedms", version=1, backbone="b", samples=9,
     metrics={"loss": 0.5, "stopped_early": False},
 )  # fmt: skip
+JOB = Job(
+    id="fedms", method="fedms", backbone="b", shapes={"gate.A": (3, 8), "head.bias": (2,)}, rounds={"global": 6},
+    settings={"depth": 2, "learning_rate": 1.0, "mix": "logits", "fast": False},
+)  # fmt: skip
 RECORDS: list[Record] = [
-    Announced(ANNOUNCEMENT), Accepted(UPDATE, 12.5), Closed("fedms", 1, ["nano-1"], 13.5), Finished("fedms"),
+    Started("r", "lab", (JOB,)), Announced(ANNOUNCEMENT),
+    Accepted(UPDATE, 12.5), Closed("fedms", 1, ["nano-1"], 13.5), Finished("fedms"),
 ]  # fmt: skip
 
 
@@ -78,7 +84,7 @@ def test_a_record_is_forced_onto_the_disk(tmp_path: Path, monkeypatch: pytest.Mo
     for record in RECORDS:
         journal.append(record)
     journal.close()
-    assert [content.count(b"\n") for content in forced] == [1, 2, 3, 4]
+    assert [content.count(b"\n") for content in forced] == [1, 2, 3, 4, 5]
 
 
 KILLED = """
@@ -146,13 +152,14 @@ def test_an_updates_tensors_are_kept(tmp_path: Path) -> None:
     tensors = {"head.bias": np.array([0.5, -1.25], np.float32)}
     data = encode_tensors(tensors, "f16")
     manifest = UpdateManifest(
-        fleet="lab", device="nano-1", update="fedms-1", job="fedms", version=1, backbone="b", samples=1,
+        fleet="lab", device="nano-1", update="r-fedms-1", run="r", job="fedms", version=1, backbone="b", samples=1,
         metrics={}, payload=chunks.describe(data, "f16"),
     )  # fmt: skip
     journal = Journal(tmp_path)
     journal.save_update(manifest, data)
     journal.close()
-    found = Journal(tmp_path).load_update(manifest)
+    journal = Journal(tmp_path)
+    found = journal.load_update(manifest)
     assert set(found) == {"head.bias"}
     np.testing.assert_array_equal(found["head.bias"], tensors["head.bias"])
 
