@@ -185,18 +185,18 @@ def test_a_second_run_starts_anew_on_the_same_devices(make_fleet: Any, any_broke
         np.testing.assert_allclose(tensor, second[name], atol=1e-5)
 
 
-def test_an_abandoned_run_does_not_stand_in_the_way_of_the_next(make_fleet: Any, mosquitto: str) -> None:
-    fleet = make_fleet(mosquitto)
+def test_an_abandoned_run_does_not_stand_in_the_way_of_the_next(make_fleet: Any, any_broker: str) -> None:
+    fleet = make_fleet(any_broker)
     first = fleet.serve(*ROUNDS)
-    agents = [fleet.agent(device) for device in fleet.data]
+    agents = {device: fleet.agent(device) for device in fleet.data}
     fleet.wait_for(lambda records: "global" in stages(records))
-    first.kill()  # and its announcement stays with the broker
-    for agent in agents:
-        agent.kill()
-    state = ("--state", str(fleet.folder / "again"))
-    second = fleet.serve(*ROUNDS, *state, "--job", "standalone", "--job", "fedms")
-    for device in fleet.data:
-        fleet.agent(device)
+    first.kill()  # its announcement stays with the broker, and the tensors that it names are nowhere
+    state = fleet.folder / "again"
+    second = fleet.serve(*ROUNDS, "--state", str(state), "--job", "standalone", "--job", "fedms")
+    fleet.wait_until(lambda: "standalone: train" in second.output)
+    agents["small"].kill()
+    shutil.rmtree(fleet.folder / "small")
+    fleet.agent("small")  # hears of both runs at once
     assert second.wait() == 0, second.output
 
 
