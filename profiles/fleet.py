@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -11,14 +11,14 @@ from fleetune.edge.protocol.errors import ConfigError
 from fleetune.edge.protocol.topics import check_name
 from fleetune.edge.resources.planner import Budget
 from fleetune.profiles.profile import Profile, read_profile
-from fleetune.profiles.yamlfile import parse_mib, read_yaml
+from fleetune.profiles.yamlfile import Size, read_yaml
 
 _REMEDY = "see docs/fleet-file.md for the fields and an example"
 
 
 class _Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    memory: str
-    cpu_seconds: float
+    memory: Size
+    cpu_seconds: Annotated[float, msgspec.Meta(gt=0)]
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -74,29 +74,27 @@ def read_fleet(path: Path) -> Fleet:
     Raises:
         ConfigError: It does not fit the schema, two devices share an id, or a budget exceeds the board.
     """
-    file = read_yaml(path, _File, _REMEDY)
-    check_name(f"{path}: field fleet", file.fleet)
+    document = read_yaml(path, _File, _REMEDY)
+    check_name(document.where("fleet"), document.value.fleet)
     devices: dict[str, FleetDevice] = {}
-    for index, entry in enumerate(file.devices):
-        where = f"{path}: field devices[{index}]"
-        check_name(f"{where}.id", entry.id)
+    for index, entry in enumerate(document.value.devices):
+        field = f"devices[{index}]"
+        check_name(document.where(f"{field}.id"), entry.id)
         if entry.id in devices:
-            raise ConfigError(f"{where}.id: {entry.id!r} is there twice", "give every device an id of its own")
+            raise ConfigError(
+                f"{document.where(f'{field}.id')}: {entry.id!r} is there twice", "give every device an id of its own"
+            )
         try:
             profile = read_profile(entry.profile)
         except ConfigError as error:
-            raise ConfigError(f"{where}.profile: {error.what}", error.remedy) from error
-        memory = parse_mib(entry.budget.memory, f"{where}.budget.memory")
-        if not 0 < memory <= profile.memory_mib:
+            raise ConfigError(f"{document.where(f'{field}.profile')}: {error.what}", error.remedy) from error
+        memory, cpu_s = entry.budget.memory, entry.budget.cpu_seconds
+        if memory.mib > profile.memory.mib:
             raise ConfigError(
-                f"{where}.budget.memory: {entry.budget.memory} is not within the board's {profile.memory}",
+                f"{document.where(f'{field}.budget.memory')}: {memory} is not within the board's {profile.memory}",
                 "leave room for the system and the board's other work",
             )
-        if not entry.budget.cpu_seconds > 0:
-            raise ConfigError(
-                f"{where}.budget.cpu_seconds: {entry.budget.cpu_seconds} is not above zero", "give it some CPU seconds"
-            )
-        devices[entry.id] = FleetDevice(entry.id, profile, Budget(memory, entry.budget.cpu_seconds))
+        devices[entry.id] = FleetDevice(entry.id, profile, Budget(memory.mib, cpu_s))
     if not devices:
-        raise ConfigError(f"{path}: field devices: the list is empty", "add a device")
-    return Fleet(file.fleet, tuple(devices.values()))
+        raise ConfigError(f"{document.where('devices')}: the list is empty", "add a device")
+    return Fleet(document.value.fleet, tuple(devices.values()))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from fleetune.edge.protocol.errors import ConfigError
-from fleetune.profiles.yamlfile import parse_mib, read_yaml
+from fleetune.profiles.yamlfile import Size, read_yaml
 
 
 class Processor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The CPU."""
 
-    cores: int
+    cores: Annotated[int, msgspec.Meta(ge=1)]
     core: str
     architecture: str
 
@@ -37,14 +37,9 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     board: str
     tier: Literal["t1", "t2", "t3", "t4"]
-    memory: str
+    memory: Size
     processor: Processor
     sources: dict[str, str]
-
-    @property
-    def memory_mib(self) -> float:
-        """All of its memory in MiB."""
-        return parse_mib(self.memory, f"profile {self.name}: field memory")
 
 
 def profile_names() -> list[str]:
@@ -64,13 +59,8 @@ def read_profile(name: str) -> Profile:
     """
     remedy = "see profiles/jetson-nano-2gb.yaml for an example"
     if "/" in name or name.endswith(".yaml"):
-        profile = read_yaml(Path(name), Profile, remedy)
-    elif name in profile_names():
+        return read_yaml(Path(name), Profile, remedy).value
+    if name in profile_names():
         with resources.as_file(resources.files("fleetune.profiles") / f"{name}.yaml") as file:
-            profile = read_yaml(file, Profile, remedy)
-    else:
-        raise ConfigError(f"profile: {name!r} is unknown", f"use a path, or one of {', '.join(profile_names())}")
-    memory = parse_mib(profile.memory, f"profile {name}: field memory")
-    if memory <= 0 or profile.processor.cores < 1:
-        raise ConfigError(f"profile {name}: memory and cores must be above zero", remedy)
-    return profile
+            return read_yaml(file, Profile, remedy).value
+    raise ConfigError(f"profile: {name!r} is unknown", f"use a path, or one of {', '.join(profile_names())}")

@@ -3,27 +3,70 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import yaml
 
-from fleetune.edge.protocol.errors import ConfigError
+from fleetune.edge.protocol.errors import ConfigError, field_and_reason
 
 _MAX_FILE = 1 << 20
-_WHERE = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(MiB|GiB)")
 
 T = TypeVar("T")
 
 
-def read_yaml(path: Path, kind: type[T], remedy: str) -> T:
+class Size(str):
+    """An amount of memory as its writer wrote it, such as ``1536MiB`` or ``2GiB``.
+
+    Args:
+        value: What was found in its place.
+
+    Raises:
+        ValueError: The unit is missing or unknown, or the size is zero.
+    """
+
+    mib: float
+
+    def __new__(cls, value: object) -> Size:
+        """Check what was found, and convert it."""
+        match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+        if match is None:
+            raise ValueError("Expected a size with its unit, such as 1536MiB or 2GiB")
+        if not float(match[1]):
+            raise ValueError("Expected a size above zero")
+        size = super().__new__(cls, match[0])
+        size.mib = float(match[1]) * (1024 if match[2] == "GiB" else 1)
+        return size
+
+
+@dataclass(frozen=True)
+class Document(Generic[T]):
+    """A file that fits its schema.
+
+    Attributes:
+        path: The file.
+        value: What it says.
+    """
+
+    path: Path
+    value: T
+    _tree: yaml.Node | None
+
+    def where(self, field: str) -> str:
+        """File, line and field, for the beginning of an error."""
+        return _where(self.path, self._tree, field)
+
+
+def read_yaml(path: Path, kind: type[T], remedy: str) -> Document[T]:
     """Read a file.
 
     Args:
         path: The file.
-        kind: A msgspec struct.
+        kind: A msgspec struct; its fields may be of the type :class:`Size`.
         remedy: What to do when the file does not fit, such as where an example is.
 
     Raises:
@@ -38,18 +81,26 @@ def read_yaml(path: Path, kind: type[T], remedy: str) -> T:
     try:
         tree = yaml.compose(text, yaml.SafeLoader)
         _refuse_twins(tree, path, remedy)
-        return msgspec.convert(yaml.safe_load(text), kind)
+        return Document(path, msgspec.convert(yaml.safe_load(text), kind, dec_hook=_convert), tree)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}", remedy) from error
     except msgspec.ValidationError as error:
-        message = str(error)
-        where = _WHERE.search(message)
-        steps = [name or int(number) for name, number in _STEP.findall(where["path"])] if where else []
-        node, field = _find(tree, steps), where["path"] if where else ""
-        what = message[: where.start()] if where else message
-        line = f", line {node.start_mark.line + 1}" if node is not None else ""
+        field, reason = field_and_reason(error)
+        node = _find(tree, field)
         value = f", found {node.value!r}" if isinstance(node, yaml.ScalarNode) else ""
-        raise ConfigError(f"{path}{line}: {f'field {field}: ' if field else ''}{what}{value}", remedy) from error
+        raise ConfigError(f"{_where(path, tree, field)}: {reason}{value}", remedy) from error
+
+
+def _convert(kind: type, value: Any) -> object:
+    if kind is Size:
+        return Size(value)
+    raise NotImplementedError(f"no conversion to {kind}")
+
+
+def _where(path: Path, tree: yaml.Node | None, field: str) -> str:
+    node = _find(tree, field)
+    line = f", line {node.start_mark.line + 1}" if node is not None else ""
+    return f"{path}{line}{f': field {field}' if field else ''}"
 
 
 def _refuse_twins(node: yaml.Node | None, path: Path, remedy: str) -> None:
@@ -72,30 +123,15 @@ def _refuse_twins(node: yaml.Node | None, path: Path, remedy: str) -> None:
                 pending.append(value)
 
 
-def _find(node: yaml.Node | None, steps: list[str | int]) -> yaml.Node | None:
-    """The node at a path, or the nearest one above it."""
-    for step in steps:
+def _find(node: yaml.Node | None, field: str) -> yaml.Node | None:
+    """The node of a field such as ``devices[0].id``, or the nearest one above it."""
+    for name, number in _STEP.findall(field):
         following = None
         if isinstance(node, yaml.MappingNode):
-            following = next((value for key, value in node.value if key.value == step), None)
-        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-            following = node.value[step]
+            following = next((value for key, value in node.value if key.value == name), None)
+        elif isinstance(node, yaml.SequenceNode) and number and int(number) < len(node.value):
+            following = node.value[int(number)]
         if following is None:
             break
         node = following
     return node
-
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(MiB|GiB)")
-
-
-def parse_mib(text: str, where: str) -> float:
-    """``1536MiB`` or ``2GiB`` → MiB.
-
-    Raises:
-        ConfigError: The unit is missing or unknown.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ConfigError(f"{where}: {text!r} is not a size", "write a number with its unit, such as 1536MiB or 2GiB")
-    return float(match[1]) * (1024 if match[2] == "GiB" else 1)

@@ -17,7 +17,7 @@ from fleetune.edge.pack.pack import Pack, file_sha256
 from fleetune.edge.pack.patches import to_patches
 from fleetune.edge.pack.tensorfile import TensorFile
 from fleetune.edge.pack.wordpiece import WordPiece
-from fleetune.edge.protocol.errors import UNDECODABLE, DataError, PackError
+from fleetune.edge.protocol.errors import UNDECODABLE, DataError, PackError, field_and_reason
 
 FloatArray = NDArray[np.float32]
 Split = Literal["train", "val", "test"]
@@ -82,13 +82,14 @@ class TextDataset(Dataset):
                 try:
                     row = msgspec.json.decode(line, type=_Row)
                 except UNDECODABLE as error:
+                    field, reason = field_and_reason(error)
                     raise DataError(
-                        f"{path}, line {number}: {error}",
+                        f"{path}, line {number}: {f'field {field}: ' if field else ''}{reason}",
                         'write {"text": "…", "label": 0, "split": "train" | "val" | "test"} on each line',
                     ) from error
                 if not 0 <= row.label < _MAX_CLASSES:
                     raise DataError(
-                        f"{path}, line {number}: label {row.label} is out of range", "number the classes from 0"
+                        f"{path}, line {number}: field label: {row.label} is out of range", "number the classes from 0"
                     )
                 rows.append(row)
         if not rows:

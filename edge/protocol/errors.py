@@ -6,10 +6,21 @@ code of the class; `docs/exit-codes.md` has a section for each code.
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What ``msgspec.json.decode`` raises for bytes that are not the JSON that was asked for."""
+
+_AT = re.compile(r" - at `\$\.?(?P<field>[^`]*)`$")
+
+
+def field_and_reason(error: Exception) -> tuple[str, str]:
+    """What msgspec found wrong: the field's path, empty where there is none, and the reason."""
+    message = str(error)
+    at = _AT.search(message)
+    return (at["field"], message[: at.start()]) if at else ("", message)
 
 
 class FleetuneError(Exception):

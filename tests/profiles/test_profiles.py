@@ -70,7 +70,7 @@ def refusal(path: Path, read: Callable[[Path], Any] = read_fleet) -> ConfigError
 def test_shipped_profiles_are_valid_and_say_where_their_values_are_from(name: str) -> None:
     profile = read_profile(name)
     assert profile.name == name
-    assert profile.memory_mib >= 1024
+    assert profile.memory.mib >= 1024
     assert profile.processor.cores >= 1
     for field in ("memory", "processor"):
         assert len(profile.sources[field]) > 20, f"{name} has no source for {field}"
@@ -82,7 +82,7 @@ def test_the_boards_that_the_kit_is_made_for_are_shipped() -> None:
 
 def test_a_profile_of_ones_own_is_read_by_its_path(write: Callable[..., Path]) -> None:
     profile = read_profile(str(write(PROFILE, "bench.yaml")))
-    assert (profile.board, profile.memory_mib, profile.processor.cores) == ("A board on a bench", 512, 2)
+    assert (profile.board, profile.memory.mib, profile.processor.cores) == ("A board on a bench", 512, 2)
 
 
 def test_an_unknown_profile_lists_the_known_ones() -> None:
@@ -94,10 +94,10 @@ def test_an_unknown_profile_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(("old", "new", "where"), [
     ("tier: t4", "tier: t9", "line 4: field tier: .*t9"),
     ("cores: 2", "cores: two", "line 7: field processor.cores: .*'two'"),
-    ("cores: 2", "cores: 0", "cores"),
-    ("memory: 512MiB", "memory: 512", "line 5: field memory: .*'512'"),
-    ("memory: 512MiB", "memory: 512MB", "field memory: '512MB'"),
-    ("memory: 512MiB", "memory: 0MiB", "memory"),
+    ("cores: 2", "cores: 0", "line 7: field processor.cores: .*'0'"),
+    ("memory: 512MiB", "memory: 512", "line 5: field memory: .*unit.*'512'"),
+    ("memory: 512MiB", "memory: 512MB", "line 5: field memory: .*unit.*'512MB'"),
+    ("memory: 512MiB", "memory: 0MiB", "line 5: field memory: .*above zero, found '0MiB'"),
     ("name: bench\n", "", "name"),
     ("sources: {}", "sources: {}\nmeasured: 1", "measured"),
 ])  # fmt: skip
@@ -142,27 +142,28 @@ def test_a_device_that_the_fleet_does_not_have_lists_those_it_has(write: Callabl
 
 
 @pytest.mark.parametrize(("old", "new", "where"), [
-    ("memory: 900MiB", "memory: 900", r"line 7: field devices\[0\]\.budget\.memory: .*'900'"),
-    ("memory: 900MiB", "memory: '900'", r"field devices\[0\]\.budget\.memory: '900' is not a size"),
-    ("memory: 900MiB", "memory: 900MB", r"devices\[0\]\.budget\.memory: '900MB'"),
-    ("memory: 900MiB", "memory: 900MiBit", r"devices\[0\]\.budget\.memory: '900MiBit'"),
-    ("memory: 900MiB", "memory: -900MiB", r"devices\[0\]\.budget\.memory: '-900MiB'"),
-    ("memory: 900MiB", "memory: 0MiB", r"devices\[0\]\.budget\.memory: 0MiB"),
-    ("memory: 900MiB", "memory: 3GiB", r"devices\[0\]\.budget\.memory: 3GiB is not within the board's 2GiB"),
-    ("cpu_seconds: 30", "cpu_seconds: 0", r"devices\[0\]\.budget\.cpu_seconds: 0"),
-    ("cpu_seconds: 30", "cpu_seconds: -1", r"devices\[0\]\.budget\.cpu_seconds: -1"),
-    ("cpu_seconds: 30", "cpu_seconds: .nan", r"devices\[0\]\.budget\.cpu_seconds: nan"),
+    ("memory: 900MiB", "memory: 900", r"line 7: field devices\[0\]\.budget\.memory: .*unit.*'900'"),
+    ("memory: 900MiB", "memory: '900'", r"line 7: field devices\[0\]\.budget\.memory: .*unit.*'900'"),
+    ("memory: 900MiB", "memory: 900MB", r"line 7: field devices\[0\]\.budget\.memory: .*unit.*'900MB'"),
+    ("memory: 900MiB", "memory: 900MiBit", r"line 7: field devices\[0\]\.budget\.memory: .*'900MiBit'"),
+    ("memory: 900MiB", "memory: -900MiB", r"line 7: field devices\[0\]\.budget\.memory: .*'-900MiB'"),
+    ("memory: 900MiB", "memory: 0MiB", r"line 7: field devices\[0\]\.budget\.memory: .*above zero, found '0MiB'"),
+    ("memory: 900MiB", "memory: [900MiB]", r"line 7: field devices\[0\]\.budget\.memory: .*unit"),
+    ("memory: 900MiB", "memory: 3GiB", r"line 7: field devices\[0\]\.budget\.memory: 3GiB is not within the board's"),
+    ("cpu_seconds: 30", "cpu_seconds: 0", r"line 8: field devices\[0\]\.budget\.cpu_seconds: .*'0'"),
+    ("cpu_seconds: 30", "cpu_seconds: -1", r"line 8: field devices\[0\]\.budget\.cpu_seconds: .*'-1'"),
+    ("cpu_seconds: 30", "cpu_seconds: .nan", r"line 8: field devices\[0\]\.budget\.cpu_seconds: .*nan"),
     ("cpu_seconds: 30", "cpu_seconds: half", r"line 8: field devices\[0\]\.budget\.cpu_seconds: .*'half'"),
     ("      cpu_seconds: 30\n", "", r"line [67]: field devices\[0\]\.budget: .*cpu_seconds"),
     ("cpu_seconds: 30", "cpu_seconds: 30\n      gpu: 1", r"line [67]: field devices\[0\]\.budget: .*gpu"),
-    ("id: pi-1", "id: nano-1", r"devices\[1\]\.id: 'nano-1' is there twice"),
+    ("id: pi-1", "id: nano-1", r"line 9: field devices\[1\]\.id: 'nano-1' is there twice"),
     ("id: pi-1", "id: 7", r"line 9: field devices\[1\]\.id: .*'7'"),
-    ("id: pi-1", "id: pi/1", r"devices\[1\]\.id: 'pi/1'"),
+    ("id: pi-1", "id: pi/1", r"line 9: field devices\[1\]\.id: 'pi/1'"),
     ("id: pi-1", "id: ''", r"devices\[1\]\.id: ''"),
     ("id: pi-1", "name: pi-1", r"devices\[1\]: .*(id|name)"),
-    ("raspberry-pi-5", "raspberry-pi-6", r"devices\[1\]\.profile: profile: 'raspberry-pi-6' is unknown"),
+    ("raspberry-pi-5", "raspberry-pi-6", r"line 10: field devices\[1\]\.profile: profile: 'raspberry-pi-6' is unknown"),
     ("raspberry-pi-5", "no/such.yaml", r"devices\[1\]\.profile: .*no/such\.yaml"),
-    ("fleet: lab", "fleet: my lab", "field fleet: 'my lab'"),
+    ("fleet: lab", "fleet: my lab", "line 2: field fleet: 'my lab'"),
     ("fleet: lab", "fleet: [lab]", "line 2: field fleet: "),
     ("fleet: lab\n", "", "fleet"),
     ("schema: 1", "schema: 2", "line 1: field schema: .*2"),

@@ -145,7 +145,7 @@ def prepare(
         say(f"packs the backbone {task.backbone}")
         task.write_pack(folder.pack)
     pack = Pack.open(folder.pack)
-    template = read_yaml(Path(__file__).with_name("fleet.yaml"), _Template, "install Fleetune again")
+    template = read_yaml(Path(__file__).with_name("fleet.yaml"), _Template, "install Fleetune again").value
     files = {entry.id: folder.data(entry.id, task.suffix) for entry in template.devices}
     if not all(file.exists() for file in files.values()):
         say(f"splits the data set {task.data} among {len(files)} devices")
