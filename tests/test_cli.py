@@ -341,6 +341,12 @@ def test_a_state_folder_that_is_a_file_exits_10(bench: Bench, command: str) -> N
     bench.assert_refuses(10, command, "--state", state, named=("--state", state))
 
 
+@pytest.mark.parametrize("command", ["agent", "serve"])
+def test_a_state_folder_that_cannot_be_made_exits_21(bench: Bench, command: str) -> None:
+    state = bench.write("note.txt", "keep me") / "state"
+    bench.assert_refuses(21, command, "--state", state, named=(state,))
+
+
 @pytest.mark.parametrize(("command", "option", "value"), [
     ("agent", "--threads", "-1"),
     ("serve", "--quorum", "0"),
@@ -419,7 +425,16 @@ def test_a_pack_is_never_written_over(backbone: Path, tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize(("option", "value"), [("--rank", "0"), ("--targets", "query,nose")])
+def test_what_is_neither_a_backbone_nor_the_name_of_one_exits_11(tmp_path: Path) -> None:
+    done = fleetune("pack", "minilmm", "--out", tmp_path / "out")
+    assert_refused(done, 11, "'minilmm'")
+    assert "minilm, focus-vit" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--rank", "0"), ("--targets", "query,nose"), ("--max-length", "2"), ("--max-length", "9999")]
+)
 def test_an_option_of_pack_out_of_range_exits_10_and_leaves_nothing(
     backbone: Path, tmp_path: Path, option: str, value: str
 ) -> None:

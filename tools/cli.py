@@ -12,7 +12,7 @@ from importlib.metadata import version
 from types import FrameType
 from typing import NoReturn
 
-from fleetune.edge.protocol.errors import FleetuneError
+from fleetune.edge.protocol.errors import FileAccessError, FleetuneError
 
 COMMANDS = ("demo", "pack", "serve", "agent", "broker", "assets")
 """Modules of ``fleetune.tools.commands``, in the order in which the help lists them."""
@@ -52,10 +52,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         sys.exit(args.run(args) or 0)
     except FleetuneError as error:
-        print(f"error: {error.what}\nremedy: {error.remedy}", file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
+        _fail(error)
+    except OSError as error:
+        _fail(FileAccessError(str(error), "check the path, its permissions and the room on the disk"))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _fail(error: FleetuneError) -> NoReturn:
+    print(f"error: {error.what}\nremedy: {error.remedy}", file=sys.stderr)  # noqa: T201
+    sys.exit(error.exit_code)
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:

@@ -102,6 +102,12 @@ class RunFailedError(FleetuneError):
     exit_code = 19
 
 
+class FileAccessError(FleetuneError):
+    """A file or folder cannot be read or written."""
+
+    exit_code = 21
+
+
 class MessageError(FleetuneError):
     """Bytes from the network are not a message of this protocol, or exceed its limits.
 

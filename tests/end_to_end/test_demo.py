@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from fleetune.edge.protocol.errors import RunFolderError
+from fleetune.tools.demo.folder import RunFolder
 
 pytest.importorskip("torch", reason="the demo packs a backbone: pip install 'fleetune[all]'")
 
@@ -123,6 +127,26 @@ def test_other_options_do_not_go_on_with_a_run(tmp_path: Path) -> None:
     assert code == 18
     assert "seed" in output
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_run_that_did_not_get_as_far_as_its_pack_may_start_with_other_options(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert not folder.claim({"backbone": "models/broken", "seed": 0})
+    assert not folder.claim({"backbone": "models/sound", "seed": 0})
+    assert folder.claim({"backbone": "models/sound", "seed": 0})
+    folder.pack.mkdir()
+    with pytest.raises(RunFolderError, match="another backbone"):
+        folder.claim({"backbone": "models/other", "seed": 0})
+    assert folder.claim({"backbone": "models/sound", "seed": 0})
+
+
+def test_without_a_terminal_every_round_has_a_line(finished: tuple[Path, dict[str, Any], str]) -> None:
+    out, report, output = finished
+    assert re.search(rf"^{re.escape(str(out))}: goes on", output.replace("\n", ""))
+    lines = re.findall(r"^ *\d+:\d\d  ([a-z-]+): (\w+), round (\d+) of \d+", output, re.MULTILINE)
+    rounds = [(entry["job"], entry["stage"], str(entry["round"])) for entry in report["devices"][0]["history"]]
+    assert lines == rounds[-len(lines) :]
+    assert len(lines) >= 4  # what is left after the interruption, each once
 
 
 def test_a_fleet_trains_a_vision_transformer_on_pictures(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     add_job_options(parser, jobs="all three", max_depth=4)
-    parser.set_defaults(run=_run, learning_rate=2e-3, sal_start=2, sal_threshold=0.05)
+    parser.set_defaults(run=_run)
 
 
 _OWN = {"run", "command", "out", "json", "broker"}

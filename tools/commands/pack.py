@@ -47,6 +47,7 @@ def register(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from fleetune.edge.protocol.errors import AssetError
     from fleetune.tools.assets import ASSETS, fetch
     from fleetune.tools.pack.require import require_pack_extra
 
@@ -54,6 +55,12 @@ def _run(args: argparse.Namespace) -> int:
     if args.backbone in ASSETS:
         asset = ASSETS[args.backbone]
         source, name, licence, origin = fetch(asset.name), asset.name, asset.licence, str(asset.carrier)
+    elif not Path(args.backbone).is_dir():
+        backbones = ", ".join(name for name, asset in ASSETS.items() if asset.kind == "backbone")
+        raise AssetError(
+            f"BACKBONE: {args.backbone!r} is neither a folder nor an asset",
+            f"name a folder in Hugging Face format, or one of {backbones}",
+        )
     else:
         source, licence, origin = Path(args.backbone), args.licence, args.backbone
         name = source.name

@@ -41,7 +41,7 @@ def register(subparsers: Any) -> None:
 
 
 def add_job_options(parser: argparse.ArgumentParser, *, jobs: str = "fedms", max_depth: int | None = None) -> None:
-    """What is trained, and how; `fleetune demo` has the same options with defaults of its own.
+    """What is trained, and how; `fleetune demo` has the same options, and other jobs and depths to begin with.
 
     Args:
         parser: Gets the options.
@@ -63,7 +63,7 @@ def add_job_options(parser: argparse.ArgumentParser, *, jobs: str = "fedms", max
     )
     group.add_argument("--epochs", type=int, default=1, metavar="N", help="local epochs a round (default: %(default)s)")
     group.add_argument("--batch", type=int, default=16, metavar="N", help="samples a step (default: %(default)s)")
-    group.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="of Adam (default: %(default)s)")
+    group.add_argument("--learning-rate", type=float, default=2e-3, metavar="X", help="of Adam (default: %(default)s)")
     group.add_argument("--weight-decay", type=float, default=0.01, metavar="X", help="of Adam (default: %(default)s)")
     group.add_argument(
         "--max-depth",
@@ -72,7 +72,7 @@ def add_job_options(parser: argparse.ArgumentParser, *, jobs: str = "fedms", max
         metavar="N",
         help=f"deepest that any device may train (default: {max_depth or 'all blocks'})",
     )
-    group.add_argument("--sal-start", type=int, default=1, metavar="N", help="SAL: first depth (default: %(default)s)")
+    group.add_argument("--sal-start", type=int, default=2, metavar="N", help="SAL: first depth (default: %(default)s)")
     group.add_argument("--sal-step", type=int, default=1, metavar="N", help="SAL: blocks added (default: %(default)s)")
     group.add_argument(
         "--sal-window", type=int, default=2, metavar="N", help="SAL: results in the queue (default: %(default)s)"
@@ -80,7 +80,7 @@ def add_job_options(parser: argparse.ArgumentParser, *, jobs: str = "fedms", max
     group.add_argument(
         "--sal-threshold",
         type=float,
-        default=0.01,
+        default=0.05,
         metavar="X",
         help="SAL: gain below which it deepens (default: %(default)s)",
     )

@@ -95,13 +95,15 @@ class RunFolder:
         if self.options.exists():
             earlier = self._earlier()
             changed = sorted(name for name in earlier.keys() | options.keys() if earlier.get(name) != options.get(name))
-            if changed:
+            begun = self.pack.exists() or earlier.keys() != options.keys()  # before the pack, nothing depends on them
+            if changed and begun:
                 raise RunFolderError(
                     f"{self.path} holds an interrupted run with another {', '.join(changed)}",
                     "start it with the same options to go on, or name another folder with --out",
                 )
-            return True
-        if self.path.exists() and any(self.path.iterdir()):
+            if not changed:
+                return True
+        elif self.path.exists() and any(self.path.iterdir()):
             raise RunFolderError(f"{self.path} is not empty and holds no run", "name another folder with --out")
         write_atomic(self.options, json.dumps(options, indent=1).encode())
         return False

@@ -15,6 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from fleetune.tools.demo.report import training_rounds
+
 Device = Mapping[str, Any]
 Series = dict[int, float]
 
@@ -212,7 +214,7 @@ def cpu(report: Mapping[str, Any]) -> str:
         broken = False
         panels = _panels(figure, devices, share_y=False)
         for axes, device in zip(panels, devices, strict=True):
-            budget, rounds = device["budget_cpu_s"], training_rounds(device)
+            budget, rounds = device["budget_cpu_s"], training_rounds(device["history"])
             seconds = [entry["cpu_s"] for entry in rounds]
             over = _over(seconds, [budget] * len(seconds))
             broken |= any(over)
@@ -244,13 +246,13 @@ def depth(report: Mapping[str, Any]) -> str:
     devices = report["devices"]
     schedule: dict[int, int] = {}
     for device in devices:
-        for entry in training_rounds(device):
+        for entry in training_rounds(device["history"]):
             schedule[entry["round"]] = max(entry["depth"], schedule.get(entry["round"], 0))
 
     def draw(figure: Figure) -> None:
         panels = _panels(figure, devices, share_y=True)
         for axes, device in zip(panels, devices, strict=True):
-            rounds = training_rounds(device)
+            rounds = training_rounds(device["history"])
             numbers, depths = [entry["round"] for entry in rounds], [entry["depth"] for entry in rounds]
             _steps(axes, list(schedule), list(schedule.values()), **_SCHEDULE)
             _steps(axes, numbers, depths, color=COLOURS["measured"], fill=True, alpha=0.16, linewidth=0)
@@ -273,13 +275,6 @@ def depth(report: Mapping[str, Any]) -> str:
 
     texts = [f"{d['id']}: {', '.join(map(str, d['blocks_active']))} of {d['blocks_total']} blocks" for d in devices]
     return _render("depth", "Active depth by rounds of FedMS", texts, _rows(devices) * 195 + 62, draw)
-
-
-def training_rounds(device: Device) -> list[Mapping[str, Any]]:
-    """The rounds of FedMS in which the device trained."""
-    return [
-        entry for entry in device["history"] if entry["job"] == "fedms" and entry["stage"] in ("global", "personal")
-    ]
 
 
 def _over(values: Sequence[float], budgets: Sequence[float]) -> list[bool]:

@@ -13,6 +13,7 @@ from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.messages import Announcement, UpdateManifest
 from fleetune.profiles.fleet import Fleet, FleetDevice
 from fleetune.server.journal import FILE, Accepted, Announced, read_records
+from fleetune.server.strategies.base import trains
 
 ACCURACIES = ("frozen_head", "standalone", "global_expert", "local_expert", "mixture")
 """What is compared, from the least to the most."""
@@ -93,6 +94,11 @@ def build_report(journal: Path, fleet: Fleet, pack: Pack, data: Mapping[str, Any
 Entry = dict[str, Any]
 
 
+def training_rounds(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The entries of a device's history in which it trained for FedMS."""
+    return [entry for entry in history if entry["job"] == "fedms" and trains(entry["stage"])]
+
+
 def _history(journal: Path) -> dict[str, list[Entry]]:
     """Device → its rounds in order."""
     announced: dict[tuple[str, int], Announcement] = {}
@@ -110,9 +116,9 @@ def _history(journal: Path) -> dict[str, list[Entry]]:
 
 
 def _device(device: FleetDevice, history: Sequence[Entry], pack: Pack) -> dict[str, Any]:
-    fedms = [entry for entry in history if entry["job"] == "fedms"]
-    training = [entry for entry in fedms if entry["stage"] in ("global", "personal")]
-    plan = {name.removeprefix("plan_"): value for name, value in fedms[0].items() if name.startswith("plan_")}
+    training = training_rounds(history)
+    first = next(entry for entry in history if entry["job"] == "fedms")
+    plan = {name.removeprefix("plan_"): value for name, value in first.items() if name.startswith("plan_")}
     last = {entry["job"]: entry for entry in history}
     accuracy = {name: last[job]["test"] for name, job in _BASELINES.items() if job in last}
     accuracy |= {name: last["fedms"][metric] for name, metric in _EXPERTS.items()}
@@ -130,7 +136,7 @@ def _device(device: FleetDevice, history: Sequence[Entry], pack: Pack) -> dict[s
         "stopped_early": sum(entry["stopped_early"] for entry in history),
         "bytes_up": history[-1]["bytes_up"],
         "bytes_down": history[-1]["bytes_down"],
-        "samples": fedms[0]["samples"],
+        "samples": first["samples"],
         "accuracy": accuracy,
         "gate_local": last["fedms"]["gate_local"],
         "history": [

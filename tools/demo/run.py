@@ -26,9 +26,6 @@ from fleetune.tools.demo.report import RunFacts, build_report
 from fleetune.tools.demo.task import Task
 from fleetune.tools.demo.watch import Watch
 
-_LINE_EVERY = 10.0
-"""Seconds between two lines of progress where there is no terminal."""
-
 
 @dataclass(frozen=True)
 class DemoOptions:
@@ -60,18 +57,23 @@ def run_demo(folder: RunFolder, options: DemoOptions, console: Console) -> dict[
         FleetuneError: Something is missing or failed; what was done so far stays in the folder.
     """
     start = time.monotonic()
-    if folder.claim(options.record):
-        console.print(f"{folder.path}: goes on with an interrupted run")
+    again = folder.claim(options.record)
+    console.print(f"{folder.path}: goes on with an interrupted run" if again else f"{folder.path}: a new run")
     with console.status("starts") as status:
-        if not console.is_terminal:
-            console.print("packs the backbone, splits the data, measures this machine")
+
+        def say(what: str) -> None:
+            if console.is_terminal:
+                status.update(what)
+            else:
+                _print_line(console, start, what)
+
         pack = prepare(
             folder,
             options.task,
             max_depth=options.max_depth,
             epochs=options.epochs,
             batch=options.batch,
-            say=status.update,
+            say=say,
         )
     fleet = read_fleet(folder.fleet)
     before = pack.weights_sha256()
@@ -79,7 +81,7 @@ def run_demo(folder: RunFolder, options: DemoOptions, console: Console) -> dict[
         address = options.broker or _start_broker(folder, running)
         with Watch(address, fleet) as watch:
             _start_fleet(folder, options, fleet, address, running)
-            _follow(watch, running, console)
+            _follow(watch, running, console, start)
         running.stop([device.id for device in fleet.devices])
     facts = RunFacts(
         seconds=time.monotonic() - start,
@@ -116,18 +118,22 @@ def _start_fleet(
         running.start(device.id, folder.log(device.id), [*agent, "--threads", "1", "--costs", str(folder.costs)])
 
 
-def _follow(watch: Watch, running: Processes, console: Console) -> None:
-    """Show the fleet until the aggregator is done."""
-    last, said = 0.0, ""
+def _follow(watch: Watch, running: Processes, console: Console, start: float) -> None:
+    """Show the fleet until the aggregator is done: a live table, or a line for each round without a terminal."""
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while not running.ended("aggregator"):
             running.check()
-            watch.update(timeout=0.5)
+            rounds = watch.update(timeout=0.5)
             if console.is_terminal:
                 live.update(watch.render(), refresh=True)
-            elif time.monotonic() - last > _LINE_EVERY and (line := watch.line()) != said:
-                last, said = time.monotonic(), line
-                console.print(line)
+            else:
+                for line in rounds:
+                    _print_line(console, start, line)
+
+
+def _print_line(console: Console, start: float, line: str) -> None:
+    minutes, seconds = divmod(int(time.monotonic() - start), 60)
+    console.print(f"{minutes:2d}:{seconds:02d}  {line}", highlight=False)
 
 
 def print_summary(report: dict[str, Any], folder: RunFolder, console: Console) -> None:
@@ -143,7 +149,7 @@ def print_summary(report: dict[str, Any], folder: RunFolder, console: Console) -
         budgets.add_row(
             device["id"],
             f"{max(device['blocks_active'])} of {device['blocks_total']}",
-            device["plan"]["bound_by"],
+            "schedule" if max(device["blocks_active"]) < device["plan"]["depth"] else device["plan"]["bound_by"],
             f"{device['peak_mib']:.0f} / {device['budget_mib']:.0f}",
             f"{max(device['cpu_s']):.1f} / {device['budget_cpu_s']:.1f}",
         )

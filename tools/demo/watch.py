@@ -28,6 +28,7 @@ class Watch:
         self._fleet = fleet
         self._topics = Topics(fleet.name)
         self._presence: dict[str, Presence] = {}
+        self._begun: tuple[object, ...] = ()
         topics = [self._topics.presence("+"), self._topics.aggregator_presence]
         nobody = Presence(name="watch", state="offline", boot=0, kit="")
         will = (self._topics.down("watch", "gone"), nobody.name.encode())
@@ -40,8 +41,9 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._link.close()
 
-    def update(self, timeout: float) -> None:
-        """Take what arrives within ``timeout`` seconds."""
+    def update(self, timeout: float) -> list[str]:
+        """Take what arrives within ``timeout`` seconds; returns a line for each round that began."""
+        lines = []
         for event in self._link.events(timeout):
             if isinstance(event, Received):
                 try:
@@ -49,16 +51,24 @@ class Watch:
                 except MessageError:
                     continue  # somebody else's retained message: nothing to show
                 self._presence[presence.name] = presence
+                begun = tuple(presence.facts.get(name) for name in ("job", "stage", "round"))
+                if presence.name == "aggregator" and begun not in (self._begun, (None, None, None)):
+                    self._begun = begun
+                    lines.append(self._round())
+        return lines
 
     def line(self) -> str:
         """What the fleet does now, in one line."""
         aggregator = self._presence.get("aggregator")
         if aggregator is None or "job" not in aggregator.facts:
-            return aggregator.detail if aggregator else "starts"
-        facts = aggregator.facts
+            return aggregator.detail if aggregator else "waits for the aggregator"
+        return f"{self._round()}, {aggregator.facts['updates']} of {len(self._fleet.devices)} updates"
+
+    def _round(self) -> str:
+        facts = self._presence["aggregator"].facts
         return (
-            f"{facts['job']}: {facts['stage']}, {facts['round']} of {facts['rounds']} rounds, "
-            f"depth {facts['depth']} asked for, {facts['updates']} of {len(self._fleet.devices)} updates"
+            f"{facts['job']}: {facts['stage']}, round {facts['round']} of {facts['rounds']}, SAL allows "
+            f"depth {facts['depth']}"
         )
 
     def render(self) -> Group:

@@ -76,6 +76,7 @@ def write_pack(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         folder = Path(scratch) / out.name
         folder.mkdir()
+        text, image = _inputs(checkpoint, folder, max_length)
         on_step("quantise the weights")
         code = _write_weights(checkpoint, folder / WEIGHTS_FILE)
         on_step("compile the graphs")
@@ -83,7 +84,6 @@ def write_pack(
         graphs |= outer_graphs(checkpoint.architecture, checkpoint.geometry, checkpoint.outer)
         for stem, model in graphs.items():
             (folder / f"{stem}.onnx").write_bytes(model.SerializeToString(deterministic=True))
-        text, image = _inputs(checkpoint, folder, max_length)
         geometry = checkpoint.geometry
         sizes = {target: checkpoint.blocks[0][f"{target}.weight"].shape for target in targets}
         manifest = Manifest(
