@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -22,7 +23,6 @@ from fleetune.edge.protocol.messages import (
     Ack,
     Announcement,
     Frozen,
-    Missing,
     Need,
     Payload,
     Presence,
@@ -32,18 +32,17 @@ from fleetune.edge.protocol.messages import (
     open_envelope,
     seal,
 )
-from fleetune.edge.protocol.topics import Topics, chunk_index
+from fleetune.edge.protocol.topics import Topics, read_number
 from fleetune.server.aggregate import PartialSum
 from fleetune.server.job import Job
-from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal, Started
+from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal
 from fleetune.server.registry import Registry
+from fleetune.server.run import identify
 from fleetune.server.strategies import STRATEGIES
 from fleetune.server.strategies.base import ClosedRound, Metrics, NextRound, trains
+from fleetune.server.uploads import Uploads
 
 log = logging.getLogger(__name__)
-
-_REPAIR_AFTER = 1.0
-"""Seconds without a new chunk of an update after which the missing ones are asked for."""
 
 _BROADCAST_EXPIRY = 600
 """Seconds that the broker keeps a chunk for a device that is not connected."""
@@ -76,15 +75,6 @@ class AggregatorConfig:
 
 
 @dataclass
-class _Upload:
-    """An update that is being put together."""
-
-    manifest: UpdateManifest
-    assembly: chunks.Assembly
-    last: float
-
-
-@dataclass
 class _Open:
     """The round that is open."""
 
@@ -108,15 +98,13 @@ class Aggregator:
         self._config = config
         self._topics = Topics(config.fleet)
         self._journal = Journal(config.state)
-        self._run = self._journal.started or Started(secrets.token_hex(6), config.fleet, config.jobs)
-        if changed := _differences(self._run, Started(self._run.run, config.fleet, config.jobs)):
+        try:
+            self._run = identify(self._journal.started, config.state, config.fleet, config.jobs)
+        except RunFolderError:
             self._journal.close()
-            raise RunFolderError(
-                f"{config.state} holds a run with other options: {'; '.join(changed)}",
-                "start it with the same options to go on, or name another folder with --state for a new run",
-            )
+            raise
         self._registry = Registry(config.devices)
-        self._uploads: dict[tuple[str, str], _Upload] = {}
+        self._uploads = Uploads()
         self._globals: dict[str, NDArray[np.float32]] = {}
         self._closed: list[ClosedRound] = []
         self._open: _Open | None = None
@@ -128,8 +116,7 @@ class Aggregator:
             f"{config.fleet}-aggregator",
             subscriptions=[
                 self._topics.presence("+"),
-                self._topics.upload_manifest("+", "+"),
-                self._topics.upload_chunk("+", "+", "+"),
+                self._topics.upload_chunk("+", "+", "+"),  # and manifests: of two filters that fit, each gets a copy
                 self._topics.need("+"),
             ],
             will=(self._topics.aggregator_presence, encode(self._presence("offline", "the connection broke"))),
@@ -325,15 +312,8 @@ class Aggregator:
                 self._send_announcement(self._open.announcement)
             elif isinstance(event, Received):
                 self._receive(event, job)
-        for upload in self._uploads.values():
-            if time.monotonic() - upload.last > _REPAIR_AFTER:
-                self._ask_for_missing(upload)
-
-    def _ask_for_missing(self, upload: _Upload) -> None:
-        upload.last = time.monotonic()
-        bitmap = chunks.pack_bitmap(upload.assembly.missing, upload.assembly.payload.chunks)
-        missing = Missing(update=upload.manifest.update, bitmap=bitmap)
-        self._link.publish(self._topics.down(upload.manifest.device, "missing"), encode(missing))
+        for device, missing in self._uploads.overdue():
+            self._link.publish(self._topics.down(device, "missing"), encode(missing))
 
     def _receive_presence(self, levels: tuple[str, ...], event: Received) -> None:
         presence = decode(event.payload, Presence)
@@ -349,15 +329,24 @@ class Aggregator:
             elif levels[:1] == ("up",) and levels[2:] == ("need",):
                 self._repair(decode(event.payload, Need))
             elif levels[:1] == ("up",) and len(levels) == 4 and job is not None:
-                if levels[3] == "m":
-                    self._receive_manifest(levels[1], levels[2], event.payload, job)
-                else:
-                    self._receive_chunk(levels[1], levels[2], levels[3], event.payload, job)
+                device, update, last = levels[1:]
+                if last == "m":
+                    with self._refusing(device, update):
+                        self._receive_manifest(device, update, event.payload, job)
+                elif (index := read_number(last)) is not None:
+                    self._receive_chunk(device, update, index, event.payload, job)
         except MessageError as error:
             log.warning("%s: %s (%s)", event.topic, error, error.reason)
-            if levels[:1] == ("up",) and len(levels) == 4:
-                self._uploads.pop((levels[1], levels[2]), None)
-                self._answer(levels[1], levels[2], error.reason)
+
+    @contextmanager
+    def _refusing(self, device: str, update: str) -> Iterator[None]:
+        """Tell a device why its update is refused; it then lets go of it."""
+        try:
+            yield
+        except MessageError as error:
+            self._uploads.drop(device, update)
+            self._answer(device, update, error.reason)
+            raise
 
     def _answer(self, device: str, update: str, reason: str = "") -> None:
         self._link.publish(
@@ -384,8 +373,8 @@ class Aggregator:
             raise MessageError("the update has no samples", "train on at least one", reason="no-samples")
         if manifest.payload is None:
             self._accept(manifest, b"")
-        elif (device, update) not in self._uploads:
-            self._uploads[device, update] = _Upload(manifest, chunks.Assembly(manifest.payload), time.monotonic())
+        else:
+            self._uploads.begin(manifest)
 
     def _is_journaled(self, manifest: UpdateManifest) -> bool:
         return any(
@@ -394,17 +383,11 @@ class Aggregator:
             for record in self._journal.records
         )
 
-    def _receive_chunk(self, device: str, update: str, index: str, data: bytes, job: Job) -> None:
-        upload, which = self._uploads.get((device, update)), chunk_index(index)
-        if upload is None or which is None:
-            return  # a copy of a chunk that is here already, or one whose manifest was refused
-        upload.assembly.add(which, data)
-        upload.last = time.monotonic()
-        if not upload.assembly.missing:
-            whole = upload.assembly.finish()
-            self._check_tensors(upload.manifest, whole, job)
-            self._accept(upload.manifest, whole)
-            del self._uploads[device, update]
+    def _receive_chunk(self, device: str, update: str, index: int, data: bytes, job: Job) -> None:
+        if (complete := self._uploads.add(device, update, index, data)) is not None:
+            with self._refusing(device, update):
+                self._check_tensors(*complete, job)
+                self._accept(*complete)
 
     def _check_tensors(self, manifest: UpdateManifest, data: bytes, job: Job) -> None:
         assert manifest.payload is not None
@@ -480,32 +463,6 @@ class Aggregator:
         assert self._open is not None
         done, members = len(self._open.accepted), len(self._registry.members())
         self._publish("working", f"collects updates: {done} of {members}")
-
-
-def _differences(earlier: Started, now: Started) -> list[str]:
-    """What the operator asks for otherwise than when the run began."""
-    if earlier.fleet != now.fleet:
-        return [f"fleet {earlier.fleet} (now {now.fleet})"]
-    names = [", ".join(job.id for job in started.jobs) for started in (earlier, now)]
-    if names[0] != names[1]:
-        return [f"jobs {names[0]} (now {names[1]})"]
-    found = []
-    for old, new in zip(earlier.jobs, now.jobs, strict=True):
-        if old != new:
-            before, after = _flat(old), _flat(new)
-            changed = [name for name in before if before[name] != after[name]]
-            words = [f"{name} {before[name]} (now {after[name]})" for name in changed]
-            found.append(f"{old.id}: {', '.join(words) or 'the pack has adapters of other shapes'}")
-    return found
-
-
-def _flat(job: Job) -> dict[str, Any]:
-    """A job's fields by the names that an operator knows; the shapes follow from those and the pack."""
-    fields = msgspec.to_builtins(job)
-    del fields["shapes"]
-    rounds = {f"{stage} rounds": number for stage, number in fields.pop("rounds").items()}
-    schedule = {f"SAL's {name}": value for name, value in fields.pop("schedule").items()}
-    return {**rounds, **fields.pop("settings"), **schedule, **fields}
 
 
 def _in_words(metrics: Metrics) -> str:

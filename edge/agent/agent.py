@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from fleetune.edge.agent.broadcasts import Broadcasts
 from fleetune.edge.agent.state import State
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.cache import PrefixCache
@@ -27,7 +28,6 @@ from fleetune.edge.protocol.messages import (
     Ack,
     Announcement,
     Missing,
-    Need,
     Payload,
     Presence,
     UpdateManifest,
@@ -36,16 +36,13 @@ from fleetune.edge.protocol.messages import (
     open_envelope,
     seal,
 )
-from fleetune.edge.protocol.topics import Topics, check_name, chunk_index
+from fleetune.edge.protocol.topics import Topics, check_name, read_number
 from fleetune.edge.resources.costs import Costs, measure
 from fleetune.edge.resources.guard import Guard
 from fleetune.edge.resources.planner import Budget, Plan, Workload, choose
 from fleetune.edge.resources.process import cpu_seconds, machine_memory_mib, peak_mib, return_free_memory
 
 log = logging.getLogger(__name__)
-
-_REPAIR_AFTER = 1.0
-"""Seconds without a new chunk after which the missing ones are asked for."""
 
 _RESEND_AFTER = 5.0
 """Seconds without an answer after which an update is announced again."""
@@ -80,23 +77,6 @@ class AgentConfig:
     threads: int = 0
     codec: str = "f16"
     costs: Costs | None = None
-
-
-@dataclass
-class _Download:
-    """A broadcast that is being put together."""
-
-    version: int
-    assembly: chunks.Assembly
-    last: float
-
-
-@dataclass
-class _Wanted:
-    """A round that was announced, and the broadcasts that it still waits for."""
-
-    announced: Announcement
-    downloads: list[_Download]
 
 
 @dataclass(frozen=True)
@@ -138,7 +118,7 @@ class Agent:
         self._state.save_counters()
         self._earlier = (counters.bytes_up, counters.bytes_down)
         self._backbone = Backbone(self._pack, config.threads)
-        self._wanted: dict[str, _Wanted] = {}  # by job: the broker may keep one that nobody leads any more
+        self._broadcasts = Broadcasts(self._state)
         self._part: _Part | None = None
         self._sent: dict[str, float] = {}
         self._facts: Metrics = {}
@@ -173,7 +153,8 @@ class Agent:
                         self._sent.clear()
                     elif isinstance(event, Received):
                         self._receive(event)
-                self._repair()
+                for need in self._broadcasts.overdue():
+                    self._link.publish(self._topics.need(self._config.device), encode(need))
                 self._send_outbox()
                 self._work()
         except FleetuneError as error:
@@ -233,7 +214,9 @@ class Agent:
             if levels[:1] == ("g",) and levels[2:] == ("current",):
                 self._receive_announcement(levels[1], event.payload)
             elif levels[:1] == ("g",) and len(levels) == 4:
-                self._receive_chunk(levels[1], levels[2], levels[3], event.payload)
+                version, index = read_number(levels[2]), read_number(levels[3])
+                if version is not None and index is not None:
+                    self._broadcasts.add(levels[1], version, index, event.payload)
             elif levels[:1] == ("dn",) and levels[2:] == ("ack",):
                 self._receive_ack(decode(event.payload, Ack))
             elif levels[:1] == ("dn",) and levels[2:] == ("missing",):
@@ -245,7 +228,7 @@ class Agent:
         announced = open_envelope(raw, Announcement)
         if announced.job != job or announced.fleet != self._config.fleet:
             raise MessageError("the announcement belongs to another topic", "ignore it", reason="wrong-topic")
-        self._wanted.pop(job, None)
+        self._broadcasts.forget(job)
         if announced.stage == "finished":
             return
         if announced.expires < time.time():
@@ -260,44 +243,14 @@ class Agent:
             return
         if announced.version <= self._state.answered(announced.run, job):
             return
-        payloads = [(announced.version, announced.payload)]
-        if announced.frozen:
-            payloads.append((announced.frozen.version, announced.frozen.payload))
-        downloads = [
-            _Download(number, chunks.Assembly(payload), time.monotonic())
-            for number, payload in payloads
-            if payload is not None and self._state.payload(payload) is None
-        ]
-        self._wanted[job] = _Wanted(announced, downloads)
-
-    def _receive_chunk(self, job: str, number: str, index: str, data: bytes) -> None:
-        which = chunk_index(index)
-        downloads = self._wanted[job].downloads if job in self._wanted else []
-        for download in downloads:
-            if number == str(download.version) and which is not None:
-                download.assembly.add(which, data)
-                download.last = time.monotonic()
-                if not download.assembly.missing:
-                    self._state.save_payload(download.assembly.payload, download.assembly.finish())
-                    downloads.remove(download)
-                return
-
-    def _repair(self) -> None:
-        for job, wanted in self._wanted.items():
-            for download in wanted.downloads:
-                if time.monotonic() - download.last > _REPAIR_AFTER:
-                    download.last = time.monotonic()
-                    bitmap = chunks.pack_bitmap(download.assembly.missing, download.assembly.payload.chunks)
-                    need = Need(job=job, version=download.version, bitmap=bitmap)
-                    self._link.publish(self._topics.need(self._config.device), encode(need))
+        self._broadcasts.want(announced)
 
     # --- a round ------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        job = next((job for job, wanted in self._wanted.items() if not wanted.downloads), None)
-        if job is None:
+        announced = self._broadcasts.take()
+        if announced is None:
             return
-        announced = self._wanted.pop(job).announced
         return_free_memory()
         start, cpu = time.monotonic(), cpu_seconds()
         self._facts |= {"job": announced.job, "stage": announced.stage, "round": announced.round, "progress": 0.0}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
 
 from fleetune.edge.protocol.errors import MessageError
 from fleetune.edge.protocol.messages import MAX_CHUNK, MAX_PAYLOAD, Payload
+
+_REPAIR_AFTER = 1.0
+"""Seconds without a new chunk after which the missing ones are asked for."""
 
 MAX_CHUNKS = 1 << 16
 """Most chunks of a payload: their bitmap fits a message."""
@@ -64,11 +68,24 @@ class Assembly:
         self.payload = payload
         self._data = bytearray(payload.size)
         self._missing = set(range(payload.chunks))
+        self._last = time.monotonic()
 
     @property
     def missing(self) -> list[int]:
         """Numbers of the chunks that did not arrive yet."""
         return sorted(self._missing)
+
+    def missing_bitmap(self) -> bytes:
+        """The same as a bitmap."""
+        return pack_bitmap(self.missing, self.payload.chunks)
+
+    def overdue(self) -> bool:
+        """Whether no chunk came for a while and the missing ones are to be asked for; the time then starts anew."""
+        now = time.monotonic()
+        if now - self._last < _REPAIR_AFTER:
+            return False
+        self._last = now
+        return True
 
     def add(self, index: int, data: bytes) -> None:
         """Take one chunk; a second copy changes nothing.
@@ -81,6 +98,7 @@ class Assembly:
             raise MessageError(
                 f"chunk {index} of {len(data)} bytes does not fit the manifest", "send it again", reason="wrong-chunk"
             )
+        self._last = time.monotonic()
         if index in self._missing:
             self._data[start : start + len(data)] = data
             self._missing.remove(index)

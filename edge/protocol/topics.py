@@ -9,7 +9,7 @@ from fleetune.edge.protocol.errors import ConfigError
 from fleetune.edge.protocol.messages import NAME
 
 PROTOCOL = 1
-_INDEX = re.compile(r"[0-9]{1,6}")
+_NUMBER = re.compile(r"[0-9]{1,6}")
 
 
 def check_name(kind: str, name: str) -> str:
@@ -26,9 +26,9 @@ def check_name(kind: str, name: str) -> str:
     return name
 
 
-def chunk_index(level: str) -> int | None:
-    """The number of a chunk from its topic level, or None if it is none."""
-    return int(level) if _INDEX.fullmatch(level) else None
+def read_number(level: str) -> int | None:
+    """A version or the number of a chunk from its topic level, or None if it is none."""
+    return int(level) if _NUMBER.fullmatch(level) else None
 
 
 @dataclass(frozen=True)

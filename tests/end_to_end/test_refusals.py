@@ -1,0 +1,158 @@
+"""What the aggregator refuses from the network, and that it goes on afterwards: a device made of nothing but a link."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from fleetune.edge.protocol import chunks
+from fleetune.edge.protocol.codec import encode_tensors
+from fleetune.edge.protocol.link import BrokerAddress, Link, Received
+from fleetune.edge.protocol.messages import (
+    Ack,
+    Announcement,
+    Payload,
+    Presence,
+    UpdateManifest,
+    decode,
+    encode,
+    open_envelope,
+    seal,
+)
+from fleetune.edge.protocol.topics import Topics
+from fleetune.server.journal import Accepted
+
+TOPICS = Topics("lab")
+ROUNDS = ("--global-rounds", "1", "--personal-rounds", "1")
+
+
+class HandMade:
+    """A device that sends what it is told to."""
+
+    def __init__(self, broker: str, name: str) -> None:
+        self.name = name
+        self.heard: list[Received] = []
+        here, gone = (encode(Presence(name=name, state=state, boot=1, kit="")) for state in ("online", "offline"))
+        self.link = Link(
+            BrokerAddress.parse(broker),
+            name,
+            subscriptions=[TOPICS.current("+"), TOPICS.down(name, "ack")],
+            will=(TOPICS.presence(name), gone),
+        )
+        self.link.connect()
+        self.link.publish(TOPICS.presence(name), here, retain=True)
+
+    def hear(self, suffix: str) -> bytes:
+        """The next message of a topic; the others wait."""
+        for _ in range(60):
+            for event in self.heard:
+                if event.topic.endswith(suffix):
+                    self.heard.remove(event)
+                    return event.payload
+            self.heard += [event for event in self.link.events(1.0) if isinstance(event, Received)]
+        raise AssertionError(f"nothing came on {suffix}")
+
+    def answer(self, announced: Announcement, tensors: dict[str, Any] | None = None) -> UpdateManifest:
+        """A good answer to a round."""
+        return UpdateManifest(
+            fleet="lab", device=self.name, update=f"u-{announced.version}", run=announced.run, job=announced.job,
+            version=announced.version, backbone=announced.backbone, samples=3, metrics={"depth": 1},
+            payload=chunks.describe(encode_tensors(tensors, "f16"), "f16") if tensors else None,
+        )  # fmt: skip
+
+    def send(self, manifest: UpdateManifest, data: bytes = b"", *, update: str = "") -> Ack:
+        """Send an update and return the answer."""
+        update = update or manifest.update
+        self.link.publish(TOPICS.upload_manifest(self.name, update), seal(manifest))
+        if manifest.payload and data:
+            self.link.publish_many(
+                (TOPICS.upload_chunk(self.name, update, i), chunks.chunk(data, manifest.payload, i))
+                for i in range(manifest.payload.chunks)
+            )
+        return decode(self.hear("/ack"), Ack)
+
+
+@contextmanager
+def hand_made(broker: str, name: str) -> Iterator[HandMade]:
+    device = HandMade(broker, name)
+    try:
+        yield device
+    finally:
+        device.link.close()
+
+
+def refusal(ack: Ack) -> str:
+    assert not ack.accepted
+    return ack.reason
+
+
+def test_what_does_not_belong_to_the_round_is_refused_for_a_reason(make_fleet: Any, any_broker: str) -> None:
+    fleet = make_fleet(any_broker)
+    fleet.write({"small": ("1GiB", 100.0)})
+    serve = fleet.serve(*ROUNDS)
+    with hand_made(any_broker, "small") as device, hand_made(any_broker, "stranger") as stranger:
+        prepare = open_envelope(device.hear("/current"), Announcement)
+        good = device.answer(prepare)
+        for changes, reason in (
+            ({"run": "another"}, "wrong-run"),
+            ({"version": 7}, "stale-round"),
+            ({"job": "standalone"}, "stale-round"),
+            ({"backbone": "ab" * 32}, "wrong-backbone"),
+            ({"samples": 0}, "no-samples"),
+            ({"fleet": "elsewhere"}, "wrong-topic"),
+            ({"payload": Payload("f16", "ab" * 32, 1 << 40, 65536)}, "payload-too-large"),
+        ):
+            assert refusal(device.send(msgspec.structs.replace(good, **changes))) == reason, serve.output
+        assert refusal(device.send(good, update="u-9")) == "wrong-topic"
+        assert refusal(stranger.send(stranger.answer(prepare))) == "unknown-device"
+        assert device.send(good).accepted
+        assert device.send(good).accepted  # a second time: it is there already
+        trains = open_envelope(device.hear("/current"), Announcement)
+        for tensors, reason in (
+            ({"head.bias": np.zeros(3)}, "unexpected-tensor"),
+            ({"gate.A": np.zeros((32, 8))}, "unexpected-tensor"),
+            ({"backbone.tokens": np.zeros(2)}, "unexpected-tensor"),
+            ({"head.bias": np.array([0.0, np.nan])}, "not-finite"),
+        ):
+            bad = msgspec.structs.replace(device.answer(trains, tensors), update="bad")
+            assert refusal(device.send(bad, encode_tensors(tensors, "f16"))) == reason
+        tensors = {"head.bias": np.array([0.5, -0.5])}
+        assert device.send(device.answer(trains, tensors), encode_tensors(tensors, "f16")).accepted
+        assert serve.process.poll() is None, serve.output
+    accepted = [record.manifest for record in fleet.records() if isinstance(record, Accepted)]
+    assert [(manifest.device, manifest.version) for manifest in accepted] == [("small", 0), ("small", 1)]
+    assert "Traceback" not in serve.output
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b"\xff" * 100, b"[" * 60_000, b"x" * 66_000],
+    ids=["empty", "cut off", "binary", "nested", "large"],
+)
+def test_garbage_on_every_topic_stops_nobody(make_fleet: Any, embedded: str, raw: bytes) -> None:
+    fleet = make_fleet(embedded)
+    fleet.write({"small": ("1GiB", 100.0)})
+    serve = fleet.serve(*ROUNDS)
+    agent = fleet.agent("small")
+    with hand_made(embedded, "stranger") as stranger:
+        stranger.hear("/current")
+        for topic in (
+            *(
+                TOPICS.presence("small"),
+                TOPICS.presence("x"),
+                TOPICS.need("small"),
+                TOPICS.upload_manifest("small", "u"),
+            ),
+            *(TOPICS.upload_chunk("small", "u", 0), TOPICS.upload_chunk("small", "u", "x"), TOPICS.current("other")),
+            *(TOPICS.broadcast_chunk("fedms", 1, 0), TOPICS.broadcast_chunk("fedms", "x", "y")),
+            *(TOPICS.down("small", "ack"), TOPICS.down("small", "missing"), TOPICS.down("small", "dance")),
+        ):
+            stranger.link.publish(topic, raw)
+    assert serve.wait() == 0, serve.output
+    assert agent.process.poll() is None, agent.output
+    assert "Traceback" not in serve.output + agent.output
