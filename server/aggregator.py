@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import numpy as np
@@ -26,6 +25,7 @@ from fleetune.edge.protocol.messages import (
     Need,
     Payload,
     Presence,
+    PresenceState,
     UpdateManifest,
     decode,
     encode,
@@ -46,6 +46,15 @@ log = logging.getLogger(__name__)
 
 _BROADCAST_EXPIRY = 600
 """Seconds that the broker keeps a chunk for a device that is not connected."""
+
+_CLAIM_AFTER = 0.5
+"""Seconds in which the broker shows whether another aggregator is there."""
+
+_RIVAL_PATIENCE = 60.0
+"""Seconds after which a broker has noticed that a client is gone; the keep-alive is 30."""
+
+_SPEAK_EVERY = 60.0
+"""Seconds between two words on what a round waits for."""
 
 _ANNOUNCEMENT_EXPIRY = 24 * 3600
 """Seconds that an announcement counts, from the last time that it was sent."""
@@ -110,11 +119,17 @@ class Aggregator:
         self._open: _Open | None = None
         self._frozen: Frozen | None = None
         self._version = -1
-        self._boot = int(time.time())
+        self._boot = time.time_ns() // 1_000_000
+        self._rival: Presence | None = None
+        self._claimed = False
+        self._abandoned: dict[str, bytes] = {}
+        self._said: tuple[PresenceState, str] = ("online", "starts")
         self._link = Link(
             config.broker,
-            f"{config.fleet}-aggregator",
+            f"{config.fleet}-aggregator-{self._run.run}-{self._boot}",
             subscriptions=[
+                self._topics.aggregator_presence,
+                self._topics.current("+"),
                 self._topics.presence("+"),
                 self._topics.upload_chunk("+", "+", "+"),  # and manifests: of two filters that fit, each gets a copy
                 self._topics.need("+"),
@@ -126,21 +141,42 @@ class Aggregator:
         """Lead every job to its end.
 
         Raises:
-            RunFailedError: Too few devices are left for a quorum.
+            RunFailedError: Another aggregator leads the fleet, or too few devices are left for a quorum.
         """
         self._link.connect()
         try:
+            self._claim_fleet()
             for job in self._config.jobs:
                 self._lead(job)
             self._publish("idle", "all jobs are done")
         except RunFailedError as error:
-            self._publish("failed", str(error))
+            if self._claimed:
+                self._publish("failed", str(error))
             raise
         else:
             self._publish("offline", "all jobs are done")
         finally:
             self._link.close()
             self._journal.close()
+
+    def _claim_fleet(self) -> None:
+        """Make sure that this is the fleet's only aggregator; one whose machine died is gone after a while."""
+        now = time.monotonic()
+        look, give_up = now + _CLAIM_AFTER, now + _RIVAL_PATIENCE
+        while self._rival is not None or time.monotonic() < look:
+            if time.monotonic() > give_up:
+                raise RunFailedError(
+                    f"another aggregator leads the fleet {self._config.fleet}",
+                    "stop that one, or give this fleet another name",
+                )
+            before = self._rival
+            self._pump(0.1)
+            if self._rival is not None and before is None:
+                log.warning("another aggregator leads the fleet %s; waits for it to leave", self._config.fleet)
+        self._claimed = True
+        self._publish("online", "starts")
+        for topic, raw in self._abandoned.items():
+            self._clear_abandoned(topic, raw)
 
     # --- a job --------------------------------------------------------------------------------------------------
 
@@ -160,12 +196,23 @@ class Aggregator:
             self._collect(job)
             self._close(job)
         self._journal.append(Finished(job.id))
-        log.info("%s: done", job.id)
+        self._log_results(job)
         if self._globals:
             log.info("%s: the global tensors are in %s", job.id, self._journal.globals_path(job.id, self._version))
         self._version += 1
         finished = self._announcement(job, NextRound("finished", 0), strategy.rounds, None)
         self._link.publish(self._topics.current(job.id), seal(finished), retain=True)
+
+    def _log_results(self, job: Job) -> None:
+        log.info("%s: done, run %s", job.id, self._run.run)
+        if not self._closed:
+            return
+        last = self._closed[-1]
+        for device, metrics in last.metrics.items():
+            log.info("%s: %s%s", job.id, device, _accuracies(metrics))
+        names = {name for metrics in last.metrics.values() for name in metrics if name.startswith("test")}
+        means = {name: mean for name in sorted(names) if (mean := last.mean(name)) is not None}
+        log.info("%s: mean%s", job.id, _accuracies(means))
 
     def _recover(self, job: Job) -> None:
         """Rebuild the state of a job from the journal."""
@@ -284,36 +331,65 @@ class Aggregator:
     def _collect(self, job: Job) -> None:
         """Wait until every member has answered, or until the deadline with a quorum."""
         assert self._open is not None
-        late = False
+        where = f"{job.id}: {self._open.announcement.stage}, round {self._open.announcement.round}"
+        speak, warned = time.monotonic() + _SPEAK_EVERY, False
         while True:
             self._check_quorum()
             waiting = self._registry.members() - set(self._open.accepted)
             answers, quorum = len(self._open.accepted), self._config.quorum
             if not waiting and answers >= quorum:
                 return
-            if time.monotonic() > self._open.deadline:
-                names = ", ".join(sorted(waiting)) or "more devices"
-                where = f"{job.id}: {self._open.announcement.stage}, round {self._open.announcement.round}"
-                if answers >= quorum:
-                    log.warning("%s: the deadline has passed; the round closes without %s", where, names)
-                    return
-                if not late:
-                    late = True
-                    log.warning(
-                        "%s: the deadline has passed with %d of the %d answers that close it; waits for %s",
-                        *(where, answers, quorum, names),
-                    )
-                    self._publish("working", f"late: waits for {names}")
+            names = ", ".join(self._registry.describe(device) for device in sorted(waiting)) or "more devices"
+            late = time.monotonic() > self._open.deadline
+            if late and answers >= quorum:
+                log.warning("%s: the deadline has passed; the round closes without %s", where, names)
+                return
+            if late and not warned:
+                warned = True
+                log.warning(
+                    "%s: the deadline has passed with %d of the %d answers that close it; waits for %s",
+                    *(where, answers, quorum, names),
+                )
+                self._publish("working", f"late: waits for {names}")
+            elif time.monotonic() > speak:
+                log.info("%s: %d of %d answers; waits for %s", where, answers, answers + len(waiting), names)
+                speak = time.monotonic() + _SPEAK_EVERY
             self._pump(0.5, job)
 
     def _pump(self, timeout: float, job: Job | None = None) -> None:
         for event in self._link.events(timeout):
             if isinstance(event, Connected) and self._open is not None:
+                self._publish_progress()
                 self._send_announcement(self._open.announcement)
             elif isinstance(event, Received):
                 self._receive(event, job)
         for device, missing in self._uploads.overdue():
             self._link.publish(self._topics.down(device, "missing"), encode(missing))
+
+    def _receive_rival(self, event: Received) -> None:
+        """Another aggregator's presence; the one that came first stays."""
+        presence = decode(event.payload, Presence)
+        if presence.boot == self._boot:
+            return
+        there = presence.state not in ("offline", "failed")
+        if not self._claimed:
+            self._rival = presence if there else None
+        elif there and presence.boot < self._boot:  # both came at once
+            raise RunFailedError(
+                f"another aggregator leads the fleet {self._config.fleet}",
+                "stop that one, or give this fleet another name",
+            )
+        else:  # a late Will must not say that nobody is there
+            self._publish(*self._said)
+
+    def _clear_abandoned(self, topic: str, raw: bytes) -> None:
+        """Take back the announcement of a run that nobody leads any more, or devices would answer it."""
+        if not raw or open_envelope(raw, Announcement).run == self._run.run:
+            return
+        if self._claimed:
+            self._link.publish(topic, b"", retain=True)
+        else:
+            self._abandoned[topic] = raw
 
     def _receive_presence(self, levels: tuple[str, ...], event: Received) -> None:
         presence = decode(event.payload, Presence)
@@ -324,7 +400,11 @@ class Aggregator:
     def _receive(self, event: Received, job: Job | None) -> None:
         levels = self._topics.split(event.topic)
         try:
-            if levels[:1] == ("st",):
+            if levels == ("agg", "st"):
+                self._receive_rival(event)
+            elif levels[:1] == ("g",):
+                self._clear_abandoned(event.topic, event.payload)
+            elif levels[:1] == ("st",):
                 self._receive_presence(levels[1:], event)
             elif levels[:1] == ("up",) and levels[2:] == ("need",):
                 self._repair(decode(event.payload, Need))
@@ -440,7 +520,7 @@ class Aggregator:
 
     # --- presence -----------------------------------------------------------------------------------------------
 
-    def _presence(self, state: Literal["online", "working", "idle", "failed", "offline"], detail: str) -> Presence:
+    def _presence(self, state: PresenceState, detail: str) -> Presence:
         facts: dict[str, float | int | str | bool] = {}
         if self._open is not None:
             announcement = self._open.announcement
@@ -456,7 +536,8 @@ class Aggregator:
             name="aggregator", state=state, boot=self._boot, kit=version("fleetune"), detail=detail, facts=facts
         )
 
-    def _publish(self, state: Literal["online", "working", "idle", "failed", "offline"], detail: str) -> None:
+    def _publish(self, state: PresenceState, detail: str) -> None:
+        self._said = state, detail
         self._link.publish(self._topics.aggregator_presence, encode(self._presence(state, detail)), retain=True)
 
     def _publish_progress(self) -> None:
@@ -467,6 +548,13 @@ class Aggregator:
 
 def _in_words(metrics: Metrics) -> str:
     """The figures of an update that an operator looks for first."""
-    forms = {"loss": "loss {:.3f}", "test": "test accuracy {:.3f}", "cpu_s": "{:.1f} CPU s", "peak_mib": "{:.0f} MiB"}
+    forms = {"loss": "loss {:.3f}", "cpu_s": "{:.1f} CPU s", "peak_mib": "{:.0f} MiB"}
     shown = {name: value for name in forms if isinstance(value := metrics.get(name), float | int)}
-    return "".join(f", {forms[name].format(value)}" for name, value in shown.items())
+    return _accuracies(metrics) + "".join(f", {forms[name].format(value)}" for name, value in shown.items())
+
+
+def _accuracies(metrics: Metrics) -> str:
+    """Accuracies on ``test``: of each expert where there are several, else of the one that the round is about."""
+    experts = [name for name in metrics if name.startswith("test_")] or [name for name in metrics if name == "test"]
+    words = [f"{name.removeprefix('test').removeprefix('_')} {metrics[name]:.3f}".strip() for name in experts]
+    return f", test accuracy {', '.join(words)}" if words else ""

@@ -56,6 +56,11 @@ class Registry:
         presence = self._presence.get(device)
         return presence.detail if presence is not None and presence.state == "failed" else None
 
+    def describe(self, device: str) -> str:
+        """A device and what it does, for people."""
+        presence = self._presence.get(device)
+        return f"{device} ({f'{presence.state}: {presence.detail}' if presence else 'never seen'})"
+
     def failures(self) -> dict[str, str]:
         """Device → why it failed."""
         return {name: reason for name in sorted(self._presence) if (reason := self.failed(name)) is not None}

@@ -47,6 +47,8 @@ def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int) ->
     if classes < 2:
         raise ConfigError(f"--classes: {classes} is out of range", "a task has at least 2 classes")
     common: dict[str, float | int | str | bool] = {
+        "rank": manifest.rank,
+        "targets": ",".join(manifest.targets),
         "classes": classes,
         "seed": args.seed,
         "max_depth": max_depth,

@@ -22,7 +22,7 @@ from fleetune.edge.methods.base import Device, Method, Metrics, Round, Settings,
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.codec import decode_tensors, encode_tensors
-from fleetune.edge.protocol.errors import BudgetError, FleetuneError, MessageError
+from fleetune.edge.protocol.errors import BudgetError, FleetuneError, MessageError, PackError, RunFailedError
 from fleetune.edge.protocol.link import BrokerAddress, Connected, Link, Received
 from fleetune.edge.protocol.messages import (
     Ack,
@@ -30,6 +30,7 @@ from fleetune.edge.protocol.messages import (
     Missing,
     Payload,
     Presence,
+    PresenceState,
     UpdateManifest,
     decode,
     encode,
@@ -119,9 +120,11 @@ class Agent:
         self._earlier = (counters.bytes_up, counters.bytes_down)
         self._backbone = Backbone(self._pack, config.threads)
         self._broadcasts = Broadcasts(self._state)
+        self._current: dict[str, tuple[str, int]] = {}  # job → run and version that its newest announcement asks for
         self._part: _Part | None = None
         self._sent: dict[str, float] = {}
         self._facts: Metrics = {}
+        self._said: tuple[PresenceState, str] = ("online", "starts")
         self._costs: Costs | None = None
         self._base_mib: float | None = None
         me = config.device
@@ -146,10 +149,11 @@ class Agent:
         try:
             self._costs = self._measured_costs()
             self._publish("online", "waits for a round")
+            log.info("%s of the fleet %s waits for a round", self._config.device, self._config.fleet)
             while True:
                 for event in self._link.events(timeout=0.25):
                     if isinstance(event, Connected):
-                        self._publish("online", "waits for a round")
+                        self._publish(*self._said)
                         self._sent.clear()
                     elif isinstance(event, Received):
                         self._receive(event)
@@ -163,27 +167,26 @@ class Agent:
         finally:
             self._count_bytes()
             self._state.save_counters()
-            if not self._failed:
+            if self._said[0] != "failed":
                 self._publish("offline", "stopped")
             self._link.close()
             self._state.close()
-
-    _failed = False
+            log.info("stopped")
 
     # --- presence -----------------------------------------------------------------------------------------------
 
-    def _presence(self, state: str, detail: str) -> Presence:
+    def _presence(self, state: PresenceState, detail: str) -> Presence:
         return Presence(
             name=self._config.device,
-            state=state,  # type: ignore[arg-type]  # one of the literals, checked by every caller's own text
+            state=state,
             boot=self._state.counters.boot,
             kit=version("fleetune"),
             detail=detail,
             facts=dict(self._facts),
         )
 
-    def _publish(self, state: str, detail: str) -> None:
-        self._failed = state == "failed"
+    def _publish(self, state: PresenceState, detail: str) -> None:
+        self._said = state, detail
         self._count_bytes()
         self._facts |= {"bytes_up": self._state.counters.bytes_up, "bytes_down": self._state.counters.bytes_down}
         topic = self._topics.presence(self._config.device)
@@ -225,11 +228,17 @@ class Agent:
             log.warning("%s: %s (%s)", event.topic, error, error.reason)
 
     def _receive_announcement(self, job: str, raw: bytes) -> None:
+        self._broadcasts.forget(job)
+        self._current.pop(job, None)
+        if not raw:
+            return  # nobody leads it any more
         announced = open_envelope(raw, Announcement)
         if announced.job != job or announced.fleet != self._config.fleet:
             raise MessageError("the announcement belongs to another topic", "ignore it", reason="wrong-topic")
-        self._broadcasts.forget(job)
         if announced.stage == "finished":
+            self._drop_closed(announced)
+            if self._state.answered(announced.run, job) >= 0:
+                log.info("%s: done; what is private is in %s", job, self._state.store(announced.run, job).folder)
             return
         if announced.expires < time.time():
             log.warning("%s: version %d has expired; the clocks of both sides may differ", job, announced.version)
@@ -238,12 +247,30 @@ class Agent:
             raise MessageError(
                 f"the method {announced.method!r} is unknown", "update Fleetune on this device", reason="unknown-method"
             )
-        if announced.backbone != self._pack.manifest.backbone.sha256:
-            self._publish("failed", f"the job {job} is for another backbone than {self._pack.manifest.backbone.id}")
-            return
-        if announced.version <= self._state.answered(announced.run, job):
-            return
-        self._broadcasts.want(announced)
+        self._check_pack(announced)
+        self._current[job] = announced.run, announced.version
+        self._drop_closed(announced)
+        if announced.version > self._state.answered(announced.run, job):
+            self._broadcasts.want(announced)
+
+    def _check_pack(self, announced: Announcement) -> None:
+        mine = self._pack.manifest
+        for what, theirs, own in (
+            ("the backbone", announced.backbone, mine.backbone.sha256),
+            ("adapters of rank", announced.settings.get("rank"), mine.rank),
+            ("adapters on", announced.settings.get("targets"), ",".join(mine.targets)),
+        ):
+            if theirs != own:
+                raise PackError(
+                    f"the job {announced.job} is for {what} {theirs}, the pack {self._pack.path} has {own}",
+                    "give the device the pack that the aggregator was started with",
+                )
+
+    def _drop_closed(self, announced: Announcement) -> None:
+        """Let go of updates for rounds that this announcement has closed; those of other runs wait for theirs."""
+        for manifest in self._state.outbox():
+            if (manifest.run, manifest.job) == (announced.run, announced.job) and manifest.version < announced.version:
+                self._state.drop_outbox(manifest.update)
 
     # --- a round ------------------------------------------------------------------------------------------------
 
@@ -384,39 +411,53 @@ class Agent:
         self._state.save_counters()
 
     def _send_outbox(self) -> None:
-        for manifest, data in self._state.outbox():
+        """Send what the newest announcements ask for; an update of another run waits until that is led again."""
+        for manifest in self._state.outbox():
+            if self._current.get(manifest.job) != (manifest.run, manifest.version):
+                continue
             first = manifest.update not in self._sent
             if first or time.monotonic() - self._sent[manifest.update] > _RESEND_AFTER:
                 self._sent[manifest.update] = time.monotonic()
                 topic = self._topics.upload_manifest(manifest.device, manifest.update)
                 self._link.publish(topic, seal(manifest))
                 if first and manifest.payload:
-                    self._send_chunks(manifest, data, range(manifest.payload.chunks))
+                    self._send_chunks(manifest, manifest.payload, range(manifest.payload.chunks))
 
-    def _send_chunks(self, manifest: UpdateManifest, data: bytes, indices: range | list[int]) -> None:
-        payload = manifest.payload
-        assert payload is not None
-        self._link.publish_many(
-            (
-                self._topics.upload_chunk(manifest.device, manifest.update, index),
-                chunks.chunk(data, payload, index),
-            )
+    def _send_chunks(self, manifest: UpdateManifest, payload: Payload, indices: range | list[int]) -> None:
+        data = self._state.outbox_data(manifest)
+        sent = self._link.publish_many(
+            (self._topics.upload_chunk(manifest.device, manifest.update, index), chunks.chunk(data, payload, index))
             for index in indices
         )
+        if not sent:
+            log.warning("%s stays in the outbox until the broker is back", manifest.update)
 
     def _receive_missing(self, missing: Missing) -> None:
-        for manifest, data in self._state.outbox():
+        for manifest in self._state.outbox():
             if manifest.update == missing.update and manifest.payload:
                 self._sent[manifest.update] = time.monotonic()
                 wanted = list(chunks.unpack_bitmap(missing.bitmap, manifest.payload.chunks))
-                self._send_chunks(manifest, data, wanted)
+                self._send_chunks(manifest, manifest.payload, wanted)
 
     def _receive_ack(self, ack: Ack) -> None:
-        if self._state.drop_outbox(ack.update):
-            self._sent.pop(ack.update, None)
-            if not ack.accepted:
-                log.warning("update %s was refused: %s", ack.update, ack.reason)
-                self._publish("idle", f"update refused: {ack.reason}")
+        manifest = next((waits for waits in self._state.outbox() if waits.update == ack.update), None)
+        if manifest is None:
+            return
+        self._sent.pop(ack.update, None)
+        if ack.reason == "wrong-run":
+            log.warning("%s waits: the aggregator that is there leads another run", ack.update)
+            self._current.pop(manifest.job, None)
+            return
+        self._state.drop_outbox(ack.update)
+        if ack.accepted:
+            return
+        log.warning("%s was refused: %s", ack.update, ack.reason)
+        if ack.reason != "stale-round":  # mended and started again, this device shall answer the same round
+            self._state.enter(manifest.run).answered.pop(manifest.job, None)
+            raise RunFailedError(
+                f"the aggregator refuses this device's update: {ack.reason}",
+                "see the aggregator's log; mend it and start the agent again",
+            )
 
 
 def _in_words(plan: Plan) -> str:

@@ -63,7 +63,7 @@ class State:
 
     Raises:
         RunFolderError: Another agent runs in it.
-        ConfigError: It belongs to another device, or its counters are damaged.
+        ConfigError: It belongs to another device, or a file in it is damaged.
     """
 
     def __init__(self, folder: Path, device: str) -> None:
@@ -72,6 +72,7 @@ class State:
         try:
             self._claim(device)
             self.counters: Counters = self._read("counters.json", Counters) or Counters()
+            self._outbox = self._load_outbox()
         except ConfigError:
             self.close()
             raise
@@ -120,16 +121,20 @@ class State:
         return next((known.answered.get(job, -1) for known in self.counters.runs if known.id == run), -1)
 
     def enter(self, run: str) -> RunRecord:
-        """The record of a run; a new one takes the place of the oldest, whose private tensors are let go."""
+        """The record of a run; a new one takes the place of the oldest, whose tensors and updates are let go."""
         runs = self.counters.runs
         known = next((known for known in runs if known.id == run), None)
         if known is None:
             known = RunRecord(run)
             runs[:] = [*runs, known][-_KEEP_RUNS:]
             self.save_counters()
+            kept = {some.id for some in runs}
             for folder in (self.folder / "runs").glob("*"):
-                if folder.name not in {kept.id for kept in runs}:
+                if folder.name not in kept:
                     shutil.rmtree(folder)
+            for manifest in self.outbox():
+                if manifest.run not in kept:
+                    self.drop_outbox(manifest.update)
         return known
 
     def store(self, run: str, job: str) -> JobStore:
@@ -157,38 +162,45 @@ class State:
 
     # --- updates that wait to go up -----------------------------------------------------------------------------
 
+    def _load_outbox(self) -> dict[str, UpdateManifest]:
+        files = (self.folder / "outbox").glob("*.json")
+        found: list[UpdateManifest] = [self._read(f"outbox/{file.name}", UpdateManifest) for file in files]
+        return {manifest.update: manifest for manifest in found}
+
     def put_outbox(self, manifest: UpdateManifest, data: bytes) -> None:
         """Keep an update until the aggregator has it; the manifest is written last and makes it count."""
         folder = self.folder / "outbox"
         write_atomic(folder / f"{manifest.update}.bin", data)
         write_atomic(folder / f"{manifest.update}.json", encode(manifest))
+        self._outbox[manifest.update] = manifest
 
-    def outbox(self) -> list[tuple[UpdateManifest, bytes]]:
+    def outbox(self) -> list[UpdateManifest]:
         """Updates that wait, oldest first."""
-        files = (self.folder / "outbox").glob("*.json")
-        waiting = [
-            (self._read(f"outbox/{file.name}", UpdateManifest), file.with_suffix(".bin").read_bytes()) for file in files
-        ]
-        return sorted(waiting, key=lambda update: update[0].version)  # no file's time: many boards have no clock
+        return sorted(self._outbox.values(), key=lambda manifest: manifest.version)  # many boards have no clock
 
-    def drop_outbox(self, update: str) -> bool:
-        """Let go of an update; False if it was not there."""
-        file = self.folder / "outbox" / f"{update}.json"
-        there = file.is_file()
-        file.unlink(missing_ok=True)
-        file.with_suffix(".bin").unlink(missing_ok=True)
-        return there
+    def outbox_data(self, manifest: UpdateManifest) -> bytes:
+        """The tensors of an update that waits."""
+        return (self.folder / "outbox" / f"{manifest.update}.bin").read_bytes()
+
+    def drop_outbox(self, update: str) -> UpdateManifest | None:
+        """Let go of an update and return it, if it was there."""
+        manifest = self._outbox.pop(update, None)
+        if manifest is not None:
+            file = self.folder / "outbox" / f"{update}.json"
+            file.unlink(missing_ok=True)
+            file.with_suffix(".bin").unlink(missing_ok=True)
+        return manifest
 
 
 class JobStore:
-    """A method's private tensors: one safetensors file for each name."""
+    """A method's private tensors: one safetensors file for each name, in ``folder``."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
 
     def save(self, name: str, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Replace what is stored under ``name``, atomically."""
-        write_atomic(self._folder / f"{name}.safetensors", safetensors.numpy.save(dict(tensors)))
+        write_atomic(self.folder / f"{name}.safetensors", safetensors.numpy.save(dict(tensors)))
 
     def load(self, name: str) -> Tensors | None:
         """What was stored under ``name``, if anything was.
@@ -196,7 +208,7 @@ class JobStore:
         Raises:
             ConfigError: The file is damaged.
         """
-        file = self._folder / f"{name}.safetensors"
+        file = self.folder / f"{name}.safetensors"
         if not file.is_file():
             return None
         try:

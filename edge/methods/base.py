@@ -33,6 +33,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Hyper-parameters that every method has.
 
     Attributes:
+        rank: Rank of the adapters; the agent has compared it with its pack.
+        targets: Linear maps that carry an adapter; likewise.
         classes: Number of classes of the task.
         seed: Seed of the job; with the device's id and the round it fixes every random choice.
         max_depth: Deepest that any device of the job goes; everything below is frozen for good.
@@ -43,6 +45,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         weight_decay: Its decoupled weight decay.
     """
 
+    rank: Count
+    targets: str
     classes: Annotated[int, msgspec.Meta(ge=2)]
     seed: Annotated[int, msgspec.Meta(ge=0)]
     max_depth: Count

@@ -6,6 +6,7 @@ happens in the thread that calls :meth:`Link.events`.
 
 from __future__ import annotations
 
+import logging
 import queue
 import socket
 import threading
@@ -25,6 +26,8 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from fleetune.edge.protocol.errors import BrokerProtocolError, BrokerUnreachableError, ConfigError
 from fleetune.edge.protocol.messages import MAX_CHUNK, MAX_MESSAGE
+
+log = logging.getLogger(__name__)
 
 _PACKET_OVERHEAD = 4096
 _MAX_PACKET = max(MAX_CHUNK, MAX_MESSAGE) + _PACKET_OVERHEAD
@@ -118,6 +121,7 @@ class Link:
         self._answer: ReasonCode | None = None
         self._answered = threading.Event()
         self._closing = False
+        self._up = False
         self._max_packet = _MAX_PACKET
         self._since = 0.0
         self._short_lives = 0
@@ -179,32 +183,44 @@ class Link:
     # --- sending ------------------------------------------------------------------------------------------------
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False, expiry: int | None = None) -> None:
-        """Send one message with QoS 1 and return at once."""
-        self._send(topic, payload, retain=retain, expiry=expiry)
+        """Send one message with QoS 1 and return at once.
+
+        While the link is down it goes nowhere: what must arrive is sent again after :class:`Connected`.
+        """
+        if self._up:
+            self._send(topic, payload, retain=retain, expiry=expiry)
 
     def publish_many(
-        self, messages: Iterable[tuple[str, bytes]], *, expiry: int | None = None, timeout: float = 60.0
-    ) -> None:
-        """Send messages through a sliding window and return when the broker has acknowledged the last.
+        self, messages: Iterable[tuple[str, bytes]], *, expiry: int | None = None, timeout: float = 120.0
+    ) -> bool:
+        """Send messages through a sliding window.
 
-        Raises:
-            BrokerUnreachableError: An acknowledgement does not come in time.
+        Returns:
+            True when the broker has acknowledged the last; False if the link went down, or an acknowledgement did not
+            come in time: then some may have arrived, and all are to be sent again.
         """
         waiting: deque[mqtt.MQTTMessageInfo] = deque()
         for topic, payload in messages:
+            if not self._up:
+                return False
             waiting.append(self._send(topic, payload, retain=False, expiry=expiry))
-            if len(waiting) >= _WINDOW:
-                self._wait(waiting.popleft(), timeout)
-        while waiting:
-            self._wait(waiting.popleft(), timeout)
+            if len(waiting) >= _WINDOW and not self._acknowledged(waiting.popleft(), timeout):
+                return False
+        return all(self._acknowledged(info, timeout) for info in waiting)
 
-    def _wait(self, info: mqtt.MQTTMessageInfo, timeout: float) -> None:
-        info.wait_for_publish(timeout)
-        if not info.is_published():
-            raise BrokerUnreachableError(
-                f"the broker at {self.address} did not acknowledge a message within {timeout:.0f} s",
-                "check the network; the message is kept and sent again",
-            )
+    def _acknowledged(self, info: mqtt.MQTTMessageInfo, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        try:
+            while not info.is_published():
+                if not self._up:
+                    return False
+                if time.monotonic() > deadline:
+                    log.warning("the broker at %s did not acknowledge a message within %.0f s", self.address, timeout)
+                    return False
+                info.wait_for_publish(0.25)
+        except RuntimeError:  # paho's word for a connection that is gone
+            return False
+        return True
 
     def _send(self, topic: str, payload: bytes, *, retain: bool, expiry: int | None) -> mqtt.MQTTMessageInfo:
         if len(payload) + len(topic) + 64 > self._max_packet:
@@ -257,14 +273,19 @@ class Link:
     def _on_subscribe(self, _c: mqtt.Client, _u: Any, _mid: int, reasons: list[ReasonCode], _p: Any) -> None:
         self._answer = next((reason for reason in reasons if reason.is_failure), self._answer)
         self._answered.set()
+        self._up = True
+        log.info("connected to %s", self.address)
         self._events.put(Connected())
 
     def _on_disconnect(self, _c: mqtt.Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
         if not self._answered.is_set():
             self._answer = reason if reason.is_failure else None
             self._answered.set()
+        was_up, self._up = self._up, False
         if self._closing:
             return
+        if was_up:
+            log.warning("the connection to %s is lost; it comes back by itself", self.address)
         self._short_lives = self._short_lives + 1 if time.monotonic() - self._since < _SHORT_LIFE else 0
         self._events.put(Disconnected())
         if self._short_lives == _SHORT_LIVES:

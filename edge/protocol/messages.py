@@ -28,6 +28,8 @@ Name = Annotated[str, msgspec.Meta(pattern=NAME)]
 UpdateId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,95}\Z")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
+PresenceState = Literal["online", "working", "idle", "failed", "offline"]
+
 Stage = Literal["prepare", "global", "personal", "train", "evaluate", "finished"]
 
 
@@ -175,7 +177,7 @@ class Presence(_Struct, frozen=True):
     """
 
     name: Name
-    state: Literal["online", "working", "idle", "failed", "offline"]
+    state: PresenceState
     boot: int
     kit: str
     detail: str = ""

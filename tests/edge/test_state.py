@@ -102,7 +102,7 @@ DAMAGED = [
 @pytest.mark.parametrize(("file", "read"), [
     ("counters.json", lambda state: again(state)),
     ("costs.json", lambda state: state.costs()),
-    ("outbox/u-1.json", lambda state: state.outbox()),
+    ("outbox/u-1.json", lambda state: again(state)),
 ])  # fmt: skip
 def test_a_damaged_file_is_named(file: str, read: Callable[[State], object], raw: bytes, state: State) -> None:
     state.save_counters()
@@ -116,22 +116,27 @@ def test_a_damaged_file_is_named(file: str, read: Callable[[State], object], raw
 # --- updates that wait --------------------------------------------------------------------------------------
 
 
+def waiting(state: State) -> list[tuple[UpdateManifest, bytes]]:
+    return [(manifest, state.outbox_data(manifest)) for manifest in state.outbox()]
+
+
 def test_updates_wait_in_the_order_in_which_they_came(state: State) -> None:
-    waiting = [(update("z", b"first", 8), b"first"), (update("a", b"", 9), b""), (update("m", b"third", 10), b"third")]
-    for manifest, data in waiting:
+    put = [(update("z", b"first", 8), b"first"), (update("a", b"", 9), b""), (update("m", b"third", 10), b"third")]
+    for manifest, data in put:
         state.put_outbox(manifest, data)
         clock = 1e9 - manifest.version  # of a board that wakes up in the past
         os.utime(state.folder / "outbox" / f"{manifest.update}.json", (clock, clock))
-    assert again(state).outbox() == waiting
+    assert waiting(state) == put
+    assert waiting(again(state)) == put
 
 
 def test_a_dropped_update_is_gone(state: State) -> None:
     state.put_outbox(update("u-1", b"data"), b"data")
-    assert state.drop_outbox("u-1")
+    assert state.drop_outbox("u-1") == update("u-1", b"data")
+    assert state.outbox() == []
     assert again(state).outbox() == []
     assert not list((state.folder / "outbox").iterdir())
-    assert not state.drop_outbox("u-1")
-    assert not state.drop_outbox("u-2")
+    assert state.drop_outbox("u-1") is None
 
 
 @pytest.mark.parametrize("stop_at", range(1, 6))
@@ -154,7 +159,7 @@ def test_an_update_is_kept_whole_or_not_at_all(stop_at: int, state: State, monke
     else:
         assert stop_at == 5
     monkeypatch.undo()
-    found = again(state).outbox()
+    found = waiting(again(state))
     assert found in ([], [(update("u-1", b"data"), b"data")])
     assert found or stop_at <= 4
     assert stray_files(state.folder) == []
@@ -220,6 +225,8 @@ def test_what_was_answered_in_one_run_is_open_in_another(state: State) -> None:
 
 
 def test_the_oldest_runs_tensors_are_let_go_and_the_newest_stay(state: State) -> None:
+    state.put_outbox(update("u-9"), b"")  # of the run "r"
+    state.enter("r")
     for number in range(10):
         state.enter(f"run-{9 - number}")  # neither by name nor by clock
         state.store(f"run-{9 - number}", "fedms").save("expert", {"x": np.ones(1, np.float32)})
@@ -227,6 +234,7 @@ def test_the_oldest_runs_tensors_are_let_go_and_the_newest_stay(state: State) ->
     kept = [number for number in range(10) if state.store(f"run-{number}", "fedms").load("expert") is not None]
     assert kept == [0, 1, 2, 3]
     assert sorted(folder.name for folder in (state.folder / "runs").iterdir()) == [f"run-{n}" for n in kept]
+    assert state.outbox() == []
 
 
 # --- a method's private tensors -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.codec import decode_tensors
 from fleetune.edge.resources.costs import Costs
 from fleetune.edge.resources.planner import CPU_MARGIN, Workload, candidates
+from fleetune.server.broker import free_port
 from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal
 
 ROUNDS = ("--global-rounds", "2", "--personal-rounds", "1", "--sal-start", "3")
@@ -183,6 +185,68 @@ def test_a_second_run_starts_anew_on_the_same_devices(make_fleet: Any, any_broke
     assert {"gate.A", "gate.B", "head.bias"} <= first.keys()
     for name, tensor in first.items():  # a private expert left over from the first run would show
         np.testing.assert_allclose(tensor, second[name], atol=1e-5)
+
+
+def test_a_run_goes_on_after_another_one_has_had_the_devices(make_fleet: Any, any_broker: str) -> None:
+    fleet = make_fleet(any_broker)
+    first = fleet.serve(*ROUNDS)
+    for device in fleet.data:
+        fleet.agent(device)
+    fleet.wait_for(lambda records: "global" in stages(records))
+    first.kill()  # and what the devices answer now has nowhere to go
+    between = fleet.serve(*ROUNDS, "--state", str(fleet.folder / "between"), "--job", "standalone")
+    assert between.wait() == 0, between.output
+    again = fleet.serve(*ROUNDS)
+    assert again.wait() == 0, again.output
+    assert stages(fleet.records()) == STAGES
+
+
+def test_a_fleet_has_one_aggregator_and_the_first_one_stays(make_fleet: Any, any_broker: str) -> None:
+    fleet = make_fleet(any_broker)
+    first = fleet.serve(*ROUNDS)
+    fleet.agent("big")
+    fleet.wait_until(lambda: "waits for small" in first.output)
+    second = fleet.serve(*ROUNDS, "--state", str(fleet.folder / "again"))
+    fleet.wait_until(lambda: "another aggregator leads the fleet lab" in second.output)
+    fleet.agent("small")
+    assert first.wait() == 0, first.output
+    assert second.wait() == 0, second.output  # its turn came when the first one left
+
+
+def test_a_broker_that_restarts_in_the_middle_of_a_round_stops_nobody(make_fleet: Any, tmp_path: Path) -> None:
+    port = free_port()
+    fleet = make_fleet(f"mqtt://127.0.0.1:{port}")
+    broker = fleet.start("broker", "--port", str(port))
+    serve = fleet.serve(*ROUNDS, "--epochs", "60")
+    agents = [fleet.agent(device) for device in fleet.data]
+    for stage in ("global", "personal"):
+        fleet.wait_for(lambda records, stage=stage: stage in stages(records))
+        broker.kill()
+        time.sleep(2)  # the devices finish their round meanwhile
+        broker = fleet.start("broker", "--port", str(port))
+    assert serve.wait() == 0, serve.output
+    assert stages(fleet.records()) == STAGES
+    for command in (serve, *agents):
+        assert "is lost; it comes back by itself" in command.output
+        assert "Traceback" not in command.output
+    assert [agent.process.poll() for agent in agents] == [None, None]
+
+
+def test_a_device_with_another_pack_says_so_and_can_be_mended(
+    make_fleet: Any, embedded: str, tiny_bert: Path, tmp_path: Path
+) -> None:
+    fleet = make_fleet(embedded)
+    serve = fleet.serve(*ROUNDS)
+    fleet.agent("big")
+    other = tmp_path / "other"
+    assert fleet.start("pack", str(tiny_bert), "--out", str(other), "--rank", "3", "--max-length", "16").wait() == 0
+    wrong = fleet.agent("small", "--pack", str(other))
+    assert wrong.wait() == 13, wrong.output
+    assert re.search(r"adapters of rank 4, the pack .*other has 3", wrong.output)
+    assert serve.wait() == 19
+    serve = fleet.serve(*ROUNDS)
+    fleet.agent("small")
+    assert serve.wait() == 0, serve.output
 
 
 def test_an_abandoned_run_does_not_stand_in_the_way_of_the_next(make_fleet: Any, any_broker: str) -> None:

@@ -59,9 +59,10 @@ class HandMade:
 
     def round(self, run: str) -> Announcement:
         """The next round of a run; the broker may keep one of another test's."""
-        while (announced := open_envelope(self.hear("/current"), Announcement)).run != run:
-            pass
-        return announced
+        while True:
+            raw = self.hear("/current")
+            if raw and (announced := open_envelope(raw, Announcement)).run == run:
+                return announced
 
     def answer(self, announced: Announcement, tensors: dict[str, Any] | None = None) -> UpdateManifest:
         """A good answer to a round."""

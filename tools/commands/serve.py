@@ -35,7 +35,11 @@ def register(subparsers: Any) -> None:
         "--quorum", type=int, metavar="N", help="updates that close a round at its deadline (default: all devices)"
     )
     parser.add_argument(
-        "--deadline", type=float, default=600.0, metavar="S", help="seconds a round may take (default: %(default)s)"
+        "--deadline",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds after which a quorum closes a round (default: %(default)s)",
     )
     parser.set_defaults(run=_run)
 
