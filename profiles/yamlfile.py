@@ -14,6 +14,7 @@ from fleetune.edge.protocol.errors import ConfigError, field_and_reason
 
 _MAX_FILE = 1 << 20
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
+_UNKNOWN = re.compile(r"unknown field `([^`]*)`")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(MiB|GiB)")
 
 T = TypeVar("T")
@@ -82,10 +83,16 @@ def read_yaml(path: Path, kind: type[T], remedy: str) -> Document[T]:
         tree = yaml.compose(text, yaml.SafeLoader)
         _refuse_twins(tree, path, remedy)
         return Document(path, msgspec.convert(yaml.safe_load(text), kind, dec_hook=_convert), tree)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: not YAML: {error.problem}", remedy) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}", remedy) from error
     except msgspec.ValidationError as error:
         field, reason = field_and_reason(error)
+        if unknown := _UNKNOWN.search(reason):
+            field = f"{field}.{unknown[1]}".lstrip(".")
+            raise ConfigError(f"{_where(path, tree, field)}: there is no such field", remedy) from error
         node = _find(tree, field)
         value = f", found {node.value!r}" if isinstance(node, yaml.ScalarNode) else ""
         raise ConfigError(f"{_where(path, tree, field)}: {reason}{value}", remedy) from error

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fleetune.edge.protocol.errors import BrokerUnreachableError, ConfigError
+from fleetune.edge.protocol.errors import BrokerUnreachableError, ConfigError, install_hint
 from fleetune.edge.protocol.link import BrokerAddress
 
 _CONFIG = """\
@@ -56,7 +56,7 @@ def embedded_broker(port: int) -> Iterator[BrokerAddress]:
         from iotcore import Broker
     except ImportError as error:
         raise ConfigError(
-            "the embedded broker is not installed", "pip install 'fleetune[server]', or use Mosquitto"
+            "the embedded broker is not installed", f"{install_hint('server')}; or use Mosquitto"
         ) from error
     with tempfile.TemporaryDirectory(prefix="fleetune-broker-") as folder:
         config = Path(folder) / "rumqttd.toml"

@@ -224,10 +224,10 @@ def test_a_service_that_is_told_to_stop_leaves_with_the_documented_code(number: 
 
 
 @pytest.mark.parametrize(("old", "new", "named"), [
-    ("profile:", "colour: red\n    profile:", ("fleet.yaml, line 4", "field devices[0]", "colour")),
+    ("profile:", "colour: red\n    profile:", ("fleet.yaml, line 5", "field devices[0].colour", "no such field")),
     ("cpu_seconds: 100", "cpu_seconds: many", ("fleet.yaml, line 8", "field devices[0].budget.cpu_seconds", "many")),
     ("schema: 1", "schema: 2", ("fleet.yaml, line 1", "field schema", "2")),
-    ("devices:", "devices: [", ("fleet.yaml", "not YAML", "line")),
+    ("devices:", "devices: [", ("fleet.yaml, line 4", "not YAML")),
     ("raspberry-pi-5", "abacus", ("fleet.yaml", "field devices[0].profile", "abacus")),
 ])  # fmt: skip
 def test_a_mistake_in_the_fleet_file_is_found_where_it_is(
@@ -381,8 +381,8 @@ def test_a_port_that_is_taken_exits_15() -> None:
         assert_refused(fleetune("broker", "--port", str(port)), 15, f"127.0.0.1:{port}")
 
 
-def test_an_asset_that_nobody_knows_exits_10() -> None:
-    assert_refused(fleetune("assets", "minilm", "maxilm"), 10, "maxilm")
+def test_an_asset_that_nobody_knows_exits_11() -> None:
+    assert_refused(fleetune("assets", "minilm", "maxilm"), 11, "maxilm")
 
 
 # --- fleetune pack --------------------------------------------------------------------------------------------------

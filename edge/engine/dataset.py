@@ -30,12 +30,14 @@ class Dataset(ABC):
     """Labelled samples in three splits.
 
     Attributes:
-        sha256: Hash of the file.
+        path: The file.
+        sha256: Its hash.
         labels: Class of each sample [n].
         lengths: Tokens of each sample [n].
     """
 
     def __init__(self, path: Path, labels: NDArray[np.int64], splits: NDArray[np.uint8]) -> None:
+        self.path = path
         self.sha256 = file_sha256(path)
         self.labels = labels
         self._splits = splits
@@ -56,6 +58,10 @@ class Dataset(ABC):
     def indices(self, split: Split) -> NDArray[np.int64]:
         """Sample numbers of a split."""
         return np.flatnonzero(self._splits == SPLITS.index(split))
+
+    def where(self, index: int) -> str:
+        """File and place of a sample, for people."""
+        return f"{self.path}, sample {index}"
 
     @abstractmethod
     def embed(self, backbone: Backbone, indices: NDArray[np.int64]) -> FloatArray:
@@ -79,6 +85,8 @@ class TextDataset(Dataset):
         rows = []
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    raise DataError(f"{path}, line {number}: the line is empty", "delete it")
                 try:
                     row = msgspec.json.decode(line, type=_Row)
                 except UNDECODABLE as error:
@@ -98,6 +106,10 @@ class TextDataset(Dataset):
         self._ids, self.lengths = tokeniser.encode_batch([row.text for row in rows])
         labels = np.array([row.label for row in rows], dtype=np.int64)
         super().__init__(path, labels, np.array([SPLITS.index(row.split) for row in rows], dtype=np.uint8))
+
+    def where(self, index: int) -> str:
+        """File and line of a sample."""
+        return f"{self.path}, line {index + 1}"
 
     def embed(self, backbone: Backbone, indices: NDArray[np.int64]) -> FloatArray:
         """Hidden state [n, t, d] of some samples before the first block."""
@@ -149,7 +161,7 @@ def read_dataset(path: Path, pack: Pack) -> Dataset:
         DataError: The file is missing, too large or does not fit its schema or the pack.
     """
     if not path.is_file():
-        raise DataError(f"{path} does not exist", "give the path of a .jsonl or .safetensors file")
+        raise DataError(f"{path} is not a file", "give the path of a .jsonl or .safetensors file")
     if path.stat().st_size > _MAX_FILE:
         raise DataError(f"{path} is larger than 1 GiB", "give the device fewer samples")
     if path.suffix == ".jsonl":

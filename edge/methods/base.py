@@ -167,9 +167,11 @@ def task_layout(device: Device, settings: Settings) -> Layout:
     Raises:
         DataError: The device has labels that the job does not know.
     """
-    if device.dataset.classes > settings.classes:
+    dataset = device.dataset
+    if dataset.classes > settings.classes:
         raise DataError(
-            f"the data holds label {device.dataset.classes - 1}, but the job has {settings.classes} classes",
+            f"{dataset.where(int(dataset.labels.argmax()))}: field label: {dataset.classes - 1} is out of range: "
+            f"the job has {settings.classes} classes",
             f"label samples from 0 to {settings.classes - 1}, or start the job with more classes",
         )
     return Layout.of(device.backbone.pack.manifest, settings.classes)

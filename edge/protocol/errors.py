@@ -23,6 +23,11 @@ def field_and_reason(error: Exception) -> tuple[str, str]:
     return (at["field"], message[: at.start()]) if at else ("", message)
 
 
+def install_hint(extra: str) -> str:
+    """How to install an extra."""
+    return f"pip install 'fleetune[{extra}]', or '.[{extra}]' in a clone"
+
+
 class FleetuneError(Exception):
     """Base of all errors that Fleetune raises on purpose.
 

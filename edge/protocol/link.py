@@ -24,7 +24,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from fleetune.edge.protocol.errors import BrokerProtocolError, BrokerUnreachableError, ConfigError
+from fleetune.edge.protocol.errors import BrokerProtocolError, BrokerUnreachableError, ConfigError, install_hint
 from fleetune.edge.protocol.messages import MAX_CHUNK, MAX_MESSAGE
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ class Link:
     def _unreachable(self, why: str) -> BrokerUnreachableError:
         return BrokerUnreachableError(
             f"no broker answers at {self.address}: {why}",
-            "check the address, or start a broker: Mosquitto, or `fleetune broker` (pip install 'fleetune[server]')",
+            f"check the address, or start a broker: Mosquitto, or `fleetune broker` ({install_hint('server')})",
         )
 
     def close(self) -> None:

@@ -186,8 +186,8 @@ def _nothing_fits(plans: list[Plan], budget: Budget) -> BudgetError:
         )
     if need_cpu > budget.cpu_s:
         return BudgetError(
-            f"budget: cpu_s: one active block needs {need_cpu:.1f} CPU seconds a round, "
-            f"{need_cpu - budget.cpu_s:.1f} more than the {budget.cpu_s:.1f} given",
+            f"budget: cpu_s: one active block needs {need_cpu:.2f} CPU seconds a round, "
+            f"{need_cpu - budget.cpu_s:.2f} more than the {budget.cpu_s:.2f} given",
             "raise the CPU budget, give the device fewer samples, or lower the local epochs",
         )
     return BudgetError(

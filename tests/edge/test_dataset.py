@@ -177,7 +177,7 @@ def test_a_damaged_picture_file_is_a_data_error(tiny_dinov2_pack: Pack, tmp_path
 
 
 def test_a_file_that_does_not_exist_is_named(tiny_bert_pack: Pack, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"{tmp_path}/no.jsonl does not exist"):
+    with pytest.raises(DataError, match=f"{tmp_path}/no.jsonl is not a file"):
         read_dataset(tmp_path / "no.jsonl", tiny_bert_pack)
 
 

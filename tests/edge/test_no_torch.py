@@ -85,7 +85,8 @@ device = Device(
     progress=lambda share, loss: None,
 )
 settings = Settings(
-    classes=2, seed=0, max_depth=2, depth=2, epochs=1, batch=12, learning_rate=5e-3, weight_decay=0.0
+    rank=4, targets="query,value", classes=2, seed=0, max_depth=2, depth=2, epochs=1, batch=12, learning_rate=5e-3,
+    weight_decay=0.0,
 )
 expert = Expert.initial(Layout.of(pack.manifest, 2), seed=0)
 before = expert.vector.copy()

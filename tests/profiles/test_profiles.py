@@ -155,19 +155,19 @@ def test_a_device_that_the_fleet_does_not_have_lists_those_it_has(write: Callabl
     ("cpu_seconds: 30", "cpu_seconds: .nan", r"line 8: field devices\[0\]\.budget\.cpu_seconds: .*nan"),
     ("cpu_seconds: 30", "cpu_seconds: half", r"line 8: field devices\[0\]\.budget\.cpu_seconds: .*'half'"),
     ("      cpu_seconds: 30\n", "", r"line [67]: field devices\[0\]\.budget: .*cpu_seconds"),
-    ("cpu_seconds: 30", "cpu_seconds: 30\n      gpu: 1", r"line [67]: field devices\[0\]\.budget: .*gpu"),
+    ("cpu_seconds: 30", "cpu_seconds: 30\n      gpu: 1", r"line 9: field devices\[0\]\.budget\.gpu: .*no such field"),
     ("id: pi-1", "id: nano-1", r"line 9: field devices\[1\]\.id: 'nano-1' is there twice"),
     ("id: pi-1", "id: 7", r"line 9: field devices\[1\]\.id: .*'7'"),
     ("id: pi-1", "id: pi/1", r"line 9: field devices\[1\]\.id: 'pi/1'"),
     ("id: pi-1", "id: ''", r"devices\[1\]\.id: ''"),
-    ("id: pi-1", "name: pi-1", r"devices\[1\]: .*(id|name)"),
+    ("id: pi-1", "name: pi-1", r"line 9: field devices\[1\]\.name: there is no such field"),
     ("raspberry-pi-5", "raspberry-pi-6", r"line 10: field devices\[1\]\.profile: profile: 'raspberry-pi-6' is unknown"),
     ("raspberry-pi-5", "no/such.yaml", r"devices\[1\]\.profile: .*no/such\.yaml"),
     ("fleet: lab", "fleet: my lab", "line 2: field fleet: 'my lab'"),
     ("fleet: lab", "fleet: [lab]", "line 2: field fleet: "),
     ("fleet: lab\n", "", "fleet"),
     ("schema: 1", "schema: 2", "line 1: field schema: .*2"),
-    ("schema: 1", "schema: 1\nbroker: x", "broker"),
+    ("schema: 1", "schema: 1\nbroker: x", "line 2: field broker: there is no such field"),
 ])  # fmt: skip
 def test_a_bad_field_is_named_with_its_value(old: str, new: str, where: str, write: Callable[..., Path]) -> None:
     error = refusal(write(FLEET, "fleet.yaml", (old, new)))

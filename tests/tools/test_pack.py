@@ -16,7 +16,13 @@ from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.pack.manifest import FILE, WEIGHTS_FILE, File
 from fleetune.edge.pack.pack import Pack, file_sha256
-from fleetune.edge.protocol.errors import ConfigError, FleetuneError, RunFolderError, UnsupportedBackboneError
+from fleetune.edge.protocol.errors import (
+    ConfigError,
+    FleetuneError,
+    PackError,
+    RunFolderError,
+    UnsupportedBackboneError,
+)
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'fleetune[pack]'")
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'fleetune[pack]'")
@@ -290,8 +296,9 @@ def test_a_width_that_nf4_blocks_do_not_divide_is_refused(tmp_path: Path) -> Non
 
     config = BertConfig(vocab_size=8, hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=1)
     BertModel(config).save_pretrained(tmp_path / "source", safe_serialization=True)
+    (tmp_path / "source" / "vocab.txt").write_text("[PAD]\n[UNK]\n")
     with pytest.raises(UnsupportedBackboneError, match="32 columns"):
-        write(tmp_path / "source", tmp_path / "pack")
+        write(tmp_path / "source", tmp_path / "pack", max_length=64)
 
 
 def test_a_vision_backbone_for_one_channel_is_refused(tmp_path: Path) -> None:
@@ -360,5 +367,10 @@ def test_a_failure_in_the_middle_leaves_nothing(tiny_bert: Path, tmp_path: Path)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(tiny_bert, tmp_path / "pack", on_step=stop)
+        write(tiny_bert, tmp_path / "pack", max_length=16, on_step=stop)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pack_is_not_checked_against_another_backbone(tiny_bert: Path, tiny_dinov2_pack: Pack) -> None:
+    with pytest.raises(PackError, match="made from other weights"):
+        check_pack(tiny_dinov2_pack, tiny_bert)

@@ -27,12 +27,12 @@ def register(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from fleetune.edge.protocol.errors import ConfigError
+    from fleetune.edge.protocol.errors import AssetError
     from fleetune.tools.assets import ASSETS, fetch
 
     unknown = [name for name in args.names if name not in ASSETS]
     if unknown:
-        raise ConfigError(f"{', '.join(unknown)} is unknown", f"choose from {', '.join(ASSETS)}")
+        raise AssetError(f"{', '.join(unknown)} is unknown", f"choose from {', '.join(ASSETS)}")
     rows = [
         {"name": a.name, "kind": a.kind, "licence": a.licence, "notes": a.notes}
         | ({"path": str(fetch(a.name))} if a.name in args.names else {})

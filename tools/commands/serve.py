@@ -23,6 +23,8 @@ def register(subparsers: Any) -> None:
             "  fleetune serve --fleet fleet.yaml --pack packs/minilm --classes 2 --state aggregator\n"
             "  fleetune serve --fleet fleet.yaml --pack packs/minilm --classes 2 --state aggregator \\\n"
             "                 --job standalone --job fedms --global-rounds 10 --personal-rounds 5\n"
+            "  fleetune serve --fleet fleet.yaml --pack packs/minilm --classes 2 --state aggregator \\\n"
+            "                 --quorum 8 --deadline 900      after 15 minutes, 8 updates close a round\n"
         ),
     )
     add_fleet(parser)

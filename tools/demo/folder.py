@@ -65,6 +65,16 @@ class RunFolder:
         """The report to read."""
         return self.path / "report.html"
 
+    @property
+    def seconds(self) -> float:
+        """Seconds that the run has taken so far, in all its starts."""
+        file = self.path / "seconds"
+        return float(file.read_text(encoding="ascii")) if file.exists() else 0.0
+
+    def save_seconds(self, seconds: float) -> None:
+        """Keep the seconds that the run has taken."""
+        write_atomic(self.path / "seconds", f"{seconds:.1f}\n".encode("ascii"))
+
     def device(self, device: str) -> Path:
         """A device's state."""
         return self.path / "devices" / device
@@ -88,13 +98,16 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"{self.path} is not a folder", "name another folder with --out")
-        if self.report.exists():
-            raise RunFolderError(
-                f"{self.path} holds a finished run", f"read {self.page}, or name another folder with --out"
-            )
+        changed, earlier = [], dict[str, Any]()
         if self.options.exists():
             earlier = self._earlier()
             changed = sorted(name for name in earlier.keys() | options.keys() if earlier.get(name) != options.get(name))
+        if self.report.exists():
+            other = f" with another {', '.join(changed)}" if changed else ""
+            raise RunFolderError(
+                f"{self.path} holds a finished run{other}", f"read {self.page}, or name another folder with --out"
+            )
+        if self.options.exists():
             begun = self.pack.exists() or earlier.keys() != options.keys()  # before the pack, nothing depends on them
             if changed and begun:
                 raise RunFolderError(

@@ -24,7 +24,7 @@ class RunFacts:
     """What the journal does not know.
 
     Attributes:
-        seconds: Wall time of the command, set-up included.
+        seconds: Wall time of the command in all its starts, set-up included.
         seed: Seed of the run.
         broker: Name and version of the broker.
         url: Its address.

@@ -56,16 +56,30 @@ def run_demo(folder: RunFolder, options: DemoOptions, console: Console) -> dict[
     Raises:
         FleetuneError: Something is missing or failed; what was done so far stays in the folder.
     """
-    start = time.monotonic()
     again = folder.claim(options.record)
     console.print(f"{folder.path}: goes on with an interrupted run" if again else f"{folder.path}: a new run")
+    start = time.monotonic() - folder.seconds
+    try:
+        report = _run(folder, options, console, start)
+    finally:
+        folder.save_seconds(time.monotonic() - start)
+    write_page(report, folder.page)
+    write_atomic(folder.report, json.dumps(report, indent=1).encode())
+    return report
+
+
+def _run(folder: RunFolder, options: DemoOptions, console: Console, start: float) -> dict[str, Any]:
     with console.status("starts") as status:
+        said = ""
 
         def say(what: str) -> None:
+            nonlocal said
+            step = what.partition(" (")[0]
             if console.is_terminal:
                 status.update(what)
-            else:
-                _print_line(console, start, what)
+            elif step != said:
+                said = step
+                _print_line(console, start, step)
 
         pack = prepare(
             folder,
@@ -94,10 +108,7 @@ def run_demo(folder: RunFolder, options: DemoOptions, console: Console) -> dict[
     )
     task = options.task
     data = {"name": task.data, "train": task.train, "val": task.val, "test": task.test, "classes": task.classes}
-    report = build_report(folder.aggregator, fleet, pack, data, facts)
-    write_page(report, folder.page)
-    write_atomic(folder.report, json.dumps(report, indent=1).encode())
-    return report
+    return build_report(folder.aggregator, fleet, pack, data, facts)
 
 
 def _start_broker(folder: RunFolder, running: Processes) -> BrokerAddress:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 from rich.console import Group
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -68,8 +70,13 @@ class Watch:
         facts = self._presence["aggregator"].facts
         return (
             f"{facts['job']}: {facts['stage']}, round {facts['round']} of {facts['rounds']}, SAL allows "
-            f"depth {facts['depth']}"
+            f"depth {facts['depth']}{self._accuracy()}"
         )
+
+    def _accuracy(self) -> str:
+        facts = [presence.facts for device in self._fleet.devices if (presence := self._presence.get(device.id))]
+        scores = [float(some["test"]) for some in facts if "test" in some]
+        return f", mean accuracy {fmean(scores):.3f}" if len(scores) == len(self._fleet.devices) else ""
 
     def render(self) -> Group:
         """The table."""

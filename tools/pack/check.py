@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.expert import Expert, Layout
-from fleetune.edge.pack.pack import Pack
+from fleetune.edge.pack.pack import Pack, file_sha256
+from fleetune.edge.protocol.errors import PackError
 from fleetune.tools.pack.architectures import ARCHITECTURES
-from fleetune.tools.pack.checkpoint import Checkpoint, is_matrix, read_checkpoint
+from fleetune.tools.pack.checkpoint import WEIGHTS, Checkpoint, is_matrix, read_checkpoint
 from fleetune.tools.pack.write import BLOCK_SIZE, quantise
 
 TOLERANCE = 1e-5
@@ -49,13 +50,22 @@ def check_pack(pack: Pack, source: Path, *, seed: int = 0) -> list[Check]:
         pack: The pack.
         source: The Hugging Face folder that it was made from.
         seed: Seed of the random input.
+
+    Raises:
+        PackError: The pack was made from another backbone.
     """
     import torch
 
     rng = np.random.default_rng(seed)
-    backbone = Backbone(pack, threads=0)
     image_size = pack.manifest.image.size if pack.manifest.image else None
+    weights = source / WEIGHTS
+    if weights.is_file() and file_sha256(weights) != pack.manifest.backbone.sha256:
+        raise PackError(
+            f"{pack.path} is a pack of {pack.manifest.backbone.id}, made from other weights than {source} holds",
+            "name the backbone that the pack was made from",
+        )
     checkpoint = read_checkpoint(source, image_size=image_size)
+    backbone = Backbone(pack, threads=0)
     model = _reference(pack, source)
     layers = model.encoder.layer
     expert = Expert.initial(Layout.of(pack.manifest, classes=2), seed)

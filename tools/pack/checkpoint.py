@@ -19,6 +19,10 @@ from fleetune.tools.pack.compile import block_shapes
 FloatArray = NDArray[np.float32]
 
 
+WEIGHTS = "model.safetensors"
+"""The only weight file that is read: it runs no code."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A backbone's weights under their canonical names.
@@ -73,10 +77,10 @@ def read_checkpoint(path: Path, *, image_size: int | None = None) -> Checkpoint:
             f"use a multiple of {patch} with a vision backbone, and no image size with a text backbone",
         )
     geometry = architecture.geometry(config, image_size)
-    weights = path / "model.safetensors"
+    weights = path / WEIGHTS
     if not weights.is_file():
         raise UnsupportedBackboneError(
-            f"{path} has no model.safetensors", "save the backbone with save_pretrained(safe_serialization=True)"
+            f"{path} has no {WEIGHTS}", "save the backbone with save_pretrained(safe_serialization=True)"
         )
     import safetensors
     import safetensors.numpy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from fleetune.edge.protocol.errors import ConfigError
+from fleetune.edge.protocol.errors import ConfigError, install_hint
 
 
 def require_pack_extra() -> None:
@@ -17,6 +17,4 @@ def require_pack_extra() -> None:
         name for name in ("torch", "transformers", "optimum", "bitsandbytes", "onnx", "rich") if not find_spec(name)
     ]
     if missing:
-        raise ConfigError(
-            f"packing a backbone needs {', '.join(missing)}", "pip install 'fleetune[pack]' on a workstation"
-        )
+        raise ConfigError(f"packing a backbone needs {', '.join(missing)}", f"{install_hint('pack')}, on a workstation")
