@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,7 @@ def _run(args: argparse.Namespace) -> None:
         }
         | {"jobs": jobs},
     )
+    logging.getLogger("fleetune").setLevel(logging.WARNING)  # what goes well is in the table
     folder = RunFolder(args.out)
     console = Console(stderr=args.json)
     try:

@@ -144,7 +144,7 @@ def _follow(watch: Watch, running: Processes, console: Console, start: float) ->
 
 def _print_line(console: Console, start: float, line: str) -> None:
     minutes, seconds = divmod(int(time.monotonic() - start), 60)
-    console.print(f"{minutes:2d}:{seconds:02d}  {line}", highlight=False)
+    console.print(f"{minutes:2d}:{seconds:02d}  {line}", highlight=False, soft_wrap=True)
 
 
 def print_summary(report: dict[str, Any], folder: RunFolder, console: Console) -> None:
