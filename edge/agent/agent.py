@@ -461,4 +461,4 @@ class Agent:
 
 
 def _in_words(plan: Plan) -> str:
-    return f"depth {plan.depth}, {'recompute' if plan.recompute else 'keep'}, micro-batch {plan.micro_batch}"
+    return f"depth {plan.depth}, {'recompute' if plan.recompute else 'fused'}, micro-batch {plan.micro_batch}"

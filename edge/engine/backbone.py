@@ -14,7 +14,6 @@ from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import PackError
 
 FloatArray = NDArray[np.float32]
-Saved = dict[str, FloatArray]
 
 
 @functools.cache
@@ -82,8 +81,8 @@ class Backbone:
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # A waiting thread that spins burns the CPU seconds that the device's other work needs.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # A thread that waits spinning wakes up faster; between steps it would burn what other work needs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         _share_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.enable_mem_pattern = False
@@ -131,13 +130,6 @@ class Backbone:
         """Hidden state after ``block``."""
         return self._run("block_forward", self._feeds(block, hidden, mask, adapters))["y"]
 
-    def forward_keep(
-        self, block: int, hidden: FloatArray, mask: FloatArray, adapters: Mapping[str, FloatArray]
-    ) -> tuple[FloatArray, Saved]:
-        """Hidden state after ``block``, and what :meth:`backward` needs to not recompute it."""
-        saved = self._run("block_forward_keep", self._feeds(block, hidden, mask, adapters))
-        return saved.pop("y"), saved
-
     def backward(
         self,
         block: int,
@@ -145,11 +137,10 @@ class Backbone:
         mask: FloatArray,
         adapters: Mapping[str, FloatArray],
         gradient: FloatArray,
-        saved: Saved | None,
         *,
         bottom: bool = False,
     ) -> dict[str, FloatArray]:
-        """Gradients of one block.
+        """Gradients of one block; its activations are recomputed.
 
         Args:
             block: The block.
@@ -157,12 +148,27 @@ class Backbone:
             mask: The mask.
             adapters: Its adapters.
             gradient: Gradient of the loss with respect to its output.
-            saved: What :meth:`forward_keep` returned, or None to recompute.
             bottom: Whether the gradient of ``hidden`` is not wanted.
 
         Returns:
             ``grad.h`` (unless ``bottom``), ``grad.query.A`` and so on.
         """
-        stem = "block_backward" if saved is None else "block_backward_keep"
-        feeds = self._feeds(block, hidden, mask, adapters) | {"gradient": gradient} | (saved or {})
-        return self._run(f"{stem}_bottom" if bottom else stem, feeds)
+        feeds = self._feeds(block, hidden, mask, adapters) | {"gradient": gradient}
+        return self._run("block_backward_bottom" if bottom else "block_backward", feeds)
+
+    def step(self, depth: int, feeds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+        """A fused training step of the top ``depth`` blocks, which must be :meth:`held <hold>`.
+
+        Args:
+            depth: Active blocks.
+            feeds: ``h``, ``mask``, ``labels``, the head, and each active block's adapters as ``0.query.A`` and so on.
+
+        Returns:
+            ``features``, ``logits`` and the gradients of the summed cross-entropy, as ``grad.0.query.A`` and so on.
+        """
+        weights = {
+            f"{index}.{name}": tensor
+            for index in range(depth)
+            for name, tensor in self._block_weights(self.blocks - depth + index).items()
+        }
+        return self._run(f"suffix_{depth}", {**feeds, **weights, **self._outer})

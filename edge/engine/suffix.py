@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetune.edge.engine.backbone import Backbone, Saved
+from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.expert import Expert
+from fleetune.edge.engine.loss import cross_entropy, one_hot
 
 FloatArray = NDArray[np.float32]
 
@@ -43,40 +42,56 @@ class Suffix:
         """Features [b, d] of each of some micro-batches."""
         return [self.backbone.pool(*part) for part in forward_chunk(self.backbone, self.blocks, expert, parts)]
 
-    def gradients(
-        self,
-        hidden: FloatArray,
-        mask: FloatArray,
-        expert: Expert,
-        into: Expert,
-        upstream: Callable[[FloatArray], FloatArray],
-    ) -> None:
-        """Run a micro-batch forward and backward and add the adapters' gradients to ``into``.
+    def step(
+        self, hidden: FloatArray, mask: FloatArray, labels: NDArray[np.int64], expert: Expert, into: Expert
+    ) -> tuple[float, FloatArray]:
+        """Run a micro-batch forward and backward and add the gradients of its summed cross-entropy to ``into``.
 
         Args:
             hidden: Hidden states at the boundary [b, t, d].
             mask: Their mask [b, 1, t].
-            expert: The adapters.
-            into: Accumulates the gradients; the head is left to ``upstream``.
-            upstream: Turns features [b, d] into the gradient of the loss with respect to them.
+            labels: Classes [b].
+            expert: The adapters and the head.
+            into: Accumulates their gradients.
+
+        Returns:
+            The summed cross-entropy, and the features [b, d].
         """
+        if self.recompute:
+            return self._recomputed(hidden, mask, labels, expert, into)
+        feeds = {"h": hidden, "mask": mask, "labels": one_hot(labels, expert.layout.classes), **self._inputs(expert)}
+        found = self.backbone.step(self.depth, feeds)
+        for name, tensor in self._inputs(into).items():
+            tensor += found[f"grad.{name}"]
+        loss, _ = cross_entropy(found["logits"], labels)
+        return loss, found["features"]
+
+    def _inputs(self, expert: Expert) -> dict[str, FloatArray]:
+        """What a fused step trains: graph input → view into the expert."""
+        adapters = {
+            f"{index}.{name}": tensor
+            for index, block in enumerate(self.blocks)
+            for name, tensor in expert.adapters(block).items()
+        }
+        return {"head.weight": expert.tensors["head.weight"], "head.bias": expert.tensors["head.bias"], **adapters}
+
+    def _recomputed(
+        self, hidden: FloatArray, mask: FloatArray, labels: NDArray[np.int64], expert: Expert, into: Expert
+    ) -> tuple[float, FloatArray]:
         inputs: list[FloatArray] = []
-        kept: list[Saved | None] = []
         for block in self.blocks:
             inputs.append(hidden)
-            if self.recompute:
-                hidden = self.backbone.forward(block, hidden, mask, expert.adapters(block))
-                kept.append(None)
-            else:
-                hidden, saved = self.backbone.forward_keep(block, hidden, mask, expert.adapters(block))
-                kept.append(saved)
-        gradient = self.backbone.pool_backward(hidden, mask, upstream(self.backbone.pool(hidden, mask)))
+            hidden = self.backbone.forward(block, hidden, mask, expert.adapters(block))
+        features = self.backbone.pool(hidden, mask)
+        loss, slope = cross_entropy(expert.logits(features), labels)
+        into.tensors["head.weight"] += features.T @ slope
+        into.tensors["head.bias"] += slope.sum(axis=0)
+        gradient = self.backbone.pool_backward(hidden, mask, slope @ expert.tensors["head.weight"].T)
         for block in reversed(self.blocks):
             bottom = block == self.blocks[0]
-            found = self.backbone.backward(
-                block, inputs.pop(), mask, expert.adapters(block), gradient, kept.pop(), bottom=bottom
-            )
+            found = self.backbone.backward(block, inputs.pop(), mask, expert.adapters(block), gradient, bottom=bottom)
             for name, tensor in into.adapters(block).items():
                 tensor += found[f"grad.{name}"]
             if not bottom:
                 gradient = found["grad.h"]
+        return loss, features

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from fleetune.edge.engine.cache import CHUNK, Prefix, split
 from fleetune.edge.engine.expert import Expert
-from fleetune.edge.engine.loss import cross_entropy
 from fleetune.edge.engine.optimiser import Adam
 from fleetune.edge.engine.suffix import Suffix
 from fleetune.edge.methods.base import Device, Settings
@@ -93,23 +92,14 @@ class LocalRun:
                 yield batch[np.argsort(self.prefix.lengths[batch], kind="stable")]
 
     def _accumulate(self, expert: Expert, gradient: Expert, batch: Indices, features: FloatArray) -> float:
+        """Gradient of the batch's mean loss; returns the summed loss and fills in the features."""
         total = 0.0
         for rows in split(np.arange(len(batch)), self.device.plan.micro_batch):
             some = batch[rows]
             hidden, mask = self.prefix.batch(some)
-
-            def upstream(z: FloatArray, rows: Indices = rows, some: Indices = some) -> FloatArray:
-                nonlocal total
-                features[rows] = z
-                loss, slope = cross_entropy(expert.logits(z), self.device.dataset.labels[some])
-                total += loss
-                slope /= len(batch)
-                gradient.tensors["head.weight"] += z.T @ slope
-                gradient.tensors["head.bias"] += slope.sum(axis=0)
-                upstream_gradient: FloatArray = slope @ expert.tensors["head.weight"].T
-                return upstream_gradient
-
-            self.suffix.gradients(hidden, mask, expert, gradient, upstream)
+            loss, features[rows] = self.suffix.step(hidden, mask, self.device.dataset.labels[some], expert, gradient)
+            total += loss
+        gradient.vector[expert.layout.tail(self.depth)] /= len(batch)
         return total
 
     def features(self, expert: Expert, indices: Indices) -> FloatArray:

@@ -13,15 +13,12 @@ WEIGHTS_FILE = "weights.nf4"
 GRAPHS = (
     "embed",
     "block_forward",
-    "block_forward_keep",
     "block_backward",
     "block_backward_bottom",
-    "block_backward_keep",
-    "block_backward_keep_bottom",
     "pool",
     "pool_backward",
 )
-"""Stems of the graph files of every pack."""
+"""Stems of the graph files of every pack, beside one ``suffix_K`` for each depth K."""
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -108,3 +105,8 @@ class Manifest(_Struct, frozen=True):
     files: dict[str, File]
     text: Text | None = None
     image: Image | None = None
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Stems of this pack's graph files."""
+        return (*GRAPHS, *(f"suffix_{depth}" for depth in range(1, self.blocks + 1)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from fleetune.edge.pack.manifest import FILE, GRAPHS, SCHEMA, WEIGHTS_FILE, Manifest
+from fleetune.edge.pack.manifest import FILE, SCHEMA, WEIGHTS_FILE, Manifest
 from fleetune.edge.pack.weights import Weights
 from fleetune.edge.protocol.errors import UNDECODABLE, PackError
 
@@ -60,7 +60,7 @@ class Pack:
         except UNDECODABLE as error:
             raise PackError(f"{file}: {error}", "write the pack again") from error
         vocabulary = (manifest.text.vocabulary,) if manifest.text else ()
-        for name in (WEIGHTS_FILE, *(f"{stem}.onnx" for stem in GRAPHS), *vocabulary):
+        for name in (WEIGHTS_FILE, *(f"{stem}.onnx" for stem in manifest.graphs), *vocabulary):
             if name not in manifest.files:
                 raise PackError(f"{file} lists no {name}", "write the pack again")
         pack = cls(path, manifest, hashlib.sha256(raw).hexdigest())

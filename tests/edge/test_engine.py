@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ class Case:
         self.expert = Expert(self.layout, rng.normal(0, 0.1, self.layout.size).astype(np.float32))
         batch, length = 4, LENGTHS[kind]
         self.hidden = rng.standard_normal((batch, length, 64), dtype=np.float32)
-        self.slope = rng.standard_normal((batch, 64), dtype=np.float32)
+        self.labels = np.array([2, 0, 1, 0])
         self.mask = np.ones((batch, 1, length), dtype=np.float32)
         if kind == "bert":
             self.mask[0, 0, 4:] = 0
@@ -47,7 +47,7 @@ class Case:
     ) -> Expert:
         into = into or Expert(self.layout)
         suffix = Suffix(Backbone(self.pack, threads=1), depth, recompute=recompute)
-        suffix.gradients(self.hidden[rows], self.mask[rows], self.expert, into, lambda _features: self.slope[rows])
+        suffix.step(self.hidden[rows], self.mask[rows], self.labels[rows], self.expert, into)
         return into
 
     def features(self, depth: int, parts: list[Part], expert: Expert) -> list[Any]:
@@ -71,32 +71,28 @@ def error(found: Any, wanted: Any) -> float:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_kept_and_recomputed_gradients_equal_torch_through_the_whole_suffix(case: Case, depth: int) -> None:
-    active = [name for name in case.layout.names(depth) if name.startswith("blocks.")]
+def test_fused_and_recomputed_gradients_equal_torch_through_the_whole_suffix(case: Case, depth: int) -> None:
+    active = case.layout.names(depth)
     symbols = {name: torch.tensor(case.expert.tensors[name], requires_grad=True) for name in active}
-    loss = (case.torch_features(depth, symbols) * torch.tensor(case.slope)).sum()
+    logits = case.torch_features(depth, symbols) @ symbols["head.weight"] + symbols["head.bias"]
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(case.labels), reduction="sum")
     wanted = torch.autograd.grad(loss, list(symbols.values()))
     for recompute in (False, True):
         found = case.gradients(depth, recompute=recompute)
         for name, grad in zip(active, wanted, strict=True):
             assert error(found.tensors[name], grad.numpy()) < 1e-5, (name, recompute)
-        below = case.layout.tail(depth).start
-        assert not found.vector[:below].any()
-        assert not found.tensors["head.weight"].any()
+        assert not found.vector[: case.layout.tail(depth).start].any()
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_activations_are_kept_unless_they_are_to_be_recomputed(case: Case, recompute: bool) -> None:
-    class Recording(Backbone):
-        saved: ClassVar[list[bool]] = []
-
-        def backward(self, *arguments: Any, **options: Any) -> Any:
-            self.saved.append(arguments[5] is not None)
-            return super().backward(*arguments, **options)
-
-    suffix = Suffix(Recording(case.pack, threads=1), 2, recompute=recompute)
-    suffix.gradients(case.hidden, case.mask, case.expert, Expert(case.layout), lambda _features: case.slope)
-    assert Recording.saved == [not recompute] * 2
+def test_a_step_returns_the_summed_loss_and_the_features(case: Case, recompute: bool) -> None:
+    suffix = Suffix(Backbone(case.pack, threads=1), 2, recompute=recompute)
+    loss, features = suffix.step(case.hidden, case.mask, case.labels, case.expert, Expert(case.layout))
+    wanted = case.torch_features(2, {name: torch.tensor(tensor) for name, tensor in case.expert.tensors.items()})
+    logits = wanted @ torch.tensor(case.expert.tensors["head.weight"]) + torch.tensor(case.expert.tensors["head.bias"])
+    assert error(features, wanted.numpy()) < 1e-5
+    summed = torch.nn.functional.cross_entropy(logits, torch.tensor(case.labels), reduction="sum")
+    assert loss == pytest.approx(float(summed), rel=1e-5)
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -130,9 +126,7 @@ def test_padding_changes_neither_features_nor_gradients(request: pytest.FixtureR
     np.testing.assert_allclose(with_padding, without, atol=1e-5)
     found = [Expert(case.layout), Expert(case.layout)]
     for into, part in zip(found, (short, padded), strict=True):
-        Suffix(Backbone(case.pack, threads=1), 3, recompute=False).gradients(
-            *part, case.expert, into, lambda _features: case.slope[:1]
-        )
+        Suffix(Backbone(case.pack, threads=1), 3, recompute=False).step(*part, case.labels[:1], case.expert, into)
     assert error(found[1].vector, found[0].vector) < 1e-5
 
 

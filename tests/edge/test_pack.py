@@ -57,7 +57,9 @@ def test_a_folder_without_a_manifest_is_not_a_pack(tmp_path: Path, verify: bool)
         Pack.open(tmp_path, verify=verify)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS_FILE, "vocab.txt", *(f"{stem}.onnx" for stem in GRAPHS)])
+@pytest.mark.parametrize(
+    "name", [WEIGHTS_FILE, "vocab.txt", *(f"{stem}.onnx" for stem in GRAPHS), "suffix_1.onnx", "suffix_3.onnx"]
+)
 def test_a_missing_file_is_named(name: str, copy: Path) -> None:
     (copy / name).unlink()
     with pytest.raises(PackError, match=f"{copy / name} is missing"):
@@ -147,10 +149,10 @@ def test_a_manifest_that_is_not_json_is_refused(raw: bytes, copy: Path) -> None:
         Pack.open(copy)
 
 
-def test_weights_of_another_number_of_blocks_are_refused(copy: Path) -> None:
+def test_a_depth_without_its_graph_is_refused(copy: Path) -> None:
     edit(copy, lambda manifest: manifest.update(blocks=4))
-    with pytest.raises(PackError, match=WEIGHTS_FILE):
-        Pack.open(copy).weights()
+    with pytest.raises(PackError, match=r"lists no suffix_4\.onnx"):
+        Pack.open(copy)
 
 
 def test_weights_of_more_blocks_than_the_manifest_says_are_refused(copy: Path) -> None:

@@ -68,12 +68,21 @@ class BlockWeights:
     tensors: Mapping[str, Tensor]
     adapters: Mapping[str, tuple[Tensor, Tensor]]
 
-    def linear(self, graph: Graph, name: str, x: Tensor) -> Tensor:
-        """``x Wᵀ + b``, and ``+ (x A) B`` where the map carries an adapter (LoRA: Hu et al. 2021, eq. 3, α = r)."""
-        y = graph.gemm(x, self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"], trans_b=True)
+    def linear(self, graph: Graph, name: str, x: Tensor, *, before: float = 1.0, after: float = 1.0) -> Tensor:
+        """``x Wᵀ + b``, and ``+ (x A) B`` where the map carries an adapter (LoRA: Hu et al. 2021, eq. 3, α = r).
+
+        Args:
+            graph: Records the operations.
+            name: The linear map.
+            x: Its input [n, in].
+            before: A factor of the input, which costs nothing here.
+            after: A factor of the output, likewise.
+        """
+        weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
+        y = graph.gemm(x, weight, bias, trans_b=True, alpha=before * after, beta=after)
         if name in self.adapters:
             a, b = self.adapters[name]
-            y = graph.gemm(graph.gemm(x, a), b, y)
+            y = graph.gemm(graph.gemm(x, a, alpha=before), b, y, alpha=after)
         return y
 
 
@@ -143,7 +152,10 @@ def _attention(graph: Graph, x: Tensor, mask: Tensor, weights: BlockWeights, geo
 
 
 def _feed_forward(graph: Graph, x: Tensor, weights: BlockWeights) -> Tensor:
-    return weights.linear(graph, "fc2", graph.gelu(weights.linear(graph, "fc1", x)))
+    """Two maps with a GELU between, ``x Φ(x) = u (1 + erf u) / √2`` with ``u = x / √2``; the roots cost nothing."""
+    root = 1 / math.sqrt(2)
+    u = weights.linear(graph, "fc1", x, after=root)
+    return weights.linear(graph, "fc2", graph.gate(u), before=root)
 
 
 def _norm(graph: Graph, x: Tensor, name: str, tensors: Mapping[str, Tensor], geometry: Geometry) -> Tensor:

@@ -15,11 +15,14 @@ from numpy.typing import NDArray
 
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.expert import Expert, Layout
+from fleetune.edge.engine.suffix import Suffix
 from fleetune.edge.pack.pack import Pack, file_sha256
 from fleetune.edge.protocol.errors import PackError
 from fleetune.tools.pack.architectures import ARCHITECTURES
 from fleetune.tools.pack.checkpoint import WEIGHTS, Checkpoint, is_matrix, read_checkpoint
 from fleetune.tools.pack.write import BLOCK_SIZE, quantise
+
+FloatArray = NDArray[np.float32]
 
 TOLERANCE = 1e-5
 """Largest error of a gradient, relative to the largest entry of the reference."""
@@ -91,11 +94,11 @@ def check_pack(pack: Pack, source: Path, *, seed: int = 0) -> list[Check]:
         wanted = {name: grad.numpy() for name, grad in zip(names, reference, strict=True)}
         out = backbone.forward(index, hidden, mask, adapters)
         checks.append(Check(f"block {index}: forward", _error(out, y.detach().numpy())))
-        kept = backbone.forward_keep(index, hidden, mask, adapters)
-        for keep in (True, False):
-            got = backbone.backward(index, hidden, mask, adapters, upstream, kept[1] if keep else None)
-            way = "kept" if keep else "recomputed"
-            checks += [Check(f"block {index}: {name} ({way})", _error(got[name], wanted[name])) for name in names]
+        got = backbone.backward(index, hidden, mask, adapters, upstream)
+        checks += [Check(f"block {index}: {name}", _error(got[name], wanted[name])) for name in names]
+    for depth in range(1, pack.manifest.blocks + 1):
+        error = _step_error(Suffix(backbone, depth, recompute=False), model, expert, hidden, mask)
+        checks.append(Check(f"fused step of depth {depth}: gradients", error))
     features = backbone.pool(hidden, mask)
     h = torch.tensor(hidden, requires_grad=True)
     z = _torch_pool(model, h, torch.tensor(mask), pack)
@@ -104,6 +107,25 @@ def check_pack(pack: Pack, source: Path, *, seed: int = 0) -> list[Check]:
     checks.append(Check("features", _error(features, z.detach().numpy())))
     checks.append(Check("features: grad.h", _error(backbone.pool_backward(hidden, mask, seed_z), grad.numpy())))
     return checks
+
+
+def _step_error(suffix: Suffix, model: Any, expert: Expert, hidden: FloatArray, mask: FloatArray) -> float:
+    """Error of the whole gradient of a fused training step against torch autograd."""
+    import torch
+
+    pack, found = suffix.backbone.pack, Expert(expert.layout)
+    labels = np.arange(len(hidden)) % expert.layout.classes
+    suffix.step(hidden, mask, labels, expert, found)
+    symbols = {name: torch.tensor(t, requires_grad=True) for name, t in expert.active(suffix.depth).items()}
+    h = torch.tensor(hidden)
+    for block in suffix.blocks:
+        adapters = {name: symbols[f"blocks.{block}.{name}"] for name in expert.adapters(block)}
+        h = _torch_block(model.encoder.layer[block], h, torch.tensor(mask), adapters, pack)
+    logits = _torch_pool(model, h, torch.tensor(mask), pack) @ symbols["head.weight"] + symbols["head.bias"]
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels), reduction="sum")
+    wanted = torch.autograd.grad(loss, list(symbols.values()))
+    got = np.concatenate([found.tensors[name].reshape(-1) for name in symbols])
+    return _error(got, np.concatenate([grad.numpy().reshape(-1) for grad in wanted]))
 
 
 def _weight_checks(pack: Pack, checkpoint: Checkpoint) -> list[Check]:
@@ -123,14 +145,14 @@ def _weight_checks(pack: Pack, checkpoint: Checkpoint) -> list[Check]:
     return checks
 
 
-def _stored(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+def _stored(matrix: FloatArray) -> FloatArray:
     """What a pack makes of a matrix."""
     codes, scales, code = quantise(matrix)
     values = np.asarray(code, dtype=np.float32)[np.stack([codes >> 4, codes & 15], axis=2)]
     return (values.reshape(len(matrix), -1, BLOCK_SIZE) * scales[..., None]).reshape(matrix.shape)
 
 
-def _error(found: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
+def _error(found: FloatArray, reference: FloatArray) -> float:
     return float(np.abs(found - reference).max() / np.abs(reference).max())
 
 

@@ -1,20 +1,22 @@
 """Writes an architecture's graphs: what a device runs instead of torch.
 
-One set of graphs serves every block and every depth, because weights and adapters are inputs of the graphs.
+Weights and adapters are inputs of the graphs, so one set of block graphs serves every block; a fused step has a
+graph for each depth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from fleetune.tools.pack.architectures import LINEARS, Architecture, BlockWeights, Geometry
 from fleetune.tools.pack.graph import Graph, Shape, Tensor
 
-SAVED = "saved"
-"""Prefix of the tensors that ``block_forward_keep.onnx`` hands to ``block_backward_keep.onnx``."""
+Outer = Mapping[str, NDArray[np.float32]]
+"""The tensors around the blocks: canonical name → values."""
 
 
 def _sizes(geometry: Geometry, name: str) -> tuple[int, int]:
@@ -38,14 +40,26 @@ def block_shapes(architecture: Architecture, geometry: Geometry) -> dict[str, tu
     return shapes
 
 
+def _adapters(
+    graph: Graph, geometry: Geometry, targets: Sequence[str], prefix: str = ""
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Linear map → its A [in, r] and B [r, out], as inputs."""
+    return {
+        name: (
+            graph.input(f"{prefix}{name}.A", (_sizes(geometry, name)[1], "r")),
+            graph.input(f"{prefix}{name}.B", ("r", _sizes(geometry, name)[0])),
+        )
+        for name in targets
+    }
+
+
 def block_graphs(architecture: Architecture, geometry: Geometry, targets: Sequence[str]) -> dict[str, onnx.ModelProto]:
-    """Build the block's graphs.
+    """Build the block's graphs, which serve every block.
 
     * ``block_forward``: h → y.
-    * ``block_forward_keep``: h → y and the activations that the backward pass needs.
-    * ``block_backward_keep``: those activations and the gradient of y → gradients of h and of the adapters.
-    * ``block_backward``: the same gradients, recomputing the activations (gradient checkpointing: Chen et al. 2016).
-    * ``…_bottom``: without the gradient of h, for the lowest active block, below which nothing learns.
+    * ``block_backward``: h and the gradient of y → gradients of h and of the adapters, recomputing the activations
+      (gradient checkpointing: Chen et al. 2016).
+    * ``block_backward_bottom``: without the gradient of h, for the lowest active block, below which nothing learns.
 
     Args:
         architecture: How the backbone computes.
@@ -61,49 +75,58 @@ def block_graphs(architecture: Architecture, geometry: Geometry, targets: Sequen
     mask = graph.input("mask", ("b", 1, "t"))
     upstream = graph.input("gradient", hidden)
     tensors = {name: graph.input(name, shape) for name, shape in block_shapes(architecture, geometry).items()}
-    adapters = {
-        name: (
-            graph.input(f"{name}.A", (_sizes(geometry, name)[1], "r")),
-            graph.input(f"{name}.B", ("r", _sizes(geometry, name)[0])),
-        )
-        for name in targets
-    }
+    adapters = _adapters(graph, geometry, targets)
     learned = [tensor for pair in adapters.values() for tensor in pair]
     leaves = [h, mask, *tensors.values(), *learned]
 
     y = architecture.block(graph, h, mask, BlockWeights(tensors, adapters), geometry)
-    forward_size = graph.size
     grad_h, *grads = graph.gradients(y, upstream, [h, *learned])
     of_adapters = {f"grad.{leaf.name}": grad for leaf, grad in zip(learned, grads, strict=True)}
-    everything = {"grad.h": grad_h, **of_adapters}
-
-    models = {
+    return {
         "block_forward": graph.model("block_forward", leaves, {"y": y}),
-        "block_backward": graph.model("block_backward", [*leaves, upstream], everything),
+        "block_backward": graph.model("block_backward", [*leaves, upstream], {"grad.h": grad_h, **of_adapters}),
         "block_backward_bottom": graph.model("block_backward_bottom", [*leaves, upstream], of_adapters),
     }
-    saved = graph.saved(everything.values(), forward_size, [*leaves, upstream])
-    kept = {f"{SAVED}.{i}": tensor for i, tensor in enumerate(saved)}
-    models["block_forward_keep"] = graph.model("block_forward_keep", leaves, {"y": y, **kept})
-    for stem, outputs in (("block_backward_keep", everything), ("block_backward_keep_bottom", of_adapters)):
-        model = graph.model(stem, [*leaves, upstream, *saved], outputs)
-        models[stem] = _rename_inputs(model, {tensor.name: alias for alias, tensor in kept.items()})
-    return models
 
 
-def _rename_inputs(model: onnx.ModelProto, names: dict[str, str]) -> onnx.ModelProto:
-    for value in model.graph.input:
-        value.name = names.get(value.name, value.name)
-    for node in model.graph.node:
-        for i, name in enumerate(node.input):
-            node.input[i] = names.get(name, name)
-    onnx.checker.check_model(model)
-    return model
+def suffix_graph(
+    architecture: Architecture, geometry: Geometry, targets: Sequence[str], outer: Outer, depth: int
+) -> onnx.ModelProto:
+    """Build a whole training step of the top ``depth`` blocks: forward, head, loss and backward, nothing recomputed.
+
+    Inputs are ``h`` [b, t, d] at the boundary, ``mask`` [b, 1, t], ``labels`` [b, c] (one-hot), ``head.weight`` [d, c],
+    ``head.bias`` [c], and the weights and adapters of each block as ``0.query.weight`` and so on, 0 being the lowest
+    active block. Outputs are ``features`` [b, d], ``logits`` [b, c], and the gradients of the summed cross-entropy:
+    ``grad.head.weight``, ``grad.head.bias``, ``grad.0.query.A`` and so on.
+    """
+    h = Tensor("h", ("b", "t", geometry.width))
+    graph = Graph(sizes_from=h)
+    mask, labels = graph.input("mask", ("b", 1, "t")), graph.input("labels", ("b", "c"))
+    weight, bias = graph.input("head.weight", (geometry.width, "c")), graph.input("head.bias", ("c",))
+    symbols = _outer_symbols(graph, outer)
+    leaves, learned, hidden = [h, mask, labels, weight, bias, *symbols.values()], list[Tensor](), h
+    for index in range(depth):
+        shapes = block_shapes(architecture, geometry)
+        tensors = {name: graph.input(f"{index}.{name}", shape) for name, shape in shapes.items()}
+        adapters = _adapters(graph, geometry, targets, f"{index}.")
+        leaves += tensors.values()
+        learned += [tensor for pair in adapters.values() for tensor in pair]
+        hidden = architecture.block(graph, hidden, mask, BlockWeights(tensors, adapters), geometry)
+    features = architecture.pool(graph, hidden, mask, symbols, geometry)
+    logits = graph.gemm(features, weight, bias)
+    slope = graph.sub(graph.softmax(logits), labels)  # gradient of the summed cross-entropy
+    grads = graph.gradients(features, graph.gemm(slope, weight, trans_b=True), learned)
+    outputs = {"features": features, "logits": logits}
+    outputs |= {"grad.head.weight": graph.gemm(features, slope, trans_a=True), "grad.head.bias": graph.sum_first(slope)}
+    outputs |= {f"grad.{leaf.name}": grad for leaf, grad in zip(learned, grads, strict=True)}
+    return graph.model(f"suffix_{depth}", [*leaves, *learned], outputs)
 
 
-def outer_graphs(
-    architecture: Architecture, geometry: Geometry, outer: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]
-) -> dict[str, onnx.ModelProto]:
+def _outer_symbols(graph: Graph, outer: Outer) -> dict[str, Tensor]:
+    return {name: graph.input(name, value.shape) for name, value in outer.items() if not name.endswith(".table")}
+
+
+def outer_graphs(architecture: Architecture, geometry: Geometry, outer: Outer) -> dict[str, onnx.ModelProto]:
     """Build what stands around the blocks.
 
     * ``embed``: a looked-up or patched sample [b, t, e] and ``positions`` [t, d] → h [b, t, d].
@@ -113,7 +136,7 @@ def outer_graphs(
     columns = outer["patch.weight"].shape[1] if "patch.weight" in outer else geometry.width
     sample = Tensor("sample", ("b", "t", columns))
     graph = Graph(sizes_from=sample)
-    symbols = {name: graph.input(name, value.shape) for name, value in outer.items() if not name.endswith(".table")}
+    symbols = _outer_symbols(graph, outer)
     symbols["positions"] = graph.input("positions", ("t", geometry.width))
     embed = graph.model(
         "embed", [sample, *symbols.values()], {"h": architecture.embed(graph, sample, symbols, geometry)}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,6 @@ OPSET = 20
 IR_VERSION = 9
 
 Shape = tuple[int | str, ...]
-
-_REPLAYED = frozenset({"Reshape", "Transpose", "Shape", "Concat", "Unsqueeze"})
-"""Operators that move data but do not compute: a backward graph repeats them instead of having them saved."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +42,7 @@ class _Node:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     attributes: dict[str, Any] = field(default_factory=dict)
+    rule: str = ""  # name of its gradient rule, where it is not the operator's
 
 
 class Graph:
@@ -86,13 +84,22 @@ class Graph:
         return outputs
 
     def gemm(
-        self, a: Tensor, b: Tensor, bias: Tensor | None = None, *, trans_a: bool = False, trans_b: bool = False
+        self,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None = None,
+        *,
+        trans_a: bool = False,
+        trans_b: bool = False,
+        alpha: float = 1.0,
+        beta: float = 1.0,
     ) -> Tensor:
-        """``op(a) @ op(b) + bias`` of two matrices, where ``op`` transposes on demand."""
+        """``alpha · op(a) @ op(b) + beta · bias`` of two matrices, where ``op`` transposes on demand."""
         rows = a.shape[1] if trans_a else a.shape[0]
         columns = b.shape[0] if trans_b else b.shape[1]
         inputs = (a, b) if bias is None else (a, b, bias)
-        return self._add("Gemm", inputs, [(rows, columns)], transA=int(trans_a), transB=int(trans_b))[0]
+        flags = {"transA": int(trans_a), "transB": int(trans_b), "alpha": alpha, "beta": beta}
+        return self._add("Gemm", inputs, [(rows, columns)], **flags)[0]
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """Batched product over the last two axes; the leading axes of ``a`` and ``b`` are equal or 1."""
@@ -116,8 +123,24 @@ class Graph:
         """Elementwise quotient."""
         return self._add("Div", (a, b), [a.shape])[0]
 
+    def gate(self, u: Tensor) -> Tensor:
+        """``u (1 + erf u)``, which is ``√2 gelu(√2 u)`` (Hendrycks and Gimpel, 2016)."""
+        gated = self.mul(u, self.add(self.unary("Erf", u), self.constant(1.0)))
+        node = replace(self._producer[gated], rule="Gate")
+        self._nodes[-1] = self._producer[gated] = node
+        return gated
+
+    def sub_from(self, value: float, a: Tensor) -> Tensor:
+        """A constant less a tensor; without a gradient rule."""
+        return self._add("Sub", (self.constant(np.float32(value)), a), [a.shape])[0]
+
+    def sum_first(self, a: Tensor) -> Tensor:
+        """Sum over the first axis, which goes; without a gradient rule."""
+        axes = self.constant(np.array([0], dtype=np.int64))
+        return self._add("ReduceSum", (a, axes), [a.shape[1:]], keepdims=0)[0]
+
     def unary(self, op: str, a: Tensor) -> Tensor:
-        """An elementwise operator without a gradient rule, such as ``Erf`` or ``Exp``."""
+        """Any elementwise operator, such as ``Exp``."""
         return self._add(op, (a,), [a.shape])[0]
 
     def sum_last(self, a: Tensor) -> Tensor:
@@ -129,10 +152,6 @@ class Graph:
         """Mean over the last axis, which stays with size 1."""
         axes = self.constant(np.array([-1], dtype=np.int64))
         return self._add("ReduceMean", (a, axes), [(*a.shape[:-1], 1)], keepdims=1)[0]
-
-    def gelu(self, a: Tensor) -> Tensor:
-        """Exact GELU, ``x Φ(x)`` (Hendrycks and Gimpel, 2016)."""
-        return self._add("Gelu", (a,), [a.shape])[0]
 
     def softmax(self, a: Tensor) -> Tensor:
         """Softmax over the last axis."""
@@ -193,7 +212,7 @@ class Graph:
             incoming = gradient.pop(node.outputs[0], None)
             if incoming is None:
                 continue
-            rule = _RULES.get(node.op)
+            rule = _RULES.get(node.rule or node.op)
             if rule is None:
                 raise ValueError(f"no gradient rule for the operator {node.op}")
             wanted = [i in on_path for i in node.inputs]
@@ -218,29 +237,6 @@ class Graph:
 
     # --- cutting models out -------------------------------------------------------------------------------------
 
-    def saved(self, outputs: Iterable[Tensor], before: int, leaves: Iterable[Tensor]) -> list[Tensor]:
-        """Name the results of the first ``before`` operations that ``outputs`` need and cannot cheaply repeat."""
-        known, found = set(leaves), dict[Tensor, None]()
-        position = {tensor: i for i, node in enumerate(self._nodes) for tensor in node.outputs}
-        stack = list(outputs)
-        seen: set[Tensor] = set()
-        while stack:
-            tensor = stack.pop()
-            if tensor in seen or tensor in known or tensor in self._constants:
-                continue
-            seen.add(tensor)
-            node = self._producer[tensor]
-            if position[tensor] < before and node.op not in _REPLAYED:
-                found[tensor] = None
-            else:
-                stack.extend(node.inputs)
-        return sorted(found, key=lambda tensor: position[tensor])
-
-    @property
-    def size(self) -> int:
-        """The number of operations recorded so far."""
-        return len(self._nodes)
-
     def model(self, name: str, inputs: Sequence[Tensor], outputs: dict[str, Tensor]) -> onnx.ModelProto:
         """Cut out what ``outputs`` need, down to ``inputs``.
 
@@ -263,12 +259,24 @@ class Graph:
             elif self._producer[tensor] not in needed:
                 needed.add(self._producer[tensor])
                 stack.extend(self._producer[tensor].inputs)
+        names: dict[Tensor, str] = {}
+        copies: list[onnx.NodeProto] = []
+        for alias, tensor in outputs.items():
+            if tensor in names or tensor in stop or tensor not in self._producer:
+                copies.append(helper.make_node("Identity", [names.get(tensor, tensor.name)], [alias]))
+            else:
+                names[tensor] = alias
         nodes = [
-            helper.make_node(n.op, [t.name for t in n.inputs], [t.name for t in n.outputs], **n.attributes)
+            helper.make_node(
+                n.op,
+                [names.get(t, t.name) for t in n.inputs],
+                [names.get(t, t.name) for t in n.outputs],
+                **n.attributes,
+            )
             for n in self._nodes
             if n in needed
         ]
-        nodes += [helper.make_node("Identity", [tensor.name], [alias]) for alias, tensor in outputs.items()]
+        nodes += copies
         graph = helper.make_graph(
             nodes,
             name,
@@ -290,14 +298,21 @@ _Rule = Callable[[Graph, _Node, Tensor, Sequence[bool]], Iterable[tuple[Tensor, 
 def _gemm(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
     a, b = node.inputs[:2]
     trans_a, trans_b = bool(node.attributes["transA"]), bool(node.attributes["transB"])
+    alpha, beta = float(node.attributes["alpha"]), float(node.attributes["beta"])
     if wanted[0]:
-        yield a, (graph.gemm(b, g, trans_a=trans_b, trans_b=True) if trans_a else graph.gemm(g, b, trans_b=not trans_b))
+        if trans_a:
+            yield a, graph.gemm(b, g, trans_a=trans_b, trans_b=True, alpha=alpha)
+        else:
+            yield a, graph.gemm(g, b, trans_b=not trans_b, alpha=alpha)
     if wanted[1]:
-        yield b, (graph.gemm(g, a, trans_a=True, trans_b=trans_a) if trans_b else graph.gemm(a, g, trans_a=not trans_a))
+        if trans_b:
+            yield b, graph.gemm(g, a, trans_a=True, trans_b=trans_a, alpha=alpha)
+        else:
+            yield b, graph.gemm(a, g, trans_a=not trans_a, alpha=alpha)
     if len(wanted) > 2 and wanted[2]:
         if node.inputs[2].shape != g.shape:
             raise ValueError("a broadcast bias takes no gradient here")
-        yield node.inputs[2], g
+        yield node.inputs[2], g if beta == 1.0 else graph.mul(g, beta)
 
 
 def _matmul(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
@@ -328,12 +343,13 @@ def _mul(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterab
             yield source, graph.mul(g, other)
 
 
-def _gelu(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
-    # d/dx [x Φ(x)] = Φ(x) + x φ(x)
-    x = node.inputs[0]
-    cdf = graph.mul(graph.add(graph.unary("Erf", graph.mul(x, 1 / math.sqrt(2))), graph.constant(np.float32(1.0))), 0.5)
-    pdf = graph.mul(graph.unary("Exp", graph.mul(graph.mul(x, x), -0.5)), 1 / math.sqrt(2 * math.pi))
-    yield x, graph.mul(g, graph.add(cdf, graph.mul(x, pdf)))
+def _gate(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    # d/du [u (1 + erf u)] = 1 + erf u + u · 2/√π exp(−u²). The error function is computed again: it is cheaper than
+    # the memory that it would hold from the forward pass on.
+    u = node.inputs[0]
+    density = graph.unary("Exp", graph.sub_from(math.log(2 / math.sqrt(math.pi)), graph.mul(u, u)))
+    distribution = graph.add(graph.unary("Erf", u), graph.constant(1.0))
+    yield u, graph.mul(graph.add(graph.mul(density, u), distribution), g)
 
 
 def _softmax(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
@@ -365,7 +381,7 @@ def _reshape(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterabl
 
 _RULES: dict[str, _Rule] = {
     "Add": _add,
-    "Gelu": _gelu,
+    "Gate": _gate,
     "Gemm": _gemm,
     "LayerNormalization": _layer_norm,
     "MatMul": _matmul,
