@@ -1,0 +1,86 @@
+"""Fleetune's engine, as a worker: what a device runs, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+start = time.process_time()
+
+import msgspec  # noqa: E402
+import numpy as np  # noqa: E402
+
+from fleetune.edge.engine.backbone import Backbone  # noqa: E402
+from fleetune.edge.engine.cache import PrefixCache, split  # noqa: E402
+from fleetune.edge.engine.dataset import read_dataset  # noqa: E402
+from fleetune.edge.engine.expert import Expert, Layout  # noqa: E402
+from fleetune.edge.engine.optimiser import Adam  # noqa: E402
+from fleetune.edge.engine.suffix import Suffix  # noqa: E402
+from fleetune.edge.pack.pack import Pack  # noqa: E402
+from fleetune.edge.pack.tensorfile import TensorFile  # noqa: E402
+from fleetune.edge.resources.process import cpu_seconds, peak_mib  # noqa: E402
+from fleetune.tools.bench.spec import Spec  # noqa: E402
+
+
+def main(spec: Spec) -> None:
+    """Train adapters and a linear head; answer requests."""
+    pack = Pack.open(Path(spec.pack))
+    dataset = read_dataset(Path(spec.data), pack)
+    backbone = Backbone(pack, spec.threads)
+    expert = Expert(Layout.of(pack.manifest, spec.classes))
+    initial = TensorFile(Path(spec.initial))
+    expert.load({name: initial[name] for name in expert.tensors})
+    gradient = Expert(expert.layout)
+    cache = PrefixCache(Path(spec.cache), backbone, dataset, micro_batch=spec.micro_batch)
+    tail = expert.layout.tail(spec.depth)
+    optimiser = Adam(tail.stop - tail.start, spec.rate, weight_decay=spec.decay)
+    train, suffix = dataset.indices("train"), None
+
+    def epoch() -> dict[str, Any]:
+        nonlocal suffix
+        wall, cpu, losses = time.perf_counter(), cpu_seconds(), []
+        prefix = cache.prefix(backbone.blocks - spec.depth, expert)  # computed in the first epoch, found in the others
+        if suffix is None:
+            suffix = Suffix(backbone, spec.depth, recompute=False)
+        for batch in split(train, spec.batch):
+            gradient.vector[tail] = 0
+            total = 0.0
+            for some in split(batch, spec.micro_batch):
+                loss, _ = suffix.step(*prefix.batch(some), dataset.labels[some], expert, gradient)
+                total += loss
+            gradient.vector[tail] /= len(batch)
+            optimiser.step(expert.vector[tail], gradient.vector[tail])
+            losses.append(total / len(batch))
+        return {
+            "seconds": time.perf_counter() - wall,
+            "cpu_s": cpu_seconds() - cpu,
+            "loss": float(np.mean(losses)),
+        }
+
+    def product() -> dict[str, Any]:
+        """The rate of a plain matrix product, GFLOP/s."""
+        rng = np.random.default_rng(0)
+        a, b = rng.standard_normal((1024, 384), dtype=np.float32), rng.standard_normal((384, 1536), dtype=np.float32)
+        out, times = np.empty((1024, 1536), dtype=np.float32), []
+        for _ in range(30):
+            wall = time.perf_counter()
+            np.matmul(a, b, out=out)
+            times.append(time.perf_counter() - wall)
+        return {"gflops": 2 * 1024 * 384 * 1536 / float(np.median(times)) / 1e9}
+
+    answers: dict[str, Callable[[], dict[str, Any]]] = {
+        "epoch": epoch,
+        "peak": lambda: {"peak_mib": peak_mib()},
+        "product": product,
+    }
+    print(json.dumps({"start_cpu_s": time.process_time() - start}), flush=True)  # noqa: T201
+    for line in sys.stdin:
+        print(json.dumps(answers[json.loads(line)["do"]]()), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Spec))

@@ -1,0 +1,170 @@
+"""``fleetune bench step``: training adapters, beside PEFT on torch, in turns."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import msgspec
+
+from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.files import write_atomic
+from fleetune.tools.bench.figures import Document, Figure, Target, figure
+from fleetune.tools.bench.peers import peer_versions, peers_python
+from fleetune.tools.bench.spec import Spec
+from fleetune.tools.bench.tasks import LENGTH, TASKS, Task, prepare
+from fleetune.tools.bench.workers import Worker
+
+ALL, SAME, QLORA = "PEFT fp32, all blocks", "PEFT fp32, same blocks", "PEFT NF4, all blocks"
+PEERS = {"all": ALL, "same": SAME, "nf4": QLORA}
+OURS = "Fleetune"
+
+_MEMORY = {ALL: Target(1 / 6, lower=True), SAME: Target(1 / 5, lower=True)}
+_LATER = {
+    "minilm": {ALL: Target(3.8, lower=False), SAME: Target(2.4, lower=False)},
+    "focus-vit": {ALL: Target(5.0, lower=False), SAME: Target(3.0, lower=False)},
+}
+_START = {QLORA: Target(0.1, lower=True)}
+_SHARE = Target(0.75, lower=False)
+_LOSS = 0.01
+_REST_S = 0.3
+"""Seconds between two turns, in which the threads of the last one go to sleep."""
+
+
+@dataclass
+class _Runs:
+    """What one contender did, a list entry a repeat."""
+
+    start_s: list[float] = field(default_factory=list)
+    first_s: list[float] = field(default_factory=list)
+    later_s: list[float] = field(default_factory=list)
+    later_cpu_s: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    peak_mib: list[float] = field(default_factory=list)
+    gflops: list[float] = field(default_factory=list)
+
+
+def bench_step(
+    folder: Path, *, quick: bool, peers: Sequence[str], threads: int, say: Callable[[str], None]
+) -> Document:
+    """Run the benchmark.
+
+    Args:
+        folder: For packs, samples and logs.
+        quick: MiniLM alone, on fewer samples and repeats.
+        peers: Keys of :data:`PEERS`.
+        threads: Threads of every contender.
+        say: Is told what happens next.
+    """
+    names = [PEERS[key] for key in peers]
+    python = peers_python(say) if names else None
+    tasks = [Task("MiniLM", "minilm", None, 48)] if quick else list(TASKS)
+    figures: list[Figure] = []
+    for task in tasks:
+        place = folder / task.name.lower().replace(" ", "-")
+        spec = prepare(task, place, threads=threads, say=say)
+        commands = {OURS: _command(place, OURS, spec, [sys.executable, "-m", "fleetune.tools.bench.engine_worker"])}
+        for name in names:
+            depth = spec.depth if name == SAME else Pack.open(Path(spec.pack)).manifest.blocks
+            worker = [str(python), str(Path(__file__).with_name("peft_worker.py"))]
+            theirs = msgspec.structs.replace(spec, depth=depth, quantised=name == QLORA)
+            commands[name] = _command(place, name, theirs, worker)
+        repeats, epochs = (2, 2) if quick else (5, 3)
+        runs = {name: _Runs() for name in commands}
+        for repeat in range(repeats):
+            say(f"{task.name}: repeat {repeat + 1} of {repeats}")
+            _repeat(commands, runs, place, epochs)
+        figures += _figures(task, spec, runs, names)
+    return Document("step", tuple(figures), peer_versions(python) if python else {})
+
+
+def _command(place: Path, name: str, spec: Spec, worker: list[str]) -> list[str]:
+    file = place / f"{name.replace(' ', '-').replace(',', '')}.json"
+    write_atomic(file, msgspec.json.encode(spec))
+    return [*worker, str(file)]
+
+
+def _repeat(commands: dict[str, list[str]], runs: dict[str, _Runs], place: Path, epochs: int) -> None:
+    """Start every contender anew, then let them train in turns."""
+    for cached in (place / "cache").glob("*/*"):
+        cached.unlink()  # so that the first epoch is one
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for name, command in commands.items():
+            workers[name] = stack.enter_context(Worker(name, command, place / "log.txt"))
+            runs[name].start_s.append(workers[name].started_s)
+        for epoch in range(epochs):
+            for name, worker in workers.items():
+                time.sleep(_REST_S)
+                found = worker.ask("epoch")
+                if epoch == 0:
+                    runs[name].first_s.append(found["seconds"])
+                else:
+                    runs[name].later_s.append(found["seconds"])
+                    runs[name].later_cpu_s.append(found["cpu_s"])
+                if epoch == epochs - 1:
+                    runs[name].loss.append(found["loss"])
+        for name, worker in workers.items():
+            runs[name].peak_mib.append(worker.ask("peak")["peak_mib"])
+        runs[OURS].gflops.append(workers[OURS].ask("product")["gflops"])
+
+
+def _figures(task: Task, spec: Spec, runs: dict[str, _Runs], peers: Sequence[str]) -> list[Figure]:
+    ours = runs[OURS]
+    found: list[Figure] = []
+    later = _LATER[task.backbone]
+    contenders: list[str | None] = [*peers] or [None]
+    for peer in contenders:
+        theirs = runs[peer] if peer else None
+        text = task.image_size is None
+        for name, unit, mine, other, targets in (
+            ("peak memory", "MiB", ours.peak_mib, theirs.peak_mib if theirs else None, _MEMORY if text else {}),
+            ("start until ready to train", "s", ours.start_s, theirs.start_s if theirs else None, _START),
+            ("first epoch", "s", ours.first_s, theirs.first_s if theirs else None, {}),
+            (
+                "later epoch",
+                "s",
+                ours.later_s,
+                theirs.later_s if theirs else None,
+                later if task.image_size != 112 else {},
+            ),
+            ("CPU seconds of a later epoch", "s", ours.later_cpu_s, theirs.later_cpu_s if theirs else None, {}),
+        ):
+            target = targets.get(peer) if peer else None
+            found.append(figure(f"{task.name}: {name}", unit, mine, peer=peer, peer_values=other, target=target))
+        if theirs and peer == SAME:  # all blocks learn something else
+            found.append(_loss(task, ours, theirs, peer))
+    share = [_flops(spec) * task.samples / seconds / 1e9 / _middle(ours.gflops) for seconds in ours.later_s]
+    found.append(figure(f"{task.name}: share of the arithmetic limit", "", share, target=_SHARE))
+    return found
+
+
+def _middle(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _loss(task: Task, ours: _Runs, theirs: _Runs, peer: str) -> Figure:
+    plain = figure(f"{task.name}: loss of the last epoch", "nats", ours.loss, peer=peer, peer_values=theirs.loss)
+    assert plain.ratio is not None
+    return replace(plain, target=f"1 ± {_LOSS}", met=abs(plain.ratio - 1) <= _LOSS)
+
+
+def _flops(spec: Spec) -> float:
+    """Floating-point operations of a training step, for each sample: products only, two for each multiply and add.
+
+    A block's forward pass takes 24 t d² for its linear maps (the hidden layer being 4 d wide) and 4 t² d for attention.
+    Backward, only activations take gradients, the weights being frozen: as much again for the maps and twice for
+    attention; in the lowest active block no gradient leaves the block, which saves its query, key and value maps.
+    """
+    manifest = Pack.open(Path(spec.pack), verify=False).manifest
+    tokens = LENGTH if manifest.image is None else (manifest.image.size // manifest.image.patch) ** 2 + 1
+    d, r = manifest.width, manifest.rank
+    forward = 24 * tokens * d * d + 4 * tokens * tokens * d
+    backward = 24 * tokens * d * d + 8 * tokens * tokens * d
+    bottom = 18 * tokens * d * d + 6 * tokens * tokens * d
+    adapters = len(manifest.targets) * 3 * 4 * tokens * d * r
+    return float(spec.depth * (forward + adapters) + (spec.depth - 1) * backward + bottom)

@@ -1,0 +1,134 @@
+"""What the benchmarks train: a backbone, its pack, and the same samples in the engine's form and in torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import safetensors.numpy
+
+from fleetune.edge.engine.expert import Expert, Layout
+from fleetune.edge.pack.pack import Pack
+from fleetune.edge.pack.wordpiece import WordPiece
+from fleetune.edge.protocol.files import write_atomic
+from fleetune.tools.assets import ASSETS, fetch, write_images, write_jsonl
+from fleetune.tools.assets.datasets import Split, TextRow, read_rotten_tomatoes
+from fleetune.tools.bench.spec import Spec
+
+BATCH, MICRO_BATCH, DEPTH, CLASSES, LENGTH = 16, 8, 2, 2, 64
+_JOINED = 5
+"""Snippets in a text, so that it fills all tokens."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One backbone and the form of its samples.
+
+    Attributes:
+        name: For people.
+        backbone: Name of the asset.
+        image_size: Side of the pictures; None for text of 64 tokens.
+        samples: Samples of an epoch.
+    """
+
+    name: str
+    backbone: Literal["minilm", "focus-vit"]
+    image_size: int | None
+    samples: int
+
+
+TASKS = (
+    Task("MiniLM", "minilm", None, 128),
+    Task("ViT 56 px", "focus-vit", 56, 256),
+    Task("ViT 112 px", "focus-vit", 112, 96),
+)
+
+
+def prepare(task: Task, folder: Path, *, threads: int, say: Callable[[str], None]) -> Spec:
+    """Write everything that the workers of a task read."""
+    from fleetune.tools.pack.require import require_pack_extra
+    from fleetune.tools.pack.write import write_pack
+
+    require_pack_extra()
+    folder.mkdir(parents=True, exist_ok=True)
+    source = fetch(task.backbone)
+    say(f"{task.name}: packs the backbone")
+    asset = ASSETS[task.backbone]
+    pack = write_pack(
+        source,
+        folder / "pack",
+        name=asset.name,
+        licence=asset.licence,
+        origin=str(asset.carrier),
+        max_length=LENGTH,
+        image_size=task.image_size,
+    )
+    samples = folder / "samples.safetensors"
+    data = _text(pack, task.samples, folder, samples) if task.image_size is None else _pictures(pack, task, samples)
+    expert = Expert.initial(Layout.of(pack.manifest, CLASSES), seed=0)
+    write_atomic(folder / "initial.safetensors", safetensors.numpy.save(expert.tensors))
+    return Spec(
+        backbone=str(source),
+        pack=str(pack.path),
+        data=str(data),
+        samples=str(samples),
+        initial=str(folder / "initial.safetensors"),
+        cache=str(folder / "cache"),
+        depth=DEPTH,
+        rank=pack.manifest.rank,
+        classes=CLASSES,
+        batch=BATCH,
+        micro_batch=MICRO_BATCH,
+        rate=1e-3,
+        decay=0.01,
+        threads=threads,
+    )
+
+
+def _text(pack: Pack, count: int, folder: Path, samples: Path) -> Path:
+    """Reviews, several joined to one so that each fills all tokens."""
+    assert pack.manifest.text is not None
+    tokeniser = WordPiece(pack.path / pack.manifest.text.vocabulary, lowercase=True, max_length=LENGTH)
+    snippets = read_rotten_tomatoes(fetch("rotten-tomatoes"))
+    kinds = [[snippet.text for snippet in snippets if snippet.label == label] for label in range(CLASSES)]
+    rows: list[TextRow] = []
+    for start in range(0, min(map(len, kinds)) - _JOINED, _JOINED):
+        for label, texts in enumerate(kinds):
+            text = " ".join(texts[start : start + _JOINED])
+            if len(rows) < count + 2 and tokeniser.encode_batch([text])[1][0] == LENGTH:
+                split: Split = "train" if len(rows) < count else "val" if len(rows) == count else "test"
+                rows.append(TextRow(text=text, label=label, split=split, group=str(start)))
+    data = folder / "data.jsonl"
+    write_jsonl(rows, data)
+    ids, _ = tokeniser.encode_batch([row["text"] for row in rows[:count]])
+    tensors = {
+        "ids": ids[:, :LENGTH].astype(np.int64),
+        "mask": np.ones((count, LENGTH), dtype=np.int64),
+        "labels": np.array([row["label"] for row in rows[:count]], dtype=np.int64),
+    }
+    write_atomic(samples, safetensors.numpy.save(tensors))
+    return data
+
+
+def _pictures(pack: Pack, task: Task, samples: Path) -> Path:
+    """Noise: the time of a step does not depend on what a picture shows."""
+    spec = pack.manifest.image
+    assert spec is not None
+    rng = np.random.default_rng(0)
+    count = task.samples + 2
+    images = rng.integers(0, 256, (count, spec.size, spec.size, 3), dtype=np.uint8)
+    labels = rng.integers(0, CLASSES, count)
+    splits = np.zeros(count, dtype=np.uint8)
+    splits[-2:] = 1, 2
+    data = samples.with_name("data.safetensors")
+    write_images(data, images, labels.astype(np.int64), splits)
+    pixels = (images[: task.samples] / 255 - np.array(spec.mean)) / np.array(spec.std)
+    tensors = {
+        "pixels": np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32),
+        "labels": labels[: task.samples].astype(np.int64),
+    }
+    write_atomic(samples, safetensors.numpy.save(tensors))
+    return data

@@ -1,0 +1,80 @@
+"""``fleetune bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from fleetune.tools.commands.options import add_command
+
+
+def register(subparsers: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        subparsers,
+        "bench",
+        summary="measure Fleetune beside its peers",
+        description=(
+            "Measure Fleetune beside its peers on this machine, in turns, in one run, several times; prints medians,\n"
+            "ranges and ratios. `step` trains adapters beside PEFT on torch. Peers are installed into an environment\n"
+            "of their own in the cache (1.3 GB), never into Fleetune's. Needs the `all` extra."
+        ),
+        examples=(
+            "  fleetune bench step --quick\n"
+            "  fleetune bench step --json step.json\n"
+            "  fleetune bench step --quick --peers none      Fleetune alone, nothing to install\n"
+        ),
+    )
+    parser.add_argument("name", metavar="NAME", choices=("step",), help="step: a training step")
+    parser.add_argument("--quick", action="store_true", help="fewer models, samples and repeats: under two minutes")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to this file")
+    parser.add_argument(
+        "--peers",
+        metavar="LIST",
+        default="all,same,nf4",
+        help="all: PEFT in fp32 on all blocks; same: on the same blocks; nf4: in 4 bits; none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, metavar="N", help="threads of every contender (default: %(default)s)"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    import shutil
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from fleetune.edge.protocol.errors import ConfigError
+    from fleetune.edge.protocol.files import write_atomic
+    from fleetune.tools.assets import cache_root
+    from fleetune.tools.bench.step import PEERS, bench_step
+
+    peers = [] if args.peers == "none" else args.peers.split(",")
+    if unknown := [peer for peer in peers if peer not in PEERS]:
+        raise ConfigError(f"--peers: {', '.join(unknown)} is unknown", f"choose from {', '.join(PEERS)}, or none")
+    if args.threads < 1:
+        raise ConfigError(f"--threads: {args.threads} is out of range", "use 1 or more")
+    console = Console(stderr=True)
+    folder = cache_root() / "bench"
+    shutil.rmtree(folder, ignore_errors=True)  # what is left of the run before, its logs among it
+    with console.status("starts") as status:
+        document = bench_step(folder, quick=args.quick, peers=peers, threads=args.threads, say=status.update)
+    table = Table("figure", "median", "range", "peer", "its median", "ratio", "target", "")
+    for item in document.figures:
+        table.add_row(
+            item.name,
+            f"{item.value:.3g} {item.unit}",
+            f"{item.spread[0]:.3g} to {item.spread[1]:.3g}",
+            item.peer or "",
+            "" if item.peer_value is None else f"{item.peer_value:.3g}",
+            "" if item.ratio is None else f"{item.ratio:.3g}",
+            item.target or "",
+            {None: "", True: "met", False: "missed"}[item.met],
+        )
+    Console().print(table)
+    if args.json is not None:
+        write_atomic(args.json, json.dumps(document.as_json(), indent=1).encode())
