@@ -130,6 +130,10 @@ class Backbone:
         """Hidden state after ``block``."""
         return self._run("block_forward", self._feeds(block, hidden, mask, adapters))["y"]
 
+    def top(self, hidden: FloatArray, mask: FloatArray, adapters: Mapping[str, FloatArray]) -> FloatArray:
+        """Hidden state before the last block → features [b, d]."""
+        return self._run("top", self._feeds(self.blocks - 1, hidden, mask, adapters) | self._outer)["features"]
+
     def backward(
         self,
         block: int,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +18,7 @@ Part = tuple[FloatArray, FloatArray]
 """A micro-batch: hidden states [b, t, d] and mask [b, 1, t]."""
 
 
-def forward_chunk(backbone: Backbone, blocks: range, expert: Expert, parts: list[Part]) -> list[Part]:
+def forward_chunk(backbone: Backbone, blocks: Iterable[int], expert: Expert, parts: list[Part]) -> list[Part]:
     """Send several micro-batches through some blocks, block by block, so that each is dequantised once."""
     for block in blocks:
         adapters = expert.adapters(block)
@@ -40,7 +42,9 @@ class Suffix:
 
     def features(self, parts: list[Part], expert: Expert) -> list[FloatArray]:
         """Features [b, d] of each of some micro-batches."""
-        return [self.backbone.pool(*part) for part in forward_chunk(self.backbone, self.blocks, expert, parts)]
+        *lower, last = self.blocks
+        parts = forward_chunk(self.backbone, lower, expert, parts)
+        return [self.backbone.top(*part, expert.adapters(last)) for part in parts]
 
     def step(
         self, hidden: FloatArray, mask: FloatArray, labels: NDArray[np.int64], expert: Expert, into: Expert

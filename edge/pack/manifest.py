@@ -15,6 +15,7 @@ GRAPHS = (
     "block_forward",
     "block_backward",
     "block_backward_bottom",
+    "top",
     "pool",
     "pool_backward",
 )

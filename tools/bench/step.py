@@ -156,15 +156,18 @@ def _loss(task: Task, ours: _Runs, theirs: _Runs, peer: str) -> Figure:
 def _flops(spec: Spec) -> float:
     """Floating-point operations of a training step, for each sample: products only, two for each multiply and add.
 
-    A block's forward pass takes 24 t d² for its linear maps (the hidden layer being 4 d wide) and 4 t² d for attention.
+    Of t tokens of width d, a ask: all of them, but in a vision transformer's last block only the class token. Forward,
+    keys and values take 4 t d², the other linear maps 20 a d² (the hidden layer being 4 d wide), attention 4 a t d.
     Backward, only activations take gradients, the weights being frozen: as much again for the maps and twice for
-    attention; in the lowest active block no gradient leaves the block, which saves its query, key and value maps.
+    attention; in the lowest active block no gradient leaves the block, which saves the maps before attention.
     """
     manifest = Pack.open(Path(spec.pack), verify=False).manifest
-    tokens = LENGTH if manifest.image is None else (manifest.image.size // manifest.image.patch) ** 2 + 1
-    d, r = manifest.width, manifest.rank
-    forward = 24 * tokens * d * d + 4 * tokens * tokens * d
-    backward = 24 * tokens * d * d + 8 * tokens * tokens * d
-    bottom = 18 * tokens * d * d + 6 * tokens * tokens * d
-    adapters = len(manifest.targets) * 3 * 4 * tokens * d * r
-    return float(spec.depth * (forward + adapters) + (spec.depth - 1) * backward + bottom)
+    t = LENGTH if manifest.image is None else (manifest.image.size // manifest.image.patch) ** 2 + 1
+    d, total = manifest.width, 0
+    for block in range(spec.depth):
+        a = 1 if manifest.image is not None and block == spec.depth - 1 else t
+        maps, attention = (4 * t + 20 * a) * d * d, 4 * a * t * d
+        total += maps + attention
+        total += 18 * a * d * d + attention * 3 // 2 if block == 0 else maps + 2 * attention
+        total += len(manifest.targets) * 3 * 4 * t * d * manifest.rank
+    return float(total)

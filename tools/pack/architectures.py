@@ -132,23 +132,40 @@ class Architecture(Protocol):
         """Features [b, d] from the hidden state after the last block."""
         ...
 
+    def top(
+        self,
+        graph: Graph,
+        h: Tensor,
+        mask: Tensor,
+        weights: BlockWeights,
+        outer: Mapping[str, Tensor],
+        geometry: Geometry,
+    ) -> Tensor:
+        """Features [b, d] from the hidden state before the last block, without what they do not depend on."""
+        ...
 
-def _attention(graph: Graph, x: Tensor, mask: Tensor, weights: BlockWeights, geometry: Geometry) -> Tensor:
-    """Multi-head self-attention (Vaswani et al. 2017, eq. 1) on the flat tokens [n, d], output projection included."""
+
+def _attention(
+    graph: Graph, x: Tensor, mask: Tensor, weights: BlockWeights, geometry: Geometry, asks: Tensor | None = None
+) -> Tensor:
+    """Multi-head self-attention (Vaswani et al. 2017, eq. 1) on the flat tokens [n, d], output projection included.
+
+    Where only one token of each sample asks, ``asks`` is its row [b, d], and so is the result.
+    """
     heads, size = geometry.heads, geometry.width // geometry.heads
 
-    def split(name: str) -> Tensor:
-        return graph.reshape(weights.linear(graph, name, x), ("b", "t", heads, size))
+    def split(name: str, rows: Tensor, tokens: int | str = "t") -> Tensor:
+        return graph.reshape(weights.linear(graph, name, rows), ("b", tokens, heads, size))
 
-    query = graph.transpose(split("query"), (0, 2, 1, 3))
-    key = graph.transpose(split("key"), (0, 2, 3, 1))
-    value = graph.transpose(split("value"), (0, 2, 1, 3))
+    query = graph.transpose(split("query", x) if asks is None else split("query", asks, 1), (0, 2, 1, 3))
+    key = graph.transpose(split("key", x), (0, 2, 3, 1))
+    value = graph.transpose(split("value", x), (0, 2, 1, 3))
     scores = graph.mul(graph.matmul(query, key), 1 / math.sqrt(size))
     # A token that is padding gets a score of −1e9 from everyone, which softmax turns into an exact zero.
     hidden = graph.add(graph.mul(mask, 1e9), graph.constant(np.float32(-1e9)))
     probabilities = graph.softmax(graph.add(scores, graph.unsqueeze(hidden, 1)))
     context = graph.transpose(graph.matmul(probabilities, value), (0, 2, 1, 3))
-    return weights.linear(graph, "output", graph.reshape(context, ("n", geometry.width)))
+    return weights.linear(graph, "output", graph.reshape(context, ("n" if asks is None else "b", geometry.width)))
 
 
 def _feed_forward(graph: Graph, x: Tensor, weights: BlockWeights) -> Tensor:
@@ -252,6 +269,18 @@ class Bert:
         share = graph.div(mask, graph.sum_last(mask))
         return graph.reshape(graph.matmul(share, h), ("b", geometry.width))
 
+    def top(
+        self,
+        graph: Graph,
+        h: Tensor,
+        mask: Tensor,
+        weights: BlockWeights,
+        outer: Mapping[str, Tensor],
+        geometry: Geometry,
+    ) -> Tensor:
+        """The mean depends on every token."""
+        return self.pool(graph, self.block(graph, h, mask, weights, geometry), mask, outer, geometry)
+
 
 @dataclass(frozen=True)
 class Dinov2:
@@ -351,21 +380,44 @@ class Dinov2:
 
     def block(self, graph: Graph, h: Tensor, mask: Tensor, weights: BlockWeights, geometry: Geometry) -> Tensor:
         """Hidden state [b, t, d] after one block."""
-        tensors = weights.tensors
         x = graph.reshape(h, ("n", geometry.width))
-        attended = _attention(graph, _norm(graph, x, "norm1", tensors, geometry), mask, weights, geometry)
+        attended = _attention(graph, _norm(graph, x, "norm1", weights.tensors, geometry), mask, weights, geometry)
+        return graph.reshape(self._rest(graph, attended, x, weights, geometry), ("b", "t", geometry.width))
+
+    def _rest(self, graph: Graph, attended: Tensor, x: Tensor, weights: BlockWeights, geometry: Geometry) -> Tensor:
+        """What follows attention, row by row."""
+        tensors = weights.tensors
         middle = graph.add(graph.mul(attended, tensors["scale1"]), x)
         fed = _feed_forward(graph, _norm(graph, middle, "norm2", tensors, geometry), weights)
-        out = graph.add(graph.mul(fed, tensors["scale2"]), middle)
-        return graph.reshape(out, ("b", "t", geometry.width))
+        return graph.add(graph.mul(fed, tensors["scale2"]), middle)
+
+    def _class_token(self, graph: Graph, h: Tensor, geometry: Geometry) -> Tensor:
+        """[b, t, d] → [b, d]."""
+        select = np.zeros((1, 1, geometry.length), dtype=np.float32)
+        select[0, 0, 0] = 1.0
+        return graph.reshape(graph.matmul(graph.constant(select), h), ("b", geometry.width))
 
     def pool(self, graph: Graph, h: Tensor, mask: Tensor, outer: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
         """The class token after the final normalisation."""
         del mask
-        select = np.zeros((1, 1, geometry.length), dtype=np.float32)
-        select[0, 0, 0] = 1.0
-        first = graph.reshape(graph.matmul(graph.constant(select), h), ("b", geometry.width))
-        return _norm(graph, first, "final_norm", outer, geometry)
+        return _norm(graph, self._class_token(graph, h, geometry), "final_norm", outer, geometry)
+
+    def top(
+        self,
+        graph: Graph,
+        h: Tensor,
+        mask: Tensor,
+        weights: BlockWeights,
+        outer: Mapping[str, Tensor],
+        geometry: Geometry,
+    ) -> Tensor:
+        """Of the other tokens only keys and values matter: the class token alone asks and is fed forward."""
+        x = graph.reshape(h, ("n", geometry.width))
+        normal = _norm(graph, x, "norm1", weights.tensors, geometry)
+        asks = self._class_token(graph, graph.reshape(normal, ("b", "t", geometry.width)), geometry)
+        attended = _attention(graph, normal, mask, weights, geometry, asks)
+        out = self._rest(graph, attended, self._class_token(graph, h, geometry), weights, geometry)
+        return _norm(graph, out, "final_norm", outer, geometry)
 
 
 ARCHITECTURES: dict[str, Architecture] = {"bert": Bert(), "dinov2": Dinov2()}

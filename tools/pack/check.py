@@ -96,6 +96,9 @@ def check_pack(pack: Pack, source: Path, *, seed: int = 0) -> list[Check]:
         checks.append(Check(f"block {index}: forward", _error(out, y.detach().numpy())))
         got = backbone.backward(index, hidden, mask, adapters, upstream)
         checks += [Check(f"block {index}: {name}", _error(got[name], wanted[name])) for name in names]
+        if index == pack.manifest.blocks - 1:
+            wanted_top = _torch_pool(model, y, torch.tensor(mask), pack).detach().numpy()
+            checks.append(Check("last block and features", _error(backbone.top(hidden, mask, adapters), wanted_top)))
     for depth in range(1, pack.manifest.blocks + 1):
         error = _step_error(Suffix(backbone, depth, recompute=False), model, expert, hidden, mask)
         checks.append(Check(f"fused step of depth {depth}: gradients", error))

@@ -102,20 +102,22 @@ def suffix_graph(
     h = Tensor("h", ("b", "t", geometry.width))
     graph = Graph(sizes_from=h)
     mask, labels = graph.input("mask", ("b", 1, "t")), graph.input("labels", ("b", "c"))
-    weight, bias = graph.input("head.weight", (geometry.width, "c")), graph.input("head.bias", ("c",))
+    head, bias = graph.input("head.weight", (geometry.width, "c")), graph.input("head.bias", ("c",))
     symbols = _outer_symbols(graph, outer)
-    leaves, learned, hidden = [h, mask, labels, weight, bias, *symbols.values()], list[Tensor](), h
+    leaves, learned, hidden = [h, mask, labels, head, bias, *symbols.values()], list[Tensor](), h
     for index in range(depth):
         shapes = block_shapes(architecture, geometry)
         tensors = {name: graph.input(f"{index}.{name}", shape) for name, shape in shapes.items()}
         adapters = _adapters(graph, geometry, targets, f"{index}.")
         leaves += tensors.values()
         learned += [tensor for pair in adapters.values() for tensor in pair]
-        hidden = architecture.block(graph, hidden, mask, BlockWeights(tensors, adapters), geometry)
-    features = architecture.pool(graph, hidden, mask, symbols, geometry)
-    logits = graph.gemm(features, weight, bias)
+        weights = BlockWeights(tensors, adapters)
+        if index < depth - 1:
+            hidden = architecture.block(graph, hidden, mask, weights, geometry)
+    features = architecture.top(graph, hidden, mask, weights, symbols, geometry)
+    logits = graph.gemm(features, head, bias)
     slope = graph.sub(graph.softmax(logits), labels)  # gradient of the summed cross-entropy
-    grads = graph.gradients(features, graph.gemm(slope, weight, trans_b=True), learned)
+    grads = graph.gradients(features, graph.gemm(slope, head, trans_b=True), learned)
     outputs = {"features": features, "logits": logits}
     outputs |= {"grad.head.weight": graph.gemm(features, slope, trans_a=True), "grad.head.bias": graph.sum_first(slope)}
     outputs |= {f"grad.{leaf.name}": grad for leaf, grad in zip(learned, grads, strict=True)}
@@ -126,10 +128,13 @@ def _outer_symbols(graph: Graph, outer: Outer) -> dict[str, Tensor]:
     return {name: graph.input(name, value.shape) for name, value in outer.items() if not name.endswith(".table")}
 
 
-def outer_graphs(architecture: Architecture, geometry: Geometry, outer: Outer) -> dict[str, onnx.ModelProto]:
+def outer_graphs(
+    architecture: Architecture, geometry: Geometry, targets: Sequence[str], outer: Outer
+) -> dict[str, onnx.ModelProto]:
     """Build what stands around the blocks.
 
     * ``embed``: a looked-up or patched sample [b, t, e] and ``positions`` [t, d] → h [b, t, d].
+    * ``top``: h before the last block → features [b, d], without what they do not depend on.
     * ``pool``: the last hidden state and the mask → features [b, d].
     * ``pool_backward``: the gradient of the features → the gradient of the hidden state.
     """
@@ -149,8 +154,13 @@ def outer_graphs(architecture: Architecture, geometry: Geometry, outer: Outer) -
     features = architecture.pool(graph, h, mask, symbols, geometry)
     inputs = [h, mask, upstream, *symbols.values()]
     (grad_h,) = graph.gradients(features, upstream, [h])
+    tensors = {name: graph.input(name, shape) for name, shape in block_shapes(architecture, geometry).items()}
+    adapters = _adapters(graph, geometry, targets)
+    top = architecture.top(graph, h, mask, BlockWeights(tensors, adapters), symbols, geometry)
+    leaves = [h, mask, *symbols.values(), *tensors.values(), *(t for pair in adapters.values() for t in pair)]
     return {
         "embed": embed,
+        "top": graph.model("top", leaves, {"features": top}),
         "pool": graph.model("pool", inputs, {"features": features}),
         "pool_backward": graph.model("pool_backward", inputs, {"grad.h": grad_h}),
     }

@@ -81,7 +81,7 @@ def write_pack(
         code = _write_weights(checkpoint, folder / WEIGHTS_FILE)
         on_step("compile the graphs")
         graphs = block_graphs(checkpoint.architecture, checkpoint.geometry, targets)
-        graphs |= outer_graphs(checkpoint.architecture, checkpoint.geometry, checkpoint.outer)
+        graphs |= outer_graphs(checkpoint.architecture, checkpoint.geometry, targets, checkpoint.outer)
         for depth in range(1, checkpoint.geometry.blocks + 1):
             graphs[f"suffix_{depth}"] = suffix_graph(
                 checkpoint.architecture, checkpoint.geometry, targets, checkpoint.outer, depth
