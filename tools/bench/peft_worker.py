@@ -66,7 +66,7 @@ def main(spec: dict) -> None:  # type: ignore[type-arg]
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         return {
             "seconds": time.perf_counter() - wall,
             "cpu_s": time.process_time() - cpu,

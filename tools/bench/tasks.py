@@ -18,7 +18,7 @@ from fleetune.tools.assets import ASSETS, fetch, write_images, write_jsonl
 from fleetune.tools.assets.datasets import Split, TextRow, read_rotten_tomatoes
 from fleetune.tools.bench.spec import Spec
 
-BATCH, MICRO_BATCH, DEPTH, CLASSES, LENGTH = 16, 8, 2, 2, 64
+BATCH, MICRO_BATCH, DEPTH, CLASSES, LENGTH = 16, 4, 2, 2, 64
 _JOINED = 5
 """Snippets in a text, so that it fills all tokens."""
 
@@ -119,13 +119,13 @@ def _pictures(pack: Pack, task: Task, samples: Path) -> Path:
     assert spec is not None
     rng = np.random.default_rng(0)
     count = task.samples + 2
-    images = rng.integers(0, 256, (count, spec.size, spec.size, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (count, spec.size, spec.size), dtype=np.uint8)
     labels = rng.integers(0, CLASSES, count)
     splits = np.zeros(count, dtype=np.uint8)
     splits[-2:] = 1, 2
     data = samples.with_name("data.safetensors")
     write_images(data, images, labels.astype(np.int64), splits)
-    pixels = (images[: task.samples] / 255 - np.array(spec.mean)) / np.array(spec.std)
+    pixels = (images[: task.samples, :, :, None] / 255 - np.array(spec.mean)) / np.array(spec.std)
     tensors = {
         "pixels": np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32),
         "labels": labels[: task.samples].astype(np.int64),

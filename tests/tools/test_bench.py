@@ -1,0 +1,79 @@
+"""Benchmarks: what a figure says, and a whole run of the one that trains, without its peers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fleetune.edge.protocol.errors import RunFailedError
+from fleetune.tools.bench.figures import Document, Target, figure
+from fleetune.tools.bench.workers import Worker
+
+
+def test_a_figure_is_the_median_with_its_range() -> None:
+    found = figure("step", "s", [3.0, 1.0, 2.0])
+    assert (found.value, found.spread, found.ratio, found.met) == (2.0, (1.0, 3.0), None, None)
+
+
+def test_less_is_better_where_the_target_says_so() -> None:
+    found = figure("peak", "MiB", [100.0], peer="p", peer_values=[700.0], target=Target(1 / 6, lower=True))
+    assert found.ratio == pytest.approx(1 / 7, abs=1e-4)
+    assert (found.target, found.met) == ("≤ 0.167", True)
+    assert not figure("peak", "MiB", [120.0], peer="p", peer_values=[700.0], target=Target(1 / 6, lower=True)).met
+
+
+def test_a_speed_up_is_how_many_times_faster_it_is() -> None:
+    found = figure("epoch", "s", [2.0], peer="p", peer_values=[6.0], target=Target(3.8, lower=False))
+    assert (found.ratio, found.target, found.met) == (3.0, "≥ 3.8", False)
+
+
+def test_without_a_peer_the_value_itself_is_judged() -> None:
+    assert figure("share", "", [0.8], target=Target(0.75, lower=False)).met
+    assert not figure("share", "", [0.7], target=Target(0.75, lower=False)).met
+
+
+def test_every_document_has_the_same_shape() -> None:
+    document = Document("step", (figure("step", "s", [1.0]),), {"torch": "2"}).as_json()
+    assert document.keys() == {"bench", "environment", "figures", "notes"}
+    assert {"cpu", "cores", "load", "peers"} <= document["environment"].keys()
+    assert document["figures"][0].keys() == {
+        "name", "value", "unit", "spread", "peer", "peer_value", "ratio", "target", "met",
+    }  # fmt: skip
+
+
+def test_a_worker_answers_in_turn(tmp_path: Path) -> None:
+    code = (
+        "import sys, json\nprint('noise')\nprint(json.dumps({'ready': 1}), flush=True)\n"
+        "for line in sys.stdin: print(json.dumps({'did': json.loads(line)['do']}), flush=True)"
+    )
+    with Worker("echo", [sys.executable, "-c", code], tmp_path / "log") as worker:
+        assert worker.ready == {"ready": 1}
+        assert [worker.ask("a"), worker.ask("b")] == [{"did": "a"}, {"did": "b"}]
+        assert 0 < worker.started_s < 30
+
+
+def test_a_worker_that_dies_is_named_with_its_last_words(tmp_path: Path) -> None:
+    code = "import sys; sys.exit('no such model')"
+    with pytest.raises(RunFailedError, match="torch ended with exit code 1: no such model") as caught:
+        Worker("torch", [sys.executable, "-c", code], tmp_path / "log")
+    assert str(tmp_path / "log") in caught.value.remedy
+
+
+def test_a_quick_run_measures_and_learns(minilm: Path, tmp_path: Path) -> None:
+    pytest.importorskip("rich", reason="the table needs rich: pip install 'fleetune[all]'")
+    del minilm  # in the cache by now
+    out = tmp_path / "step.json"
+    command = [sys.executable, "-m", "fleetune.tools.cli", "bench", "step", "--quick", "--peers", "none", "--json", out]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = {item["name"]: item for item in json.loads(out.read_text(encoding="utf-8"))["figures"]}
+    assert 60 < figures["MiniLM: peak memory"]["value"] < 250
+    assert figures["MiniLM: later epoch"]["value"] < figures["MiniLM: first epoch"]["value"]
+    share = figures["MiniLM: share of the arithmetic limit"]
+    assert 0.2 < share["value"] < 1
+    assert share["met"] == (share["value"] >= 0.75)
+    assert "share of" in done.stdout
