@@ -122,7 +122,7 @@ class Aggregator:
         self._boot = time.time_ns() // 1_000_000
         self._rival: Presence | None = None
         self._claimed = False
-        self._abandoned: dict[str, bytes] = {}
+        self._abandoned: set[str] = set()
         self._said: tuple[PresenceState, str] = ("online", "starts")
         self._link = Link(
             config.broker,
@@ -165,18 +165,20 @@ class Aggregator:
         look, give_up = now + _CLAIM_AFTER, now + _RIVAL_PATIENCE
         while self._rival is not None or time.monotonic() < look:
             if time.monotonic() > give_up:
-                raise RunFailedError(
-                    f"another aggregator leads the fleet {self._config.fleet}",
-                    "stop that one, or give this fleet another name",
-                )
+                raise self._not_alone()
             before = self._rival
             self._pump(0.1)
             if self._rival is not None and before is None:
                 log.warning("another aggregator leads the fleet %s; waits for it to leave", self._config.fleet)
         self._claimed = True
         self._publish("online", "starts")
-        for topic, raw in self._abandoned.items():
-            self._clear_abandoned(topic, raw)
+        for topic in self._abandoned:
+            self._link.publish(topic, b"", retain=True)
+
+    def _not_alone(self) -> RunFailedError:
+        return RunFailedError(
+            f"another aggregator leads the fleet {self._config.fleet}", "stop that one, or give this fleet another name"
+        )
 
     # --- a job --------------------------------------------------------------------------------------------------
 
@@ -311,11 +313,8 @@ class Aggregator:
         self._open.deadline = time.monotonic() + self._config.deadline_s
         fresh = msgspec.structs.replace(announcement, expires=time.time() + _ANNOUNCEMENT_EXPIRY)
         self._link.publish(self._topics.current(announcement.job), seal(fresh), retain=True)
-        references = [(announcement.version, announcement.payload)]
-        if announcement.frozen is not None and announcement.frozen.version == announcement.version - 1:  # it is new
-            references.append((announcement.frozen.version, announcement.frozen.payload))
-        for number, payload in references:
-            if payload is not None:
+        for number, payload in announcement.payloads.items():
+            if number >= announcement.version - 1:  # frozen tensors of an earlier round are with the devices already
                 self._send_chunks(announcement.job, number, payload, range(payload.chunks))
 
     def _send_chunks(self, job: str, number: int, payload: Payload, indices: range | list[int]) -> None:
@@ -375,10 +374,7 @@ class Aggregator:
         if not self._claimed:
             self._rival = presence if there else None
         elif there and presence.boot < self._boot:  # both came at once
-            raise RunFailedError(
-                f"another aggregator leads the fleet {self._config.fleet}",
-                "stop that one, or give this fleet another name",
-            )
+            raise self._not_alone()
         else:  # a late Will must not say that nobody is there
             self._publish(*self._said)
 
@@ -389,7 +385,7 @@ class Aggregator:
         if self._claimed:
             self._link.publish(topic, b"", retain=True)
         else:
-            self._abandoned[topic] = raw
+            self._abandoned.add(topic)
 
     def _receive_presence(self, levels: tuple[str, ...], event: Received) -> None:
         presence = decode(event.payload, Presence)
@@ -495,13 +491,10 @@ class Aggregator:
     def _repair(self, need: Need) -> None:
         if self._open is None or need.job != self._open.announcement.job:
             return
-        announcement = self._open.announcement
-        for number, payload in (
-            (announcement.version, announcement.payload),
-            (announcement.frozen.version, announcement.frozen.payload) if announcement.frozen else (-1, None),
-        ):
-            if payload is not None and number == need.version:
-                self._send_chunks(need.job, number, payload, list(chunks.unpack_bitmap(need.bitmap, payload.chunks)))
+        payload = self._open.announcement.payloads.get(need.version)
+        if payload is not None:
+            indices = list(chunks.unpack_bitmap(need.bitmap, payload.chunks))
+            self._send_chunks(need.job, need.version, payload, indices)
 
     # --- closing ------------------------------------------------------------------------------------------------
 

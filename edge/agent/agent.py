@@ -433,14 +433,14 @@ class Agent:
             log.warning("%s stays in the outbox until the broker is back", manifest.update)
 
     def _receive_missing(self, missing: Missing) -> None:
-        for manifest in self._state.outbox():
-            if manifest.update == missing.update and manifest.payload:
-                self._sent[manifest.update] = time.monotonic()
-                wanted = list(chunks.unpack_bitmap(missing.bitmap, manifest.payload.chunks))
-                self._send_chunks(manifest, manifest.payload, wanted)
+        manifest = self._state.waiting(missing.update)
+        if manifest is not None and manifest.payload is not None:
+            self._sent[manifest.update] = time.monotonic()
+            wanted = list(chunks.unpack_bitmap(missing.bitmap, manifest.payload.chunks))
+            self._send_chunks(manifest, manifest.payload, wanted)
 
     def _receive_ack(self, ack: Ack) -> None:
-        manifest = next((waits for waits in self._state.outbox() if waits.update == ack.update), None)
+        manifest = self._state.waiting(ack.update)
         if manifest is None:
             return
         self._sent.pop(ack.update, None)

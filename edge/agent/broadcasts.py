@@ -33,13 +33,10 @@ class Broadcasts:
         Raises:
             MessageError: The announced sizes exceed the limits.
         """
-        payloads = [(announced.version, announced.payload)]
-        if announced.frozen:
-            payloads.append((announced.frozen.version, announced.frozen.payload))
         downloads = {
             version: chunks.Assembly(payload)
-            for version, payload in payloads
-            if payload is not None and self._state.payload(payload) is None
+            for version, payload in announced.payloads.items()
+            if self._state.payload(payload) is None
         }
         self._wanted[announced.job] = _Wanted(announced, downloads)
 

@@ -116,16 +116,19 @@ class State:
 
     # --- runs ---------------------------------------------------------------------------------------------------
 
+    def _known(self, run: str) -> RunRecord | None:
+        return next((known for known in self.counters.runs if known.id == run), None)
+
     def answered(self, run: str, job: str) -> int:
         """Newest version of a job that was answered, or -1."""
-        return next((known.answered.get(job, -1) for known in self.counters.runs if known.id == run), -1)
+        known = self._known(run)
+        return -1 if known is None else known.answered.get(job, -1)
 
     def enter(self, run: str) -> RunRecord:
         """The record of a run; a new one takes the place of the oldest, whose tensors and updates are let go."""
-        runs = self.counters.runs
-        known = next((known for known in runs if known.id == run), None)
+        known = self._known(run)
         if known is None:
-            known = RunRecord(run)
+            runs, known = self.counters.runs, RunRecord(run)
             runs[:] = [*runs, known][-_KEEP_RUNS:]
             self.save_counters()
             kept = {some.id for some in runs}
@@ -177,6 +180,10 @@ class State:
     def outbox(self) -> list[UpdateManifest]:
         """Updates that wait, oldest first."""
         return sorted(self._outbox.values(), key=lambda manifest: manifest.version)  # many boards have no clock
+
+    def waiting(self, update: str) -> UpdateManifest | None:
+        """The manifest of an update, if it waits."""
+        return self._outbox.get(update)
 
     def outbox_data(self, manifest: UpdateManifest) -> bytes:
         """The tensors of an update that waits."""

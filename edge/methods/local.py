@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetune.edge.engine.batch import batch_gradient
 from fleetune.edge.engine.cache import CHUNK, Prefix, split
 from fleetune.edge.engine.expert import Expert
 from fleetune.edge.engine.optimiser import Adam
@@ -69,9 +70,9 @@ class LocalRun:
         for step, batch in enumerate(self._batches(train, rng)):
             if guard.must_stop(reserve):
                 break
-            gradient.vector[tail] = 0
-            features = np.empty((len(batch), expert.layout.width), dtype=np.float32)
-            loss = self._accumulate(expert, gradient, batch, features)
+            loss, features = batch_gradient(
+                self.suffix, self.prefix, dataset.labels, batch, self.device.plan.micro_batch, expert, gradient
+            )
             if not np.isfinite(loss):
                 raise DataError(
                     f"the loss is {loss} at step {step} (samples {batch.tolist()})",
@@ -90,17 +91,6 @@ class LocalRun:
             for batch in split(order, self.settings.batch):
                 # Short samples together: a micro-batch is cut to its longest sample.
                 yield batch[np.argsort(self.prefix.lengths[batch], kind="stable")]
-
-    def _accumulate(self, expert: Expert, gradient: Expert, batch: Indices, features: FloatArray) -> float:
-        """Gradient of the batch's mean loss; returns the summed loss and fills in the features."""
-        total = 0.0
-        for rows in split(np.arange(len(batch)), self.device.plan.micro_batch):
-            some = batch[rows]
-            hidden, mask = self.prefix.batch(some)
-            loss, features[rows] = self.suffix.step(hidden, mask, self.device.dataset.labels[some], expert, gradient)
-            total += loss
-        gradient.vector[expert.layout.tail(self.depth)] /= len(batch)
-        return total
 
     def features(self, expert: Expert, indices: Indices) -> FloatArray:
         """Features [n, d] of some samples under ``expert``."""

@@ -112,6 +112,12 @@ class Announcement(_Struct, frozen=True):
     payload: Payload | None = None
     frozen: Frozen | None = None
 
+    @property
+    def payloads(self) -> dict[int, Payload]:
+        """Version → all tensors that the round needs."""
+        own = {} if self.payload is None else {self.version: self.payload}
+        return own if self.frozen is None else own | {self.frozen.version: self.frozen.payload}
+
 
 class UpdateManifest(_Struct, frozen=True):
     """A device announces what it sends up.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 
 import msgspec
 
@@ -23,12 +24,14 @@ ALL, SAME, QLORA = "PEFT fp32, all blocks", "PEFT fp32, same blocks", "PEFT NF4,
 PEERS = {"all": ALL, "same": SAME, "nf4": QLORA}
 OURS = "Fleetune"
 
-_MEMORY = {ALL: Target(1 / 6, lower=True), SAME: Target(1 / 5, lower=True)}
-_LATER = {
-    "minilm": {ALL: Target(3.8, lower=False), SAME: Target(2.4, lower=False)},
-    "focus-vit": {ALL: Target(5.0, lower=False), SAME: Target(3.0, lower=False)},
+_TARGETS: dict[tuple[str, str], dict[str, Target]] = {
+    ("MiniLM", "peak_mib"): {ALL: Target(1 / 6, lower=True), SAME: Target(1 / 5, lower=True)},
+    ("MiniLM", "later_s"): {ALL: Target(3.8, lower=False), SAME: Target(2.4, lower=False)},
+    ("ViT 56 px", "later_s"): {ALL: Target(5.0, lower=False), SAME: Target(3.0, lower=False)},
+    **{(task.name, "start_s"): {QLORA: Target(0.1, lower=True)} for task in TASKS},
 }
-_START = {QLORA: Target(0.1, lower=True)}
+"""Task and figure → peer → what is asked of the ratio."""
+
 _SHARE = Target(0.75, lower=False)
 _LOSS = 0.01
 _REST_S = 0.3
@@ -48,6 +51,16 @@ class _Runs:
     gflops: list[float] = field(default_factory=list)
 
 
+_MEASURED = (
+    ("peak_mib", "peak memory", "MiB"),
+    ("start_s", "start until ready to train", "s"),
+    ("first_s", "first epoch", "s"),
+    ("later_s", "later epoch", "s"),
+    ("later_cpu_s", "CPU seconds of a later epoch", "s"),
+)
+"""Field of :class:`_Runs`, name and unit of each figure."""
+
+
 def bench_step(
     folder: Path, *, quick: bool, peers: Sequence[str], threads: int, say: Callable[[str], None]
 ) -> Document:
@@ -62,16 +75,18 @@ def bench_step(
     """
     names = [PEERS[key] for key in peers]
     python = peers_python(say) if names else None
-    tasks = [Task("MiniLM", "minilm", None, 48)] if quick else list(TASKS)
+    tasks = [replace(TASKS[0], samples=48)] if quick else list(TASKS)
     figures: list[Figure] = []
     for task in tasks:
         place = folder / task.name.lower().replace(" ", "-")
         spec = prepare(task, place, threads=threads, say=say)
+        blocks = Pack.open(Path(spec.pack), verify=False).manifest.blocks
         commands = {OURS: _command(place, OURS, spec, [sys.executable, "-m", "fleetune.tools.bench.engine_worker"])}
         for name in names:
-            depth = spec.depth if name == SAME else Pack.open(Path(spec.pack)).manifest.blocks
             worker = [str(python), str(Path(__file__).with_name("peft_worker.py"))]
-            theirs = msgspec.structs.replace(spec, depth=depth, quantised=name == QLORA)
+            theirs = msgspec.structs.replace(
+                spec, depth=spec.depth if name == SAME else blocks, quantised=name == QLORA
+            )
             commands[name] = _command(place, name, theirs, worker)
         repeats, epochs = (2, 2) if quick else (5, 3)
         runs = {name: _Runs() for name in commands}
@@ -116,35 +131,19 @@ def _repeat(commands: dict[str, list[str]], runs: dict[str, _Runs], place: Path,
 def _figures(task: Task, spec: Spec, runs: dict[str, _Runs], peers: Sequence[str]) -> list[Figure]:
     ours = runs[OURS]
     found: list[Figure] = []
-    later = _LATER[task.backbone]
     contenders: list[str | None] = [*peers] or [None]
     for peer in contenders:
-        theirs = runs[peer] if peer else None
-        text = task.image_size is None
-        for name, unit, mine, other, targets in (
-            ("peak memory", "MiB", ours.peak_mib, theirs.peak_mib if theirs else None, _MEMORY if text else {}),
-            ("start until ready to train", "s", ours.start_s, theirs.start_s if theirs else None, _START),
-            ("first epoch", "s", ours.first_s, theirs.first_s if theirs else None, {}),
-            (
-                "later epoch",
-                "s",
-                ours.later_s,
-                theirs.later_s if theirs else None,
-                later if task.image_size != 112 else {},
-            ),
-            ("CPU seconds of a later epoch", "s", ours.later_cpu_s, theirs.later_cpu_s if theirs else None, {}),
-        ):
-            target = targets.get(peer) if peer else None
-            found.append(figure(f"{task.name}: {name}", unit, mine, peer=peer, peer_values=other, target=target))
-        if theirs and peer == SAME:  # all blocks learn something else
-            found.append(_loss(task, ours, theirs, peer))
-    share = [_flops(spec) * task.samples / seconds / 1e9 / _middle(ours.gflops) for seconds in ours.later_s]
+        for key, name, unit in _MEASURED:
+            target = _TARGETS.get((task.name, key), {}).get(peer) if peer else None
+            theirs = getattr(runs[peer], key) if peer else None
+            title = f"{task.name}: {name}"
+            found.append(figure(title, unit, getattr(ours, key), peer=peer, peer_values=theirs, target=target))
+        if peer == SAME:  # all blocks learn something else
+            found.append(_loss(task, ours, runs[SAME], SAME))
+    rate = median(ours.gflops)
+    share = [_flops(spec) * task.samples / seconds / 1e9 / rate for seconds in ours.later_s]
     found.append(figure(f"{task.name}: share of the arithmetic limit", "", share, target=_SHARE))
     return found
-
-
-def _middle(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def _loss(task: Task, ours: _Runs, theirs: _Runs, peer: str) -> Figure:

@@ -49,10 +49,8 @@ TASKS = (
 
 def prepare(task: Task, folder: Path, *, threads: int, say: Callable[[str], None]) -> Spec:
     """Write everything that the workers of a task read."""
-    from fleetune.tools.pack.require import require_pack_extra
     from fleetune.tools.pack.write import write_pack
 
-    require_pack_extra()
     folder.mkdir(parents=True, exist_ok=True)
     source = fetch(task.backbone)
     say(f"{task.name}: packs the backbone")

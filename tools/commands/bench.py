@@ -45,6 +45,10 @@ def register(subparsers: Any) -> None:
 def _run(args: argparse.Namespace) -> None:
     import shutil
 
+    from fleetune.tools.pack.require import require_pack_extra
+
+    require_pack_extra()
+
     from rich.console import Console
     from rich.table import Table
 

@@ -68,6 +68,16 @@ class BlockWeights:
     tensors: Mapping[str, Tensor]
     adapters: Mapping[str, tuple[Tensor, Tensor]]
 
+    @property
+    def learned(self) -> list[Tensor]:
+        """The adapters' tensors."""
+        return [tensor for pair in self.adapters.values() for tensor in pair]
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """All of them, as inputs of a graph."""
+        return [*self.tensors.values(), *self.learned]
+
     def linear(self, graph: Graph, name: str, x: Tensor, *, before: float = 1.0, after: float = 1.0) -> Tensor:
         """``x Wᵀ + b``, and ``+ (x A) B`` where the map carries an adapter (LoRA: Hu et al. 2021, eq. 3, α = r).
 

@@ -40,17 +40,19 @@ def block_shapes(architecture: Architecture, geometry: Geometry) -> dict[str, tu
     return shapes
 
 
-def _adapters(
-    graph: Graph, geometry: Geometry, targets: Sequence[str], prefix: str = ""
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Linear map → its A [in, r] and B [r, out], as inputs."""
-    return {
-        name: (
-            graph.input(f"{prefix}{name}.A", (_sizes(geometry, name)[1], "r")),
-            graph.input(f"{prefix}{name}.B", ("r", _sizes(geometry, name)[0])),
-        )
-        for name in targets
+def _block_weights(
+    graph: Graph, architecture: Architecture, geometry: Geometry, targets: Sequence[str], prefix: str = ""
+) -> BlockWeights:
+    """One block's weights and adapters, A [in, r] and B [r, out], as inputs."""
+    tensors = {
+        name: graph.input(f"{prefix}{name}", shape) for name, shape in block_shapes(architecture, geometry).items()
     }
+    adapters = {}
+    for name in targets:
+        rows, columns = _sizes(geometry, name)
+        pair = graph.input(f"{prefix}{name}.A", (columns, "r")), graph.input(f"{prefix}{name}.B", ("r", rows))
+        adapters[name] = pair
+    return BlockWeights(tensors, adapters)
 
 
 def block_graphs(architecture: Architecture, geometry: Geometry, targets: Sequence[str]) -> dict[str, onnx.ModelProto]:
@@ -74,12 +76,10 @@ def block_graphs(architecture: Architecture, geometry: Geometry, targets: Sequen
     graph = Graph(sizes_from=h)
     mask = graph.input("mask", ("b", 1, "t"))
     upstream = graph.input("gradient", hidden)
-    tensors = {name: graph.input(name, shape) for name, shape in block_shapes(architecture, geometry).items()}
-    adapters = _adapters(graph, geometry, targets)
-    learned = [tensor for pair in adapters.values() for tensor in pair]
-    leaves = [h, mask, *tensors.values(), *learned]
+    weights = _block_weights(graph, architecture, geometry, targets)
+    learned, leaves = weights.learned, [h, mask, *weights.inputs]
 
-    y = architecture.block(graph, h, mask, BlockWeights(tensors, adapters), geometry)
+    y = architecture.block(graph, h, mask, weights, geometry)
     grad_h, *grads = graph.gradients(y, upstream, [h, *learned])
     of_adapters = {f"grad.{leaf.name}": grad for leaf, grad in zip(learned, grads, strict=True)}
     return {
@@ -106,12 +106,9 @@ def suffix_graph(
     symbols = _outer_symbols(graph, outer)
     leaves, learned, hidden = [h, mask, labels, head, bias, *symbols.values()], list[Tensor](), h
     for index in range(depth):
-        shapes = block_shapes(architecture, geometry)
-        tensors = {name: graph.input(f"{index}.{name}", shape) for name, shape in shapes.items()}
-        adapters = _adapters(graph, geometry, targets, f"{index}.")
-        leaves += tensors.values()
-        learned += [tensor for pair in adapters.values() for tensor in pair]
-        weights = BlockWeights(tensors, adapters)
+        weights = _block_weights(graph, architecture, geometry, targets, f"{index}.")
+        leaves += weights.inputs
+        learned += weights.learned
         if index < depth - 1:
             hidden = architecture.block(graph, hidden, mask, weights, geometry)
     features = architecture.top(graph, hidden, mask, weights, symbols, geometry)
@@ -121,7 +118,7 @@ def suffix_graph(
     outputs = {"features": features, "logits": logits}
     outputs |= {"grad.head.weight": graph.gemm(features, slope, trans_a=True), "grad.head.bias": graph.sum_first(slope)}
     outputs |= {f"grad.{leaf.name}": grad for leaf, grad in zip(learned, grads, strict=True)}
-    return graph.model(f"suffix_{depth}", [*leaves, *learned], outputs)
+    return graph.model(f"suffix_{depth}", leaves, outputs)
 
 
 def _outer_symbols(graph: Graph, outer: Outer) -> dict[str, Tensor]:
@@ -154,10 +151,9 @@ def outer_graphs(
     features = architecture.pool(graph, h, mask, symbols, geometry)
     inputs = [h, mask, upstream, *symbols.values()]
     (grad_h,) = graph.gradients(features, upstream, [h])
-    tensors = {name: graph.input(name, shape) for name, shape in block_shapes(architecture, geometry).items()}
-    adapters = _adapters(graph, geometry, targets)
-    top = architecture.top(graph, h, mask, BlockWeights(tensors, adapters), symbols, geometry)
-    leaves = [h, mask, *symbols.values(), *tensors.values(), *(t for pair in adapters.values() for t in pair)]
+    weights = _block_weights(graph, architecture, geometry, targets)
+    top = architecture.top(graph, h, mask, weights, symbols, geometry)
+    leaves = [h, mask, *symbols.values(), *weights.inputs]
     return {
         "embed": embed,
         "top": graph.model("top", leaves, {"features": top}),
