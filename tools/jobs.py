@@ -54,6 +54,7 @@ def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int) ->
         "max_depth": max_depth,
         "epochs": args.epochs,
         "batch": args.batch,
+        "optimiser": args.optimiser,
         "learning_rate": args.learning_rate,
         "weight_decay": args.weight_decay,
     }

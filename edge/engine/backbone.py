@@ -70,11 +70,14 @@ class Backbone:
         return self._scratch[1]
 
     def _run(self, stem: str, feeds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-        if stem not in self._sessions:
-            self._sessions[stem] = self._open(stem)
-        session, inputs, outputs = self._sessions[stem]
+        session, inputs, outputs = self._session(stem)
         values: list[Any] = session.run(outputs, {name: feeds[name] for name in inputs})
         return dict(zip(outputs, values, strict=True))
+
+    def _session(self, stem: str) -> tuple[onnxruntime.InferenceSession, list[str], list[str]]:
+        if stem not in self._sessions:
+            self._sessions[stem] = self._open(stem)
+        return self._sessions[stem]
 
     def _open(self, stem: str) -> tuple[onnxruntime.InferenceSession, list[str], list[str]]:
         options = onnxruntime.SessionOptions()
@@ -160,19 +163,16 @@ class Backbone:
         feeds = self._feeds(block, hidden, mask, adapters) | {"gradient": gradient}
         return self._run("block_backward_bottom" if bottom else "block_backward", feeds)
 
-    def step(self, depth: int, feeds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-        """A fused training step of the top ``depth`` blocks, which must be :meth:`held <hold>`.
-
-        Args:
-            depth: Active blocks.
-            feeds: ``h``, ``mask``, ``labels``, the head, and each active block's adapters as ``0.query.A`` and so on.
+    def fused(self, depth: int) -> tuple[onnxruntime.InferenceSession, dict[str, FloatArray]]:
+        """The graph of a training step of the top ``depth`` blocks, which must be :meth:`held <hold>`.
 
         Returns:
-            ``features``, ``logits`` and the gradients of the summed cross-entropy, as ``grad.0.query.A`` and so on.
+            Its session, and those of its inputs that never change: weights, as ``0.query.weight`` and so on.
         """
         weights = {
             f"{index}.{name}": tensor
             for index in range(depth)
             for name, tensor in self._block_weights(self.blocks - depth + index).items()
-        }
-        return self._run(f"suffix_{depth}", {**feeds, **weights, **self._outer})
+        } | self._outer
+        session, inputs, _ = self._session(f"suffix_{depth}")
+        return session, {name: weights[name] for name in inputs if name in weights}

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.expert import Expert
-from fleetune.edge.engine.loss import cross_entropy, one_hot
+from fleetune.edge.engine.fused import FusedStep
+from fleetune.edge.engine.loss import cross_entropy
 
 FloatArray = NDArray[np.float32]
 
@@ -39,6 +40,7 @@ class Suffix:
         self.backbone, self.depth, self.recompute = backbone, depth, recompute
         self.blocks = range(backbone.blocks - depth, backbone.blocks)
         backbone.hold(range(0) if recompute else self.blocks)
+        self._step: FusedStep | None = None
 
     def features(self, parts: list[Part], expert: Expert) -> list[FloatArray]:
         """Features [b, d] of each of some micro-batches."""
@@ -59,25 +61,17 @@ class Suffix:
             into: Accumulates their gradients.
 
         Returns:
-            The summed cross-entropy, and the features [b, d].
+            The summed cross-entropy, and the features [b, d], which the next step may overwrite.
         """
         if self.recompute:
             return self._recomputed(hidden, mask, labels, expert, into)
-        feeds = {"h": hidden, "mask": mask, "labels": one_hot(labels, expert.layout.classes), **self._inputs(expert)}
-        found = self.backbone.step(self.depth, feeds)
-        for name, tensor in self._inputs(into).items():
-            tensor += found[f"grad.{name}"]
-        loss, _ = cross_entropy(found["logits"], labels)
-        return loss, found["features"]
-
-    def _inputs(self, expert: Expert) -> dict[str, FloatArray]:
-        """What a fused step trains: graph input → view into the expert."""
-        adapters = {
-            f"{index}.{name}": tensor
-            for index, block in enumerate(self.blocks)
-            for name, tensor in expert.adapters(block).items()
-        }
-        return {"head.weight": expert.tensors["head.weight"], "head.bias": expert.tensors["head.bias"], **adapters}
+        if self._step is None:
+            self._step = FusedStep(self.backbone, self.depth, expert.layout)
+        features, logits, gradient = self._step.run(hidden, mask, labels, expert)
+        tail = expert.layout.tail(self.depth)
+        into.vector[tail] += gradient.vector[tail]
+        loss, _ = cross_entropy(logits, labels)
+        return loss, features
 
     def _recomputed(
         self, hidden: FloatArray, mask: FloatArray, labels: NDArray[np.int64], expert: Expert, into: Expert

@@ -14,6 +14,7 @@ from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.cache import PrefixCache
 from fleetune.edge.engine.dataset import Dataset
 from fleetune.edge.engine.expert import Layout
+from fleetune.edge.engine.optimiser import OptimiserName
 from fleetune.edge.protocol.errors import DataError, MessageError
 from fleetune.edge.protocol.messages import Stage
 from fleetune.edge.resources.costs import Costs
@@ -41,7 +42,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         depth: Depth that SAL's schedule asks for in this round.
         epochs: Passes over the training samples in a round.
         batch: Samples an optimiser step.
-        learning_rate: Step size of Adam.
+        optimiser: What takes the steps; its state lasts for one round.
+        learning_rate: Its step size.
         weight_decay: Its decoupled weight decay.
     """
 
@@ -53,6 +55,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     depth: Count
     epochs: Count
     batch: Count
+    optimiser: OptimiserName
     learning_rate: Rate
     weight_decay: Annotated[float, msgspec.Meta(ge=0)]
 

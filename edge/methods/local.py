@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fleetune.edge.engine.batch import batch_gradient
 from fleetune.edge.engine.cache import CHUNK, Prefix, split
 from fleetune.edge.engine.expert import Expert
-from fleetune.edge.engine.optimiser import Adam
+from fleetune.edge.engine.optimiser import OPTIMISERS
 from fleetune.edge.engine.suffix import Suffix
 from fleetune.edge.methods.base import Device, Settings
 from fleetune.edge.protocol.errors import DataError
@@ -62,7 +62,9 @@ class LocalRun:
         settings, dataset = self.settings, self.device.dataset
         train = dataset.indices("train")
         tail = expert.layout.tail(self.depth)
-        optimiser = Adam(tail.stop - tail.start, settings.learning_rate, weight_decay=settings.weight_decay)
+        optimiser = OPTIMISERS[settings.optimiser](
+            tail.stop - tail.start, settings.learning_rate, weight_decay=settings.weight_decay
+        )
         gradient = Expert(expert.layout)
         reserve = evaluated * self.depth * float(dataset.lengths.mean()) * self.device.costs.forward_cpu_s
         steps = settings.epochs * -(-len(train) // settings.batch)

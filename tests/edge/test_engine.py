@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.engine.loss import cross_entropy, softmax
-from fleetune.edge.engine.optimiser import Adam
+from fleetune.edge.engine.optimiser import Adam, Sgd
 from fleetune.edge.engine.suffix import Part, Suffix
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import DataError, PackError
@@ -247,15 +247,21 @@ def test_cross_entropy_does_not_change_its_arguments() -> None:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_adam_equals_torchs_adamw(decay: float) -> None:
+@pytest.mark.parametrize("kind", [Adam, Sgd])
+def test_optimisers_equal_torchs(kind: type[Adam] | type[Sgd], decay: float) -> None:
     rng = np.random.default_rng(0)
     parameters = rng.standard_normal(50).astype(np.float32)
     symbol = torch.nn.Parameter(torch.tensor(parameters))
-    reference = torch.optim.AdamW([symbol], lr=0.03, weight_decay=decay)
-    ours = Adam(50, 0.03, weight_decay=decay)
+    adam, sgd = torch.optim.AdamW([symbol], 0.03, weight_decay=decay), torch.optim.SGD([symbol], 0.03, momentum=0.9)
+    ours = kind(50, 0.03, weight_decay=decay)
     for step in range(12):
         gradient = (rng.standard_normal(50) * 10.0 ** (step % 3 - 2)).astype(np.float32)
         ours.step(parameters, gradient)
         symbol.grad = torch.tensor(gradient)
-        reference.step()
+        if kind is Adam:
+            adam.step()
+        else:
+            with torch.no_grad():
+                symbol.mul_(1 - 0.03 * decay)  # torch's own decay is not decoupled
+            sgd.step()
         np.testing.assert_allclose(parameters, symbol.detach().numpy(), rtol=1e-5, atol=1e-6)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.resources.trial import Request, Trial
@@ -85,8 +86,8 @@ device = Device(
     progress=lambda share, loss: None,
 )
 settings = Settings(
-    rank=4, targets="query,value", classes=2, seed=0, max_depth=2, depth=2, epochs=1, batch=12, learning_rate=5e-3,
-    weight_decay=0.0,
+    rank=4, targets="query,value", classes=2, seed=0, max_depth=2, depth=2, epochs=1, batch=12, weight_decay=0.0,
+    optimiser=sys.argv[4], learning_rate=float(sys.argv[5]),
 )
 expert = Expert.initial(Layout.of(pack.manifest, 2), seed=0)
 before = expert.vector.copy()
@@ -118,8 +119,11 @@ def test_every_module_of_a_device_imports_without_them() -> None:
     assert found["profiles"] == profile_names()
 
 
-def test_training_works_without_them(tiny_bert_pack: Pack, text_data: Path, tmp_path: Path) -> None:
-    found = run(TRAIN, tiny_bert_pack.path, text_data, tmp_path / "cache")
+@pytest.mark.parametrize(("optimiser", "rate"), [("adam", 5e-3), ("sgd", 0.01)])
+def test_training_works_without_them(
+    optimiser: str, rate: float, tiny_bert_pack: Pack, text_data: Path, tmp_path: Path
+) -> None:
+    found = run(TRAIN, tiny_bert_pack.path, text_data, tmp_path / "cache", optimiser, str(rate))
     assert found["losses"][-1] < found["losses"][0]
     blocks = {name.split(".")[1] for name in found["changed"] if name.startswith("blocks.")}
     assert blocks == {"1", "2"}  # depth 2 of three blocks

@@ -47,15 +47,15 @@ def test_fedms_is_the_default() -> None:
 
 def test_options_arrive_in_the_job() -> None:
     options = (
-        "--job fedms --global-rounds 4 --personal-rounds 2 --epochs 3 --batch 8 --learning-rate 0.01 "
-        "--weight-decay 0.5 --max-depth 5 --sal-start 2 --sal-step 3 --sal-window 4 --sal-threshold 0.2 "
-        "--gate-rank 6 --gate-split val --mix features --seed 9"
+        "--job fedms --global-rounds 4 --personal-rounds 2 --epochs 3 --batch 8 --optimiser sgd "
+        "--learning-rate 0.01 --weight-decay 0.5 --max-depth 5 --sal-start 2 --sal-step 3 --sal-window 4 "
+        "--sal-threshold 0.2 --gate-rank 6 --gate-split val --mix features --seed 9"
     )
     (job,) = jobs(*options.split())
     assert job.rounds == {"global": 4, "personal": 2}
     wanted = {
-        "epochs": 3, "batch": 8, "learning_rate": 0.01, "weight_decay": 0.5, "max_depth": 5, "gate_rank": 6,
-        "gate_split": "val", "mix": "features", "seed": 9,
+        "epochs": 3, "batch": 8, "optimiser": "sgd", "learning_rate": 0.01, "weight_decay": 0.5,
+        "max_depth": 5, "gate_rank": 6, "gate_split": "val", "mix": "features", "seed": 9,
     }  # fmt: skip
     assert wanted.items() <= job.settings.items()
     schedule = job.schedule
@@ -131,7 +131,7 @@ def test_a_task_with_too_few_classes_is_refused(classes: int) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [
     ("classes", 1), ("max_depth", 0), ("depth", 0), ("epochs", 0), ("batch", 0), ("learning_rate", 0.0),
-    ("learning_rate", -1.0), ("weight_decay", -0.1), ("seed", -1), ("batch", "many"),
+    ("learning_rate", -1.0), ("weight_decay", -0.1), ("optimiser", "adamax"), ("seed", -1), ("batch", "many"),
 ])  # fmt: skip
 def test_a_device_refuses_settings_that_it_cannot_train_with(name: str, value: float | str) -> None:
     (job,) = jobs("--job", "standalone")

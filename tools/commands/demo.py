@@ -61,6 +61,7 @@ _TRAINED = (
     "personal_rounds",
     "epochs",
     "batch",
+    "optimiser",
     "learning_rate",
     "weight_decay",
     "max_depth",

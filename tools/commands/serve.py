@@ -69,7 +69,15 @@ def add_job_options(parser: argparse.ArgumentParser, *, jobs: str = "fedms", max
     )
     group.add_argument("--epochs", type=int, default=1, metavar="N", help="local epochs a round (default: %(default)s)")
     group.add_argument("--batch", type=int, default=16, metavar="N", help="samples a step (default: %(default)s)")
-    group.add_argument("--learning-rate", type=float, default=2e-3, metavar="X", help="of Adam (default: %(default)s)")
+    group.add_argument(
+        "--optimiser",
+        choices=("adam", "sgd"),
+        default="adam",
+        help="sgd, with momentum, has half of Adam's state and wants a larger learning rate (default: %(default)s)",
+    )
+    group.add_argument(
+        "--learning-rate", type=float, default=2e-3, metavar="X", help="step size (default: %(default)s)"
+    )
     group.add_argument("--weight-decay", type=float, default=0.01, metavar="X", help="of Adam (default: %(default)s)")
     group.add_argument(
         "--max-depth",

@@ -344,11 +344,9 @@ def _mul(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterab
 
 
 def _gate(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
-    # d/du [u (1 + erf u)] = 1 + erf u + u · 2/√π exp(−u²). The error function is computed again: it is cheaper than
-    # the memory that it would hold from the forward pass on.
-    u = node.inputs[0]
+    # d/du [u (1 + erf u)] = 1 + erf u + u · 2/√π exp(−u²)
+    u, distribution = node.inputs
     density = graph.unary("Exp", graph.sub_from(math.log(2 / math.sqrt(math.pi)), graph.mul(u, u)))
-    distribution = graph.add(graph.unary("Erf", u), graph.constant(1.0))
     yield u, graph.mul(graph.add(graph.mul(density, u), distribution), g)
 
 
