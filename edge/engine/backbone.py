@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import PackError
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 FloatArray = NDArray[np.float32]
 
@@ -22,6 +24,8 @@ def _share_arena() -> None:
 
     An arena a session would hold every graph's peak at once; the C library's allocator fragments (docs/adr/0005).
     """
+    import onnxruntime
+
     memory = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
@@ -80,6 +84,8 @@ class Backbone:
         return self._sessions[stem]
 
     def _open(self, stem: str) -> tuple[onnxruntime.InferenceSession, list[str], list[str]]:
+        import onnxruntime  # 20 MB that an agent which waits for a round does without
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
