@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetune.edge.engine.runtime import open_session
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.errors import PackError
 
 if TYPE_CHECKING:
     import onnxruntime
 
 FloatArray = NDArray[np.float32]
-
-
-@functools.cache
-def _share_arena() -> None:
-    """Let all sessions of this process allocate from one arena, which grows in powers of two and is never given back.
-
-    An arena a session would hold every graph's peak at once; the C library's allocator fragments (docs/adr/0005).
-    """
-    import onnxruntime
-
-    memory = onnxruntime.OrtMemoryInfo(
-        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
-    )
-    limit, power_of_two, default = 0, 0, -1
-    onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(limit, power_of_two, default, default))
 
 
 class Backbone:
@@ -80,31 +64,10 @@ class Backbone:
 
     def _session(self, stem: str) -> tuple[onnxruntime.InferenceSession, list[str], list[str]]:
         if stem not in self._sessions:
-            self._sessions[stem] = self._open(stem)
+            session = open_session(self.pack.graph(stem), self._threads)
+            names = [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
+            self._sessions[stem] = session, *names
         return self._sessions[stem]
-
-    def _open(self, stem: str) -> tuple[onnxruntime.InferenceSession, list[str], list[str]]:
-        import onnxruntime  # 20 MB that an agent which waits for a round does without
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # A thread that waits spinning wakes up faster; between steps it would burn what other work needs.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        _share_arena()
-        options.add_session_config_entry("session.use_env_allocators", "1")
-        options.enable_mem_pattern = False
-        try:
-            session = onnxruntime.InferenceSession(
-                str(self.pack.graph(stem)), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            raise PackError(
-                f"{self.pack.graph(stem)} does not load in onnxruntime {onnxruntime.__version__}: {error}",
-                "install onnxruntime >= 1.23.2, or write the pack again",
-            ) from error
-        return session, [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
 
     # --- around the blocks --------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ GRAPHS = (
     "pool",
     "pool_backward",
 )
-"""Stems of the graph files of every pack, beside one ``suffix_K`` for each depth K."""
+"""Stems of the graph files of every pack, beside ``suffix_K`` and ``inference_K`` for each depth K."""
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -110,4 +110,6 @@ class Manifest(_Struct, frozen=True):
     @property
     def graphs(self) -> tuple[str, ...]:
         """Stems of this pack's graph files."""
-        return (*GRAPHS, *(f"suffix_{depth}" for depth in range(1, self.blocks + 1)))
+        training = (f"suffix_{depth}" for depth in range(1, self.blocks + 1))
+        inference = (f"inference_{depth}" for depth in range(self.blocks + 1))
+        return (*GRAPHS, *training, *inference)

@@ -62,7 +62,8 @@ class BlockWeights:
 
     Attributes:
         tensors: Canonical name (``query.weight``, ``norm1.bias`` …) → graph input.
-        adapters: Linear map → (A of shape [in, r], B of shape [r, out]).
+        adapters: Linear map → (A of shape [in, r], B of shape [r, out]); with a leading axis of experts where the rows
+            of several experts follow each other.
     """
 
     tensors: Mapping[str, Tensor]
@@ -92,6 +93,10 @@ class BlockWeights:
         y = graph.gemm(x, weight, bias, trans_b=True, alpha=before * after, beta=after)
         if name in self.adapters:
             a, b = self.adapters[name]
+            if len(a.shape) == 3:
+                experts = graph.reshape(x, (a.shape[0], "m", x.shape[1]))
+                low = graph.mul(graph.matmul(experts, a), before * after)
+                return graph.add(y, graph.reshape(graph.matmul(low, b), y.shape))
             y = graph.gemm(graph.gemm(x, a, alpha=before), b, y, alpha=after)
         return y
 

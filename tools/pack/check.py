@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.expert import Expert, Layout
+from fleetune.edge.engine.inference import Inference
 from fleetune.edge.engine.suffix import Suffix
 from fleetune.edge.pack.pack import Pack, file_sha256
+from fleetune.edge.pack.patches import to_patches
 from fleetune.edge.protocol.errors import PackError
 from fleetune.tools.pack.architectures import ARCHITECTURES
 from fleetune.tools.pack.checkpoint import WEIGHTS, Checkpoint, is_matrix, read_checkpoint
@@ -102,6 +104,13 @@ def check_pack(pack: Pack, source: Path, *, seed: int = 0) -> list[Check]:
     for depth in range(1, pack.manifest.blocks + 1):
         error = _step_error(Suffix(backbone, depth, recompute=False), model, expert, hidden, mask)
         checks.append(Check(f"fused step of depth {depth}: gradients", error))
+    if pack.manifest.text:
+        sample = backbone.token_rows(rng.integers(0, model.config.vocab_size, (batch, length)))
+    else:
+        sample = _patches(pack, rng)
+    for depth in range(pack.manifest.blocks + 1):
+        error = _inference_error(backbone, model, expert, depth, sample, mask)
+        checks.append(Check(f"inference at depth {depth}: features", error))
     features = backbone.pool(hidden, mask)
     h = torch.tensor(hidden, requires_grad=True)
     z = _torch_pool(model, h, torch.tensor(mask), pack)
@@ -129,6 +138,34 @@ def _step_error(suffix: Suffix, model: Any, expert: Expert, hidden: FloatArray, 
     wanted = torch.autograd.grad(loss, list(symbols.values()))
     got = np.concatenate([found.tensors[name].reshape(-1) for name in symbols])
     return _error(got, np.concatenate([grad.numpy().reshape(-1) for grad in wanted]))
+
+
+def _inference_error(
+    backbone: Backbone, model: Any, expert: Expert, depth: int, sample: FloatArray, mask: FloatArray
+) -> float:
+    """Error of the features of one expert, or of two that differ in the top ``depth`` blocks."""
+    import torch
+
+    experts, pack = [expert], backbone.pack
+    if depth:
+        experts.append(expert.copy())
+        tail = expert.layout.tail(depth)
+        experts[1].vector[tail] = expert.vector[tail][::-1]
+    start, wanted = torch.tensor(backbone.embed(sample)), []
+    for some in experts:
+        h = start
+        for block in range(pack.manifest.blocks):
+            adapters = {name: torch.tensor(tensor) for name, tensor in some.adapters(block).items()}
+            h = _torch_block(model.encoder.layer[block], h, torch.tensor(mask), adapters, pack)
+        wanted.append(_torch_pool(model, h, torch.tensor(mask), pack).detach().numpy())
+    return _error(Inference(pack, experts, threads=0).run(sample, mask).features, np.stack(wanted))
+
+
+def _patches(pack: Pack, rng: np.random.Generator) -> FloatArray:
+    """Random pictures, as the backbone takes them."""
+    spec = pack.manifest.image
+    assert spec is not None
+    return to_patches(rng.integers(0, 256, (3, spec.size, spec.size, 3), dtype=np.uint8), spec)
 
 
 def _weight_checks(pack: Pack, checkpoint: Checkpoint) -> list[Check]:
@@ -218,8 +255,6 @@ def _embedding_error(pack: Pack, backbone: Backbone, model: Any, rng: np.random.
         found = backbone.embed(backbone.token_rows(ids))
         reference = model.embeddings(input_ids=torch.from_numpy(ids))
     else:
-        from fleetune.edge.pack.patches import to_patches
-
         spec = pack.manifest.image
         assert spec is not None
         pictures = rng.integers(0, 256, (2, spec.size, spec.size, 3), dtype=np.uint8)

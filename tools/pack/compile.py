@@ -121,6 +121,53 @@ def suffix_graph(
     return graph.model(f"suffix_{depth}", leaves, outputs)
 
 
+def inference_graph(
+    architecture: Architecture, geometry: Geometry, targets: Sequence[str], outer: Outer, depth: int
+) -> onnx.ModelProto:
+    """Build a whole forward pass that two experts share up to the top ``depth`` blocks, which run once for each.
+
+    Inputs are ``sample`` [b, t, e], ``positions`` [t, d], ``mask`` [b, 1, t], and the adapters of the top blocks, those
+    of both experts in one tensor: ``4.query.A`` [2, in, r] and so on, 4 being the block. Weights are given when the
+    graph is opened (``4.query.weight``), so that the runtime can arrange them for its products. Outputs are
+    ``features`` [2 b, d], the first expert's before the second's, or [b, d] at depth 0; and ``pooled.3`` [b, d], the
+    mean over real tokens of the hidden states before block 3, for each block that both experts reach together.
+    """
+    sample = Tensor("sample", ("b", "t", _sample_width(outer, geometry)))
+    graph = Graph(sizes_from=sample)
+    mask, positions = graph.input("mask", ("b", 1, "t")), graph.input("positions", ("t", geometry.width))
+    symbols = {name: graph.weight(name, value.shape) for name, value in outer.items() if not name.endswith(".table")}
+    hidden = architecture.embed(graph, sample, {**symbols, "positions": positions}, geometry)
+    leaves, outputs = [sample, mask, positions], dict[str, Tensor]()
+    for block in range(geometry.blocks):
+        boundary = geometry.blocks - depth
+        if block <= boundary:
+            share = graph.div(mask, graph.sum_last(mask))
+            outputs[f"pooled.{block}"] = graph.reshape(graph.matmul(share, hidden), ("b", geometry.width))
+        if block == boundary:
+            hidden, mask = graph.twice(hidden), graph.twice(mask)
+            graph.sizes_from = hidden
+        tensors = {
+            name: graph.weight(f"{block}.{name}", shape) for name, shape in block_shapes(architecture, geometry).items()
+        }
+        adapters = {}
+        for name in targets if block >= boundary else ():
+            rows, columns = _sizes(geometry, name)
+            pair = Tensor(f"{block}.{name}.A", (2, columns, "r")), Tensor(f"{block}.{name}.B", (2, "r", rows))
+            adapters[name] = pair
+            leaves += pair
+        weights = BlockWeights(tensors, adapters)
+        if block < geometry.blocks - 1:
+            hidden = architecture.block(graph, hidden, mask, weights, geometry)
+        else:
+            outputs["features"] = architecture.top(graph, hidden, mask, weights, symbols, geometry)
+    return graph.model(f"inference_{depth}", leaves, outputs)
+
+
+def _sample_width(outer: Outer, geometry: Geometry) -> int:
+    """Width of what is embedded: a patch's pixels, or a row of the token table."""
+    return int(outer["patch.weight"].shape[1]) if "patch.weight" in outer else geometry.width
+
+
 def _outer_symbols(graph: Graph, outer: Outer) -> dict[str, Tensor]:
     return {name: graph.input(name, value.shape) for name, value in outer.items() if not name.endswith(".table")}
 
@@ -135,8 +182,7 @@ def outer_graphs(
     * ``pool``: the last hidden state and the mask → features [b, d].
     * ``pool_backward``: the gradient of the features → the gradient of the hidden state.
     """
-    columns = outer["patch.weight"].shape[1] if "patch.weight" in outer else geometry.width
-    sample = Tensor("sample", ("b", "t", columns))
+    sample = Tensor("sample", ("b", "t", _sample_width(outer, geometry)))
     graph = Graph(sizes_from=sample)
     symbols = _outer_symbols(graph, outer)
     symbols["positions"] = graph.input("positions", ("t", geometry.width))

@@ -50,19 +50,29 @@ class Graph:
 
     Args:
         sizes_from: The tensor whose leading axes give the symbolic sizes at run time, batch first, then sequence.
+
+    Attributes:
+        sizes_from: Likewise, for what is recorded from now on.
     """
 
     def __init__(self, sizes_from: Tensor) -> None:
-        self._sizes_from = sizes_from
+        self.sizes_from = sizes_from
         self._nodes: list[_Node] = []
         self._producer: dict[Tensor, _Node] = {}
         self._constants: dict[Tensor, NDArray[Any]] = {}
+        self._weights: set[Tensor] = set()
 
     # --- leaves -------------------------------------------------------------------------------------------------
 
     def input(self, name: str, shape: Shape, dtype: int = TensorProto.FLOAT) -> Tensor:
         """Declare a graph input."""
         return Tensor(name, shape, dtype)
+
+    def weight(self, name: str, shape: Shape) -> Tensor:
+        """Declare a float32 constant whose values the runtime is given when it opens the graph."""
+        tensor = Tensor(name, shape)
+        self._weights.add(tensor)
+        return tensor
 
     def constant(self, value: NDArray[Any] | float) -> Tensor:
         """Embed a value; floating-point values become float32."""
@@ -75,7 +85,7 @@ class Graph:
     # --- operators ----------------------------------------------------------------------------------------------
 
     def _add(self, op: str, inputs: Sequence[Tensor], shapes: Sequence[Shape], **attributes: Any) -> tuple[Tensor, ...]:
-        dtype = TensorProto.INT64 if op in {"Shape", "Concat"} else TensorProto.FLOAT
+        dtype = TensorProto.INT64 if op == "Shape" else inputs[0].dtype
         stem = f"{op.lower()}{len(self._nodes)}"
         outputs = tuple(Tensor(f"{stem}_{i}" if i else stem, shape, dtype) for i, shape in enumerate(shapes))
         node = _Node(op, tuple(inputs), outputs, attributes)
@@ -178,12 +188,16 @@ class Graph:
         """Reshape; one symbolic size is inferred, several are read from ``sizes_from`` at run time."""
         lead = sum(isinstance(size, str) for size in shape)
         if lead > 1:
-            sizes = self._add("Shape", (self._sizes_from,), [(lead,)], start=0, end=lead)[0]
+            sizes = self._add("Shape", (self.sizes_from,), [(lead,)], start=0, end=lead)[0]
             rest = self.constant(np.array(shape[lead:], dtype=np.int64))
             target = self._add("Concat", (sizes, rest), [(len(shape),)], axis=0)[0]
         else:
             target = self.constant(np.array([-1 if isinstance(s, str) else s for s in shape], dtype=np.int64))
         return self._add("Reshape", (a, target), [shape])[0]
+
+    def twice(self, a: Tensor) -> Tensor:
+        """The tensor and itself once more, along the first axis, whose size must be symbolic."""
+        return self._add("Concat", (a, a), [a.shape], axis=0)[0]
 
     def unsqueeze(self, a: Tensor, axis: int) -> Tensor:
         """Insert an axis of size 1."""
@@ -246,7 +260,7 @@ class Graph:
             ValueError: The outputs need a leaf that is not among ``inputs``.
         """
         stop, needed, constants = set(inputs), set[_Node](), dict[Tensor, None]()
-        used: set[Tensor] = set()
+        used, weights = set[Tensor](), dict[Tensor, None]()
         stack = list(outputs.values())
         while stack:
             tensor = stack.pop()
@@ -254,6 +268,8 @@ class Graph:
                 used.add(tensor)
             elif tensor in self._constants:
                 constants[tensor] = None
+            elif tensor in self._weights:
+                weights[tensor] = None
             elif tensor not in self._producer:
                 raise ValueError(f"graph {name} needs {tensor.name}, which is not among its inputs")
             elif self._producer[tensor] not in needed:
@@ -280,14 +296,28 @@ class Graph:
         graph = helper.make_graph(
             nodes,
             name,
-            [helper.make_tensor_value_info(t.name, t.dtype, t.shape) for t in inputs if t in used],
+            [
+                helper.make_tensor_value_info(t.name, t.dtype, t.shape)
+                for t in [*inputs, *weights]
+                if t in used | weights.keys()
+            ],
             [helper.make_tensor_value_info(alias, t.dtype, t.shape) for alias, t in outputs.items()],
             [numpy_helper.from_array(self._constants[t], t.name) for t in constants],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="fleetune")
         model.ir_version = IR_VERSION
         onnx.checker.check_model(model)
+        for tensor in weights:  # checked as inputs, since the values are not there yet
+            model.graph.input.pop()
+            model.graph.initializer.append(_to_be_given(tensor))
         return model
+
+
+def _to_be_given(tensor: Tensor) -> onnx.TensorProto:
+    """An initialiser without values: it names a file, which is not read if the values are given."""
+    proto = TensorProto(name=tensor.name, dims=tensor.shape, data_type=tensor.dtype, data_location=TensorProto.EXTERNAL)
+    proto.external_data.add(key="location", value="weights")
+    return proto
 
 
 # --- one rule for each operator: (graph, node, gradient of its output, which inputs want one) → (input, gradient) ---

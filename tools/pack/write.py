@@ -19,7 +19,7 @@ from fleetune.edge.pack.pack import Pack, file_sha256
 from fleetune.edge.protocol.errors import ConfigError, RunFolderError, UnsupportedBackboneError
 from fleetune.tools.pack.architectures import LINEARS
 from fleetune.tools.pack.checkpoint import Checkpoint, is_matrix, read_checkpoint
-from fleetune.tools.pack.compile import block_graphs, outer_graphs, suffix_graph
+from fleetune.tools.pack.compile import block_graphs, inference_graph, outer_graphs, suffix_graph
 from fleetune.tools.pack.graph import OPSET
 
 BLOCK_SIZE = 64
@@ -82,10 +82,11 @@ def write_pack(
         on_step("compile the graphs")
         graphs = block_graphs(checkpoint.architecture, checkpoint.geometry, targets)
         graphs |= outer_graphs(checkpoint.architecture, checkpoint.geometry, targets, checkpoint.outer)
-        for depth in range(1, checkpoint.geometry.blocks + 1):
-            graphs[f"suffix_{depth}"] = suffix_graph(
-                checkpoint.architecture, checkpoint.geometry, targets, checkpoint.outer, depth
-            )
+        whole = (checkpoint.architecture, checkpoint.geometry, targets, checkpoint.outer)
+        for depth in range(checkpoint.geometry.blocks + 1):
+            graphs[f"inference_{depth}"] = inference_graph(*whole, depth)
+            if depth:
+                graphs[f"suffix_{depth}"] = suffix_graph(*whole, depth)
         for stem, model in graphs.items():
             (folder / f"{stem}.onnx").write_bytes(model.SerializeToString(deterministic=True))
         geometry = checkpoint.geometry
