@@ -70,7 +70,8 @@ class Inference:
             if block < self._boundary:
                 adapters = expert.adapters(block)
                 for target in pack.manifest.targets:
-                    tensors[f"{target}.weight"] += (adapters[f"{target}.A"] @ adapters[f"{target}.B"]).T
+                    change = (adapters[f"{target}.A"] @ adapters[f"{target}.B"]).T
+                    tensors[f"{target}.weight"] = tensors[f"{target}.weight"] + change
             given |= {f"{block}.{name}": tensor for name, tensor in tensors.items()}
         return given
 

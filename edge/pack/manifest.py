@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 SCHEMA = 1
 """Version of the pack's layout that this Fleetune writes and reads."""
 
 FILE = "manifest.json"
-WEIGHTS_FILE = "weights.nf4"
+WEIGHTS_FILE = "weights.safetensors"
 
 GRAPHS = (
     "embed",
@@ -20,6 +22,9 @@ GRAPHS = (
     "pool_backward",
 )
 """Stems of the graph files of every pack, beside ``suffix_K`` and ``inference_K`` for each depth K."""
+
+
+QuantisationType = Literal["nf4", "int8", "fp32"]
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,9 +50,16 @@ class Backbone(_Struct, frozen=True):
 
 
 class Quantisation(_Struct, frozen=True):
-    """How matrices are stored: ``nf4`` in blocks of ``block_size`` (Dettmers et al. 2023, QLoRA, section 3)."""
+    """How matrices are stored.
 
-    type: str
+    Attributes:
+        type: ``nf4``: two 4-bit codes a byte (Dettmers et al. 2023, QLoRA, section 3); ``int8``: a whole number from
+            -127 to 127 a value; ``fp32``: as they are.
+        block_size: Values that share one scale, the largest of their absolute values.
+        code: What each of the sixteen codes of ``nf4`` stands for.
+    """
+
+    type: QuantisationType
     block_size: int
     code: tuple[float, ...]
 

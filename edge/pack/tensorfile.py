@@ -23,6 +23,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
     "I64": np.dtype("<i8"),
 }
 

@@ -1,9 +1,10 @@
-"""The frozen weights: NF4 codes in a mapped file, turned into float32 only where and while they are used."""
+"""The frozen weights: a mapped file, quantised or not, turned into float32 only where and while they are used."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,19 +19,22 @@ FloatArray = NDArray[np.float32]
 class Weights:
     """Reads a pack's weights.
 
-    A quantised tensor ``x`` is stored as ``x.codes`` (two 4-bit codes a byte, the first in the high half) and
-    ``x.absmax`` (one float32 scale for each ``block_size`` values in row-major order); any other is float32.
+    A quantised tensor ``x`` is stored as ``x.codes`` (``nf4``: two codes a byte, the first in the high half; ``int8``:
+    127ths) and ``x.absmax`` (a float32 scale for each ``block_size`` values in row-major order); any other is float32.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._file = TensorFile(path)
         self._path = path
         self._block_size = manifest.quantisation.block_size
-        code = np.asarray(manifest.quantisation.code, dtype=np.float32)
-        if manifest.quantisation.type != "nf4" or code.shape != (16,):
-            raise PackError(f"{path} is quantised as {manifest.quantisation.type!r}", "use a pack of type nf4")
-        byte = np.arange(256)
-        self._pairs = np.stack([code[byte >> 4], code[byte & 15]], axis=1)
+        self._pairs: FloatArray | None = None
+        self._values_a_byte = 1
+        if manifest.quantisation.type == "nf4":
+            code, byte = np.asarray(manifest.quantisation.code, dtype=np.float32), np.arange(256)
+            if code.shape != (16,):
+                raise PackError(f"{path}: its manifest has an NF4 code of {code.size} values", "write the pack again")
+            self._pairs = np.stack([code[byte >> 4], code[byte & 15]], axis=1)
+            self._values_a_byte = 2
         self._blocks: list[dict[str, str]] = [{} for _ in range(manifest.blocks)]
         self.outer_names: list[str] = []
         for stored in self._file:
@@ -75,8 +79,14 @@ class Weights:
     def _dequantise(self, name: str, out: FloatArray | None) -> FloatArray:
         codes, absmax = self._file[f"{name}.codes"], self._file[f"{name}.absmax"]
         if out is None:
-            out = np.empty((codes.shape[0], codes.shape[1] * 2), dtype=np.float32)
-        np.take(self._pairs, codes.reshape(-1), axis=0, out=out.reshape(-1, 2), mode="clip")
+            out = np.empty((codes.shape[0], codes.shape[1] * self._values_a_byte), dtype=np.float32)
+        return self._scale(codes, absmax, out)
+
+    def _scale(self, codes: NDArray[Any], absmax: FloatArray, out: FloatArray) -> FloatArray:
+        if self._pairs is not None:
+            np.take(self._pairs, codes.reshape(-1), axis=0, out=out.reshape(-1, 2), mode="clip")
+        else:
+            np.multiply(codes, np.float32(1 / 127), out=out)
         out.reshape(-1, self._block_size)[...] *= absmax.reshape(-1, 1)
         return out
 
@@ -90,8 +100,10 @@ class Weights:
         Returns:
             Float32 of shape [*indices.shape, columns].
         """
-        codes, absmax = self._file[f"{name}.codes"], self._file[f"{name}.absmax"]
-        picked = self._pairs[codes[indices.reshape(-1)]]
-        values = picked.reshape(-1, self._block_size) * absmax[indices.reshape(-1)].reshape(-1, 1)
-        rows: FloatArray = values.reshape(*indices.shape, codes.shape[1] * 2)
-        return rows
+        if name in self._file:
+            table: FloatArray = self._file[name]
+            return table[indices]
+        flat = indices.reshape(-1)
+        codes, absmax = self._file[f"{name}.codes"][flat], self._file[f"{name}.absmax"][flat]
+        out = np.empty((len(flat), codes.shape[1] * self._values_a_byte), dtype=np.float32)
+        return self._scale(codes, absmax, out).reshape(*indices.shape, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,3 +110,17 @@ def test_a_batch_gives_what_its_samples_give_alone(case: Case) -> None:
         length = int(case.mask[row].sum())
         alone = inference.run(case.sample[row : row + 1, :length], case.mask[row : row + 1, :, :length]).features
         assert error(alone[:, 0], whole[:, row]) < 1e-5
+
+
+def test_adapters_merge_into_weights_that_are_mapped_unquantised(tiny_bert: Path, tmp_path: Path) -> None:
+    from fleetune.tools.pack.write import write_pack
+
+    pack = write_pack(tiny_bert, tmp_path / "pack", name="t", licence="none", origin="t", max_length=24, weights="fp32")
+    rng = np.random.default_rng(0)
+    layout = Layout.of(pack.manifest, classes=2)
+    expert = Expert(layout, rng.normal(0, 0.1, layout.size).astype(np.float32))
+    backbone = Backbone(pack, threads=1)
+    sample, mask = backbone.token_rows(rng.integers(0, 90, (2, 7))), np.ones((2, 1, 7), dtype=np.float32)
+    ((hidden, _),) = forward_chunk(backbone, range(3), expert, [(backbone.embed(sample), mask)])
+    found = Inference(pack, [expert], threads=1).run(sample, mask).features[0]
+    assert error(found, backbone.pool(hidden, mask)) < 1e-5

@@ -282,6 +282,21 @@ def test_a_backbone_that_does_not_fit_is_refused_and_leaves_nothing(what: str, t
     assert not list(tmp_path.glob("out/.*"))
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp32"])
+def test_other_weights_pass_the_check_and_hold_what_they_promise(kind: Any, tiny_bert: Path, tmp_path: Path) -> None:
+    pack = write(tiny_bert, tmp_path / "pack", max_length=24, weights=kind)
+    assert not worst(check_pack(pack, tiny_bert))
+    original = load_file(tiny_bert / "model.safetensors")
+    for key, found in (
+        ("encoder.layer.1.output.dense.weight", pack.weights().block(1)["fc2.weight"]),
+        ("embeddings.word_embeddings.weight", pack.weights().rows("tokens.table", np.arange(5))),
+    ):
+        wanted = original[key].numpy()[: len(found)]
+        blocks = np.abs(wanted).reshape(-1, 64).max(axis=1, keepdims=True)
+        allowed = blocks / 254 * 1.0001 if kind == "int8" else 0 * blocks  # half a step
+        assert (np.abs(found - wanted).reshape(-1, 64) <= allowed).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_are_packed_as_their_values(dtype: Any, tiny_bert: Path, tmp_path: Path) -> None:
     source = copy(tiny_bert, tmp_path / "source")
@@ -297,8 +312,10 @@ def test_a_width_that_nf4_blocks_do_not_divide_is_refused(tmp_path: Path) -> Non
     config = BertConfig(vocab_size=8, hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=1)
     BertModel(config).save_pretrained(tmp_path / "source", safe_serialization=True)
     (tmp_path / "source" / "vocab.txt").write_text("[PAD]\n[UNK]\n")
-    with pytest.raises(UnsupportedBackboneError, match="32 columns"):
-        write(tmp_path / "source", tmp_path / "pack", max_length=64)
+    for kind in ("nf4", "int8"):
+        with pytest.raises(UnsupportedBackboneError, match=r"blocks\.0\.query\.weight: a matrix with 32 columns"):
+            write(tmp_path / "source", tmp_path / "pack", max_length=64, weights=kind)
+    assert write(tmp_path / "source", tmp_path / "pack", max_length=64, weights="fp32").manifest.width == 32
 
 
 def test_a_vision_backbone_for_one_channel_is_refused(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ def register(subparsers: Any) -> None:
         "pack",
         summary="compile a backbone into a pack, or check one",
         description=(
-            "Compile a backbone into a pack: NF4 weights and the ONNX graphs of its forward and backward passes.\n"
-            "A device trains from the pack with ONNX Runtime and NumPy alone. BACKBONE is a folder in Hugging Face\n"
-            "format (BERT or DINOv2), or the name of an asset (see `fleetune assets`). Needs the `pack` extra."
+            "Compile a backbone into a pack: quantised weights, and the ONNX graphs of its forward and backward\n"
+            "passes. A device trains from the pack with ONNX Runtime and NumPy alone. BACKBONE is a folder in Hugging\n"
+            "Face format (BERT or DINOv2), or the name of an asset (see `fleetune assets`). Needs the `pack` extra."
         ),
         examples=(
             "  fleetune pack minilm --out packs/minilm\n"
@@ -41,6 +41,12 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--max-length", type=int, default=64, metavar="N", help="longest text (default: %(default)s)")
     parser.add_argument("--image-size", type=int, metavar="N", help="side of the pictures (default: the backbone's)")
+    parser.add_argument(
+        "--weights",
+        choices=("nf4", "int8", "fp32"),
+        default="nf4",
+        help="how matrices are stored: 0.56, 1.06 or 4 bytes a value (default: %(default)s)",
+    )
     parser.add_argument("--licence", default="unknown", metavar="ID", help="licence of the weights, for the manifest")
     parser.add_argument("--json", action="store_true", help="with --check: print JSON")
     parser.set_defaults(run=_run)
@@ -86,6 +92,7 @@ def _write(args: argparse.Namespace, source: Path, name: str, licence: str, orig
             targets=args.targets.split(","),
             max_length=args.max_length,
             image_size=args.image_size,
+            weights=args.weights,
             on_step=status.update,
         )
     manifest = pack.manifest

@@ -22,7 +22,7 @@ from fleetune.edge.pack.patches import to_patches
 from fleetune.edge.protocol.errors import PackError
 from fleetune.tools.pack.architectures import ARCHITECTURES
 from fleetune.tools.pack.checkpoint import WEIGHTS, Checkpoint, is_matrix, read_checkpoint
-from fleetune.tools.pack.write import BLOCK_SIZE, quantise
+from fleetune.tools.pack.quantise import BLOCK_SIZE, quantise
 
 FloatArray = NDArray[np.float32]
 
@@ -174,21 +174,30 @@ def _weight_checks(pack: Pack, checkpoint: Checkpoint) -> list[Check]:
     checks = []
     for index, block in enumerate(checkpoint.blocks):
         packed = weights.block(index)
-        errors = [_error(packed[name], _stored(array) if is_matrix(name) else array) for name, array in block.items()]
+        errors = [
+            _error(packed[name], _stored(array, pack) if is_matrix(name) else array) for name, array in block.items()
+        ]
         checks.append(Check(f"block {index}: weights", max(errors)))
     for name, array in checkpoint.outer.items():
         if name == "tokens.table":
-            found, wanted = weights.rows(name, np.arange(len(array))), _stored(array)
+            found, wanted = weights.rows(name, np.arange(len(array))), _stored(array, pack)
         else:
             found, wanted = weights.outer(name), array
         checks.append(Check(name, _error(found, wanted)))
     return checks
 
 
-def _stored(matrix: FloatArray) -> FloatArray:
+def _stored(matrix: FloatArray, pack: Pack) -> FloatArray:
     """What a pack makes of a matrix."""
-    codes, scales, code = quantise(matrix)
-    values = np.asarray(code, dtype=np.float32)[np.stack([codes >> 4, codes & 15], axis=2)]
+    how = pack.manifest.quantisation
+    stored = quantise("it", matrix, how.type)
+    if "it" in stored:
+        return matrix
+    codes, scales = stored["it.codes"], stored["it.absmax"]
+    if how.type == "nf4":
+        values = np.asarray(how.code, dtype=np.float32)[np.stack([codes >> 4, codes & 15], axis=2)]
+    else:
+        values = codes.astype(np.float32) / np.float32(127)
     return (values.reshape(len(matrix), -1, BLOCK_SIZE) * scales[..., None]).reshape(matrix.shape)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,18 +11,25 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from fleetune.edge.pack.manifest import FILE, SCHEMA, WEIGHTS_FILE, Backbone, File, Image, Manifest, Quantisation, Text
+from fleetune.edge.pack.manifest import (
+    FILE,
+    SCHEMA,
+    WEIGHTS_FILE,
+    Backbone,
+    File,
+    Image,
+    Manifest,
+    QuantisationType,
+    Text,
+)
 from fleetune.edge.pack.pack import Pack, file_sha256
 from fleetune.edge.protocol.errors import ConfigError, RunFolderError, UnsupportedBackboneError
 from fleetune.tools.pack.architectures import LINEARS
 from fleetune.tools.pack.checkpoint import Checkpoint, is_matrix, read_checkpoint
 from fleetune.tools.pack.compile import block_graphs, inference_graph, outer_graphs, suffix_graph
 from fleetune.tools.pack.graph import OPSET
-
-BLOCK_SIZE = 64
-"""Values that share one NF4 scale."""
+from fleetune.tools.pack.quantise import Stored, describe, quantise
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -40,6 +46,7 @@ def write_pack(
     targets: Sequence[str] = ("query", "value"),
     max_length: int = 64,
     image_size: int | None = None,
+    weights: QuantisationType = "nf4",
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Pack:
     """Compile the backbone in ``source`` into a pack at ``out``.
@@ -56,6 +63,7 @@ def write_pack(
         targets: Linear maps of a block that carry an adapter.
         max_length: Longest text in tokens.
         image_size: Side of the pictures in pixels, a multiple of the patch.
+        weights: How matrices are stored.
         on_step: Is told what happens next.
 
     Raises:
@@ -77,8 +85,8 @@ def write_pack(
         folder = Path(scratch) / out.name
         folder.mkdir()
         text, image = _inputs(checkpoint, folder, max_length)
-        on_step("quantise the weights")
-        code = _write_weights(checkpoint, folder / WEIGHTS_FILE)
+        on_step("store the weights")
+        _write_weights(checkpoint, folder / WEIGHTS_FILE, weights)
         on_step("compile the graphs")
         graphs = block_graphs(checkpoint.architecture, checkpoint.geometry, targets)
         graphs |= outer_graphs(checkpoint.architecture, checkpoint.geometry, targets, checkpoint.outer)
@@ -105,7 +113,7 @@ def write_pack(
             width=geometry.width,
             rank=rank,
             targets={target: (size[1], size[0]) for target, size in sizes.items()},
-            quantisation=Quantisation(type="nf4", block_size=BLOCK_SIZE, code=tuple(code)),
+            quantisation=describe(weights),
             opset=OPSET,
             files={
                 file.name: File(bytes=file.stat().st_size, sha256=file_sha256(file))
@@ -154,56 +162,15 @@ def _inputs(checkpoint: Checkpoint, folder: Path, max_length: int) -> tuple[Text
     return Text(vocabulary="vocab.txt", lowercase=lowercase, max_length=max_length), None
 
 
-def _write_weights(checkpoint: Checkpoint, file: Path) -> list[float]:
-    """Quantise with bitsandbytes and write one safetensors file; returns the sixteen values of the NF4 code."""
+def _write_weights(checkpoint: Checkpoint, file: Path, kind: QuantisationType) -> None:
+    """Write one safetensors file; matrices are quantised, all else is float32."""
     import safetensors.numpy
 
-    tensors: dict[str, NDArray[np.generic]] = {}
-    code: list[float] = []
-
-    def add(name: str, array: NDArray[np.float32], *, matrix: bool) -> None:
-        if not matrix:
-            tensors[name] = np.ascontiguousarray(array)
-            return
-        packed, scales, code[:] = quantise(array)
-        tensors[f"{name}.codes"] = packed
-        tensors[f"{name}.absmax"] = scales
-
+    tensors: Stored = {}
     for index, block in enumerate(checkpoint.blocks):
         for name, array in block.items():
-            add(f"blocks.{index}.{name}", array, matrix=is_matrix(name))
+            full = f"blocks.{index}.{name}"
+            tensors |= quantise(full, array, kind) if is_matrix(name) else {full: np.ascontiguousarray(array)}
     for name, array in checkpoint.outer.items():
-        add(name, array, matrix=name == "tokens.table")
+        tensors |= quantise(name, array, kind) if name == "tokens.table" else {name: np.ascontiguousarray(array)}
     file.write_bytes(safetensors.numpy.save(tensors))
-    return code
-
-
-def quantise(matrix: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32], list[float]]:
-    """Quantise a matrix to NF4 with bitsandbytes.
-
-    Args:
-        matrix: Float32 [rows, columns]; ``columns`` is a multiple of the block size, so no scale spans two rows.
-
-    Returns:
-        Codes uint8 [rows, columns / 2], scales float32 [rows, columns / block size], and the code's 16 values.
-    """
-    import torch
-
-    # It warns of a missing kernel for 4-bit inference, which nothing here runs.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from bitsandbytes import functional
-
-    rows, columns = matrix.shape
-    if columns % BLOCK_SIZE:
-        raise UnsupportedBackboneError(
-            f"a matrix with {columns} columns cannot be quantised in blocks of {BLOCK_SIZE}",
-            f"use a backbone whose width is a multiple of {BLOCK_SIZE}",
-        )
-    packed, state = functional.quantize_4bit(
-        torch.from_numpy(np.ascontiguousarray(matrix)), blocksize=BLOCK_SIZE, quant_type="nf4"
-    )
-    return (
-        packed.numpy().reshape(rows, columns // 2),
-        state.absmax.float().numpy().reshape(rows, columns // BLOCK_SIZE),
-        [float(value) for value in state.code],
-    )
