@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.batch import batch_gradient
@@ -38,6 +40,8 @@ def main(spec: Spec) -> None:
     tail = expert.layout.tail(spec.depth)
     optimiser = Adam(tail.stop - tail.start, spec.rate, weight_decay=spec.decay)
     train, suffix = dataset.indices("train"), None
+    backbone.hold(range(backbone.blocks - spec.depth, backbone.blocks))
+    backbone.fused(spec.depth)  # ready means that a step could begin
 
     def epoch() -> dict[str, Any]:
         nonlocal suffix
@@ -66,10 +70,22 @@ def main(spec: Spec) -> None:
             times.append(time.perf_counter() - wall)
         return {"gflops": 2 * 1024 * 384 * 1536 / float(np.median(times)) / 1e9}
 
+    def thousand() -> dict[str, Any]:
+        """What the resident set grows by from the 50th step to the thousandth, in MiB."""
+        assert suffix is not None
+        prefix, process, start = cache.prefix(backbone.blocks - spec.depth, expert), psutil.Process(), 0
+        for step, batch in enumerate(itertools.islice(itertools.cycle(split(train, spec.batch)), 1000)):
+            batch_gradient(suffix, prefix, dataset.labels, batch, spec.micro_batch, expert, gradient)
+            optimiser.step(expert.vector[tail], gradient.vector[tail])
+            if step == 50:
+                start = process.memory_info().rss
+        return {"growth_mib": (process.memory_info().rss - start) / 2**20}
+
     answers: dict[str, Callable[[], dict[str, Any]]] = {
         "epoch": epoch,
         "peak": lambda: {"peak_mib": peak_mib()},
         "product": product,
+        "thousand": thousand,
     }
     print(json.dumps({"ready": True}), flush=True)  # noqa: T201
     for line in sys.stdin:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import msgspec
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.files import write_atomic
 from fleetune.tools.bench.figures import Document, Figure, Target, figure
+from fleetune.tools.bench.idle import idle_mib
 from fleetune.tools.bench.peers import peer_versions, peers_python
 from fleetune.tools.bench.spec import Spec
 from fleetune.tools.bench.tasks import LENGTH, TASKS, Task, prepare
@@ -33,6 +35,8 @@ _TARGETS: dict[tuple[str, str], dict[str, Target]] = {
 """Task and figure → peer → what is asked of the ratio."""
 
 _SHARE = Target(0.75, lower=False)
+_GROWTH = Target(1.0, lower=True)
+_IDLE = Target(45.0, lower=True)
 _LOSS = 0.01
 _REST_S = 0.3
 """Seconds between two turns, in which the threads of the last one go to sleep."""
@@ -49,6 +53,7 @@ class _Runs:
     loss: list[float] = field(default_factory=list)
     peak_mib: list[float] = field(default_factory=list)
     gflops: list[float] = field(default_factory=list)
+    growth_mib: list[float] = field(default_factory=list)
 
 
 _MEASURED = (
@@ -92,8 +97,12 @@ def bench_step(
         runs = {name: _Runs() for name in commands}
         for repeat in range(repeats):
             say(f"{task.name}: repeat {repeat + 1} of {repeats}")
-            _repeat(commands, runs, place, epochs)
+            _repeat(commands, runs, place, epochs, thousand=task == TASKS[0] and repeat == 0 and not quick)
         figures += _figures(task, spec, runs, names)
+        if task.backbone == "minilm":
+            say("an agent that waits")
+            idle = idle_mib(spec, place, repeats)
+            figures.append(figure("an agent that waits for a round: memory", "MiB", idle, target=_IDLE))
     return Document("step", tuple(figures), peer_versions(python) if python else {})
 
 
@@ -103,10 +112,11 @@ def _command(place: Path, name: str, spec: Spec, worker: list[str]) -> list[str]
     return [*worker, str(file)]
 
 
-def _repeat(commands: dict[str, list[str]], runs: dict[str, _Runs], place: Path, epochs: int) -> None:
-    """Start every contender anew, then let them train in turns."""
-    for cached in (place / "cache").glob("*/*"):
-        cached.unlink()  # so that the first epoch is one
+def _repeat(
+    commands: dict[str, list[str]], runs: dict[str, _Runs], place: Path, epochs: int, *, thousand: bool
+) -> None:
+    """Start every contender anew, then let them train in turns; at the end ours may do a thousand steps more."""
+    shutil.rmtree(place / "cache", ignore_errors=True)  # so that the first epoch is one
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for name, command in commands.items():
@@ -126,6 +136,8 @@ def _repeat(commands: dict[str, list[str]], runs: dict[str, _Runs], place: Path,
         for name, worker in workers.items():
             runs[name].peak_mib.append(worker.ask("peak")["peak_mib"])
         runs[OURS].gflops.append(workers[OURS].ask("product")["gflops"])
+        if thousand:
+            runs[OURS].growth_mib.append(workers[OURS].ask("thousand")["growth_mib"])
 
 
 def _figures(task: Task, spec: Spec, runs: dict[str, _Runs], peers: Sequence[str]) -> list[Figure]:
@@ -143,6 +155,9 @@ def _figures(task: Task, spec: Spec, runs: dict[str, _Runs], peers: Sequence[str
     rate = median(ours.gflops)
     share = [_flops(spec) * task.samples / seconds / 1e9 / rate for seconds in ours.later_s]
     found.append(figure(f"{task.name}: share of the arithmetic limit", "", share, target=_SHARE))
+    if ours.growth_mib:
+        title = f"{task.name}: growth of the process over 1,000 steps"
+        found.append(figure(title, "MiB", ours.growth_mib, target=_GROWTH))
     return found
 
 

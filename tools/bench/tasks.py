@@ -18,7 +18,7 @@ from fleetune.tools.assets import ASSETS, fetch, write_images, write_jsonl
 from fleetune.tools.assets.datasets import Split, TextRow, read_rotten_tomatoes
 from fleetune.tools.bench.spec import Spec
 
-BATCH, MICRO_BATCH, DEPTH, CLASSES, LENGTH = 16, 4, 2, 2, 64
+BATCH, DEPTH, CLASSES, LENGTH = 16, 2, 2, 64
 _JOINED = 5
 """Snippets in a text, so that it fills all tokens."""
 
@@ -32,18 +32,20 @@ class Task:
         backbone: Name of the asset.
         image_size: Side of the pictures; None for text of 64 tokens.
         samples: Samples of an epoch.
+        micro_batch: Samples that the engine computes at once: about 260 tokens.
     """
 
     name: str
     backbone: Literal["minilm", "focus-vit"]
     image_size: int | None
     samples: int
+    micro_batch: int
 
 
 TASKS = (
-    Task("MiniLM", "minilm", None, 128),
-    Task("ViT 56 px", "focus-vit", 56, 256),
-    Task("ViT 112 px", "focus-vit", 112, 96),
+    Task("MiniLM", "minilm", None, 128, 4),
+    Task("ViT 56 px", "focus-vit", 56, 256, 16),
+    Task("ViT 112 px", "focus-vit", 112, 96, 4),
 )
 
 
@@ -79,7 +81,7 @@ def prepare(task: Task, folder: Path, *, threads: int, say: Callable[[str], None
         rank=pack.manifest.rank,
         classes=CLASSES,
         batch=BATCH,
-        micro_batch=MICRO_BATCH,
+        micro_batch=task.micro_batch,
         rate=1e-3,
         decay=0.01,
         threads=threads,
