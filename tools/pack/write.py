@@ -102,6 +102,8 @@ def write_pack(
             ),
             blocks=geometry.blocks,
             width=geometry.width,
+            heads=geometry.heads,
+            epsilon=geometry.epsilon,
             rank=rank,
             targets={target: (size[1], size[0]) for target, size in sizes.items()},
             quantisation=Quantisation(type="nf4", block_size=BLOCK_SIZE, code=tuple(code)),
