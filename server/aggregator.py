@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -32,6 +32,7 @@ from fleetune.edge.protocol.messages import (
     open_envelope,
     seal,
 )
+from fleetune.edge.protocol.modelfile import Card
 from fleetune.edge.protocol.topics import Topics, read_number
 from fleetune.server.aggregate import PartialSum
 from fleetune.server.job import Job
@@ -72,6 +73,7 @@ class AggregatorConfig:
         devices: Ids of the fleet's devices; empty to take any that connects.
         quorum: Updates without which a round does not close at its deadline.
         deadline_s: Seconds a round may take before it closes with a quorum.
+        cards: Job → what the model file of its global expert says of itself; a job without one gets no file.
     """
 
     fleet: str
@@ -81,6 +83,7 @@ class AggregatorConfig:
     devices: frozenset[str] = frozenset()
     quorum: int = 1
     deadline_s: float = 600.0
+    cards: Mapping[str, Card] = field(default_factory=dict)
 
 
 @dataclass
@@ -199,8 +202,8 @@ class Aggregator:
             self._close(job)
         self._journal.append(Finished(job.id))
         self._log_results(job)
-        if self._globals:
-            log.info("%s: the global tensors are in %s", job.id, self._journal.globals_path(job.id, self._version))
+        if job.id in self._config.cards:
+            log.info("%s: the global expert is in %s", job.id, self._journal.model_path(job.id))
         self._version += 1
         finished = self._announcement(job, NextRound("finished", 0), strategy.rounds, None)
         self._link.publish(self._topics.current(job.id), seal(finished), retain=True)
@@ -506,10 +509,18 @@ class Aggregator:
         self._globals |= total.mean()
         number = self._open.announcement.version
         self._journal.save_globals(job.id, number, self._globals)
+        self._save_model(job, self._open)
         self._journal.append(Closed(job.id, number, sorted(self._open.accepted), time.time()))
         self._closed.append(self._closed_round(self._open))
         self._open = None
         self._uploads.clear()
+
+    def _save_model(self, job: Job, closing: _Open) -> None:
+        """Write the model file after each round of the global stage; what comes later does not change the expert."""
+        card = self._config.cards.get(job.id)
+        if card is not None and closing.announcement.stage == "global":
+            expert = {name: t for name, t in self._globals.items() if name.startswith(closing.plan.broadcast)}
+            self._journal.save_model(job.id, msgspec.structs.replace(card, run=self._run.run), expert)
 
     # --- presence -----------------------------------------------------------------------------------------------
 

@@ -19,6 +19,8 @@ from fleetune.edge.protocol.codec import decode_tensors, encode_tensors
 from fleetune.edge.protocol.errors import UNDECODABLE, RunFolderError
 from fleetune.edge.protocol.files import FolderLock, sync_folder, write_atomic
 from fleetune.edge.protocol.messages import Announcement, UpdateManifest
+from fleetune.edge.protocol.modelfile import FILE as MODEL_FILE
+from fleetune.edge.protocol.modelfile import GLOBAL, Card, write_model_file
 from fleetune.server.job import Job
 
 log = logging.getLogger(__name__)
@@ -144,6 +146,14 @@ class Journal:
     def globals_path(self, job: str, version: int) -> Path:
         """Where the global tensors after a round are kept."""
         return self._folder / job / "globals" / f"{version}.safetensors"
+
+    def save_model(self, job: str, card: Card, expert: Mapping[str, NDArray[np.float32]]) -> None:
+        """Replace the model file of a job by its newest global expert."""
+        write_model_file(self.model_path(job), card, {f"{GLOBAL}{name}": tensor for name, tensor in expert.items()})
+
+    def model_path(self, job: str) -> Path:
+        """Where a job's global expert is, to take home."""
+        return self._folder / job / MODEL_FILE
 
     def save_broadcast(self, job: str, version: int, data: bytes) -> None:
         """Keep what was broadcast, to repair late devices from."""

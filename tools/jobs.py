@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterable
 
 from fleetune.edge.engine.expert import Expert, Layout
-from fleetune.edge.methods.fedms.gate import ADAPTER, Gate
+from fleetune.edge.engine.gate import ADAPTER, Gate
+from fleetune.edge.engine.model import card_for
 from fleetune.edge.pack.manifest import Manifest
+from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import ConfigError
+from fleetune.edge.protocol.modelfile import Card
 from fleetune.server.job import Job, ScheduleSettings
 
 
@@ -85,3 +89,20 @@ def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int) ->
         )
         for method in dict.fromkeys(args.jobs or ["fedms"])
     )
+
+
+def build_cards(args: argparse.Namespace, jobs: Iterable[Job], pack: Pack) -> dict[str, Card]:
+    """Job → what the model file of its global expert says of itself, but for the run's id."""
+    return {
+        job.id: card_for(
+            pack,
+            kind="global",
+            job=job.id,
+            run="",
+            classes=int(job.settings["classes"]),
+            max_depth=int(job.settings["max_depth"]),
+            mix=args.mix,
+        )
+        for job in jobs
+        if job.method == "fedms"
+    }

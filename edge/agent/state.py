@@ -142,7 +142,7 @@ class State:
 
     def store(self, run: str, job: str) -> JobStore:
         """The private tensors of a job."""
-        return JobStore(self.folder / "runs" / run / job)
+        return JobStore(self.folder / "runs" / run / job, run, job)
 
     # --- payloads that came down --------------------------------------------------------------------------------
 
@@ -200,10 +200,10 @@ class State:
 
 
 class JobStore:
-    """A method's private tensors: one safetensors file for each name, in ``folder``."""
+    """A job's private tensors: one safetensors file for each name, in ``folder``."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, run: str, job: str) -> None:
+        self.folder, self.run, self.job = folder, run, job
 
     def save(self, name: str, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Replace what is stored under ``name``, atomically."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
@@ -61,7 +62,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class TensorStore(Protocol):
-    """Keeps a method's private tensors between rounds and restarts."""
+    """Keeps a job's private tensors between rounds and restarts.
+
+    Attributes:
+        folder: Where they are; also for files that a method writes itself.
+        run: The run that the job belongs to.
+        job: The job.
+    """
+
+    folder: Path
+    run: str
+    job: str
 
     def save(self, name: str, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Replace what is stored under ``name``, atomically."""

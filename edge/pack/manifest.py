@@ -97,6 +97,8 @@ class Manifest(_Struct, frozen=True):
         backbone: The source of the weights.
         blocks: Number of transformer blocks, L.
         width: Width of the hidden state, d.
+        heads: Attention heads.
+        epsilon: Epsilon of every layer normalisation.
         rank: Rank r of the adapters.
         targets: Linear map that carries an adapter → (in, out).
         quantisation: How matrices are stored.
@@ -111,6 +113,8 @@ class Manifest(_Struct, frozen=True):
     backbone: Backbone
     blocks: int
     width: int
+    heads: int
+    epsilon: float
     rank: int
     targets: dict[str, tuple[int, int]]
     quantisation: Quantisation

@@ -113,6 +113,12 @@ class FileAccessError(FleetuneError):
     exit_code = 21
 
 
+class ModelError(FleetuneError):
+    """A model file is damaged, of another schema, or was trained on another pack."""
+
+    exit_code = 22
+
+
 class MessageError(FleetuneError):
     """Bytes from the network are not a message of this protocol, or exceed its limits.
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetune.edge.methods.fedms.gate import ADAPTER, HEAD, Gate, mix
+from fleetune.edge.engine.gate import ADAPTER, HEAD, Gate, mix
 
 CLASSES, RANK, WIDTH = 4, 3, 10
 

@@ -24,6 +24,8 @@ MANIFEST = Manifest(
     backbone=Backbone(id="x", architecture="bert", sha256="ab" * 32, licence="none", source="test"),
     blocks=6,
     width=64,
+    heads=2,
+    epsilon=1e-12,
     rank=4,
     targets={"query": (64, 64), "fc1": (64, 128)},
     quantisation=Quantisation(type="nf4", block_size=64, code=(0.0,) * 16),

@@ -119,7 +119,7 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.link import BrokerAddress
     from fleetune.profiles.fleet import read_fleet
     from fleetune.server.aggregator import Aggregator, AggregatorConfig
-    from fleetune.tools.jobs import build_jobs
+    from fleetune.tools.jobs import build_cards, build_jobs
 
     fleet = read_fleet(args.fleet)
     quorum = args.quorum if args.quorum is not None else len(fleet.devices)
@@ -128,13 +128,16 @@ def _run(args: argparse.Namespace) -> None:
     if not 0 < args.deadline < math.inf:
         raise ConfigError(f"--deadline: {args.deadline} is out of range", "use a finite number above zero")
     check_state(args.state)
+    pack = Pack.open(args.pack)
+    jobs = build_jobs(args, pack.manifest, classes=args.classes)
     config = AggregatorConfig(
         fleet=fleet.name,
         broker=BrokerAddress.parse(args.broker),
         state=args.state,
-        jobs=build_jobs(args, Pack.open(args.pack).manifest, classes=args.classes),
+        jobs=jobs,
         devices=frozenset(device.id for device in fleet.devices),
         quorum=quorum,
         deadline_s=args.deadline,
+        cards=build_cards(args, jobs, pack),
     )
     Aggregator(config).run()

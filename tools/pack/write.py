@@ -111,6 +111,8 @@ def write_pack(
             ),
             blocks=geometry.blocks,
             width=geometry.width,
+            heads=geometry.heads,
+            epsilon=geometry.epsilon,
             rank=rank,
             targets={target: (size[1], size[0]) for target, size in sizes.items()},
             quantisation=describe(weights),

@@ -14,6 +14,9 @@ import numpy as np
 
 from fleetune.edge.engine.cache import split
 from fleetune.edge.engine.expert import Expert
+from fleetune.edge.engine.gate import ADAPTER, HEAD, Gate
+from fleetune.edge.engine.mixture import Mixture
+from fleetune.edge.engine.model import Model, card_for
 from fleetune.edge.engine.optimiser import Adam
 from fleetune.edge.methods.base import (
     Count,
@@ -28,11 +31,9 @@ from fleetune.edge.methods.base import (
     read_settings,
     task_layout,
 )
-from fleetune.edge.methods.fedms.gate import ADAPTER, HEAD, Gate, Mix, mix
 from fleetune.edge.methods.local import Indices, LocalRun, accuracy
-
-_LOCAL = "local-expert"
-_GATE_HEAD = "gate-head"
+from fleetune.edge.protocol.errors import ModelError
+from fleetune.edge.protocol.modelfile import FILE, REMEDY, Mix
 
 
 class FedMSSettings(Settings, frozen=True, kw_only=True):
@@ -54,33 +55,17 @@ class FedMSSettings(Settings, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class _Mixture:
-    """The two experts and the gate in one round of stage 2."""
+class _Stage:
+    """One round of stage 2: the mixture, and what the frozen expert makes of every sample."""
 
     run: LocalRun
     settings: FedMSSettings
-    frozen: Expert
-    local: Expert
-    gate: Gate
+    mixture: Mixture
     frozen_features: FloatArray
 
     def experts(self, local_features: FloatArray, indices: Indices) -> FloatArray:
-        """What is mixed for some samples: [n, 2, classes] or [n, 2, d]."""
-        shared = self.frozen_features[indices]
-        if self.settings.mix == "features":
-            return np.stack([shared, local_features], axis=1)
-        return np.stack([self.frozen.logits(shared), self.local.logits(local_features)], axis=1)
-
-    def head(self) -> tuple[FloatArray, FloatArray] | None:
-        """The head that classifies mixed features, if features are mixed."""
-        if self.settings.mix == "logits":
-            return None
-        return self.local.tensors["head.weight"], self.local.tensors["head.bias"]
-
-    def logits(self, weights: FloatArray, experts: FloatArray) -> FloatArray:
-        """Class scores of the mixture."""
-        mixed, head = mix(weights, experts), self.head()
-        return mixed if head is None else mixed @ head[0] + head[1]
+        """What is mixed for some samples."""
+        return self.mixture.experts(self.frozen_features[indices], local_features)
 
 
 class FedMS:
@@ -121,22 +106,41 @@ class FedMS:
     def _personal(self, announced: Round, settings: FedMSSettings, shared: Expert) -> Outcome:
         device = self._device
         local = shared.copy()
-        local.load(device.store.load(_LOCAL) or {})
-        run = LocalRun(device, settings, shared)
         gate = Gate(shared.layout.width, settings.gate_rank, settings.seed)
-        gate.tensors.update({name: announced.tensors[name] for name in ADAPTER if name in announced.tensors})
-        gate.tensors.update(device.store.load(_GATE_HEAD) or {})
-        mixture = _Mixture(run, settings, shared, local, gate, self._features_of(shared, run))
-        loss = None
-        if announced.stage == "personal":
-            loss = self._train(announced, mixture)
-            device.store.save(_LOCAL, local.active(run.depth))
-            device.store.save(_GATE_HEAD, {name: gate.tensors[name] for name in HEAD})
-        metrics = self._scores(mixture)
+        gate.load({name: announced.tensors[name] for name in ADAPTER if name in announced.tensors})
+        file = device.store.folder / FILE
+        if file.is_file():
+            kept = Model.read(file, device.backbone.pack).mixture
+            if kept is None:
+                raise ModelError(f"{file} holds no local expert", REMEDY)
+            local.load(kept.local.tensors)
+            gate.load({name: kept.gate.tensors[name] for name in HEAD})
+        run = LocalRun(device, settings, shared)
+        boundary = device.backbone.blocks - settings.max_depth
+        mixture = Mixture(shared, local, gate, boundary, settings.mix)
+        stage = _Stage(run, settings, mixture, self._features_of(shared, run))
+        trains = announced.stage == "personal"
+        loss = self._train(announced, stage) if trains else None
+        self._keep(settings, mixture)
+        metrics = self._scores(stage)
         if loss is not None:
             metrics["loss"] = loss
-        tensors = {name: gate.tensors[name] for name in ADAPTER} if announced.stage == "personal" else {}
+        tensors = {name: gate.tensors[name] for name in ADAPTER} if trains else {}
         return Outcome(metrics, tensors, run.depth)
+
+    def _keep(self, settings: FedMSSettings, mixture: Mixture) -> None:
+        """Write the model file: what this device goes on from, and what its owner takes home."""
+        store = self._device.store
+        card = card_for(
+            self._device.backbone.pack,
+            kind="mixture",
+            job=store.job,
+            run=store.run,
+            classes=settings.classes,
+            max_depth=settings.max_depth,
+            mix=settings.mix,
+        )
+        Model(card, mixture.global_, mixture.local, mixture.gate).write(store.folder / FILE)
 
     def _features_of(self, shared: Expert, run: LocalRun) -> FloatArray:
         """The frozen expert's features of every sample, computed once."""
@@ -146,48 +150,46 @@ class FedMS:
             self._frozen_features = (key, run.features(shared, everything))
         return self._frozen_features[1]
 
-    def _train(self, announced: Round, mixture: _Mixture) -> float:
-        device, settings, gate = self._device, mixture.settings, mixture.gate
-        dataset = device.dataset
+    def _train(self, announced: Round, stage: _Stage) -> float:
+        device, settings, mixture = self._device, stage.settings, stage.mixture
+        dataset, gate = device.dataset, mixture.gate
         rng = random_for(device, settings, announced)
         pooled = self._gate_input(mixture)
         optimisers = {name: Adam(t.size, settings.gate_learning_rate) for name, t in gate.tensors.items()}
 
         def step(indices: Indices, local_features: FloatArray) -> None:
-            experts = mixture.experts(local_features, indices)
-            _, gradients = gate.gradients(pooled[indices], experts, dataset.labels[indices], mixture.head())
+            experts = stage.experts(local_features, indices)
+            _, gradients = gate.gradients(pooled[indices], experts, dataset.labels[indices], mixture.head)
             for name, tensor in gate.tensors.items():
                 optimisers[name].step(tensor.reshape(-1), gradients[name].reshape(-1))
 
         evaluated = len(dataset.indices("val")) + len(dataset.indices("test"))
         if settings.gate_split == "train":
-            return mixture.run.train(mixture.local, rng, announced.guard, evaluated=evaluated, on_batch=step)
-        loss = mixture.run.train(mixture.local, rng, announced.guard, evaluated=evaluated)
+            return stage.run.train(mixture.local, rng, announced.guard, evaluated=evaluated, on_batch=step)
+        loss = stage.run.train(mixture.local, rng, announced.guard, evaluated=evaluated)
         held_out = dataset.indices("val")
-        features = mixture.run.features(mixture.local, held_out)
+        features = stage.run.features(mixture.local, held_out)
         for _ in range(settings.gate_epochs):
             for some in split(rng.permutation(len(held_out)), settings.batch):
                 step(held_out[some], features[some])
         return loss
 
-    def _gate_input(self, mixture: _Mixture) -> FloatArray:
-        boundary = self._device.backbone.blocks - mixture.settings.max_depth
-        return self._device.cache.prefix(boundary, mixture.frozen).pooled
+    def _gate_input(self, mixture: Mixture) -> FloatArray:
+        return self._device.cache.prefix(mixture.boundary, mixture.global_).pooled
 
-    def _scores(self, mixture: _Mixture) -> Metrics:
+    def _scores(self, stage: _Stage) -> Metrics:
         """Accuracy of each expert and of the mixture on the device's test samples, and of the mixture on ``val``."""
-        dataset, pooled = self._device.dataset, self._gate_input(mixture)
+        mixture, dataset, pooled = stage.mixture, self._device.dataset, self._gate_input(stage.mixture)
         metrics: Metrics = {}
         for part in ("val", "test"):
             indices = dataset.indices(part)
             labels = dataset.labels[indices]
-            features = mixture.run.features(mixture.local, indices)
+            features = stage.run.features(mixture.local, indices)
             weights = mixture.gate.weights(pooled[indices])
-            experts = mixture.experts(features, indices)
             scores = {
-                "global": accuracy(mixture.frozen.logits(mixture.frozen_features[indices]), labels),
+                "global": accuracy(mixture.global_.logits(stage.frozen_features[indices]), labels),
                 "local": accuracy(mixture.local.logits(features), labels),
-                "mixture": accuracy(mixture.logits(weights, experts), labels),
+                "mixture": accuracy(mixture.logits(weights, stage.experts(features, indices)), labels),
             }
             if part == "val":
                 metrics["val"] = scores["mixture"]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fleetune.edge.engine.loss import cross_entropy, softmax
+from fleetune.edge.protocol.errors import DataError
 
 FloatArray = NDArray[np.float32]
-Mix = Literal["logits", "features"]
 
 ADAPTER = ("gate.A", "gate.B")
 """The shared part, which joins the aggregation."""
 
 HEAD = ("gate.weight", "gate.bias")
 """The private part."""
+
+EPSILON = 1e-6
+"""Added to the standard deviation of a gate's input."""
 
 
 class Gate:
@@ -41,6 +44,21 @@ class Gate:
             "gate.weight": np.zeros((width, 2), dtype=np.float32),
             "gate.bias": np.zeros(2, dtype=np.float32),
         }
+
+    def load(self, tensors: Mapping[str, FloatArray]) -> None:
+        """Overwrite the named tensors.
+
+        Raises:
+            DataError: A name is unknown or a shape differs.
+        """
+        for name, array in tensors.items():
+            target = self.tensors.get(name)
+            if target is None or target.shape != array.shape:
+                raise DataError(
+                    f"tensor {name} of shape {array.shape} does not fit the gate",
+                    "check that both sides use the same pack and the same rank of the gate",
+                )
+            target[...] = array
 
     def weights(self, pooled: FloatArray) -> FloatArray:
         """Weights [n, 2] of the global and the local expert; each row sums to 1."""
@@ -98,5 +116,5 @@ def mix(weights: FloatArray, experts: FloatArray) -> FloatArray:
 def _normalise(pooled: FloatArray) -> FloatArray:
     """Zero mean and unit variance for each sample."""
     centred = pooled - pooled.mean(axis=1, keepdims=True)
-    normal: FloatArray = centred / (centred.std(axis=1, keepdims=True) + 1e-6)
+    normal: FloatArray = centred / (centred.std(axis=1, keepdims=True) + EPSILON)
     return normal
