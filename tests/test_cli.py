@@ -142,10 +142,10 @@ def subcommands() -> list[str]:
 
 
 def command_lines(text: str) -> list[str]:
-    """The lines that start with ``fleetune``, continued ones joined, without the comments behind them."""
+    """What starts with ``fleetune``, continued lines joined, without pipes, redirections and the comments behind."""
     joined = re.sub(r"\s*\\\n\s*", " ", text)
-    lines = [line.strip() for line in joined.splitlines()]
-    return [re.split(r"\s{2,}", line)[0] for line in lines if line.startswith("fleetune ")]
+    lines = [line.strip().rpartition(" | ")[2] for line in joined.splitlines()]
+    return [re.split(r"\s{2,}| > ", line)[0] for line in lines if line.startswith("fleetune ")]
 
 
 @pytest.mark.parametrize("command", [None, *subcommands()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -24,6 +24,14 @@ Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 _MAX_FILE = 1 << 30
 _MAX_CLASSES = 4096
+
+
+class TokenTable(Protocol):
+    """Knows the embedding of each token."""
+
+    def token_rows(self, ids: NDArray[np.int64]) -> FloatArray:
+        """Look up token embeddings: ids [n, t] → [n, t, d]."""
+        ...
 
 
 class Dataset(ABC):
@@ -64,8 +72,12 @@ class Dataset(ABC):
         return f"{self.path}, sample {index}"
 
     @abstractmethod
+    def rows(self, tokens: TokenTable, indices: NDArray[np.int64]) -> FloatArray:
+        """Token rows or patches [n, t, e] of some samples, t being the longest of them."""
+
     def embed(self, backbone: Backbone, indices: NDArray[np.int64]) -> FloatArray:
-        """Hidden state [n, t, d] of some samples before the first block, t being the longest of them."""
+        """Hidden state [n, t, d] of some samples before the first block."""
+        return backbone.embed(self.rows(backbone, indices))
 
 
 class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -111,10 +123,9 @@ class TextDataset(Dataset):
         """File and line of a sample."""
         return f"{self.path}, line {index + 1}"
 
-    def embed(self, backbone: Backbone, indices: NDArray[np.int64]) -> FloatArray:
-        """Hidden state [n, t, d] of some samples before the first block."""
-        longest = int(self.lengths[indices].max())
-        return backbone.embed(backbone.token_rows(self._ids[indices, :longest]))
+    def rows(self, tokens: TokenTable, indices: NDArray[np.int64]) -> FloatArray:
+        """Token rows [n, t, d] of some samples."""
+        return tokens.token_rows(self._ids[indices, : int(self.lengths[indices].max())])
 
 
 class ImageDataset(Dataset):
@@ -149,9 +160,10 @@ class ImageDataset(Dataset):
         self.lengths = np.full(len(labels), patches * patches + 1, dtype=np.int64)
         super().__init__(path, labels, splits)
 
-    def embed(self, backbone: Backbone, indices: NDArray[np.int64]) -> FloatArray:
-        """Hidden state [n, t, d] of some samples before the first block."""
-        return backbone.embed(to_patches(self._images[indices], self._spec))
+    def rows(self, tokens: TokenTable, indices: NDArray[np.int64]) -> FloatArray:
+        """Patches [n, t, e] of some samples."""
+        del tokens
+        return to_patches(self._images[indices], self._spec)
 
 
 def read_dataset(path: Path, pack: Pack) -> Dataset:

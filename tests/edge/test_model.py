@@ -227,8 +227,8 @@ def test_a_write_that_fails_leaves_the_old_file(
 
 SETTINGS: dict[str, Any] = {
     "rank": 4, "targets": "query,value,fc1", "classes": 2, "seed": 0, "max_depth": 2, "depth": 2, "epochs": 1,
-    "batch": 4, "learning_rate": 5e-3, "weight_decay": 0.0, "gate_rank": 3, "gate_learning_rate": 1e-2,
-    "gate_epochs": 1, "gate_split": "train", "mix": "logits",
+    "batch": 4, "optimiser": "adam", "learning_rate": 5e-3, "weight_decay": 0.0, "gate_rank": 3,
+    "gate_learning_rate": 1e-2, "gate_epochs": 1, "gate_split": "train", "mix": "logits",
 }  # fmt: skip
 
 

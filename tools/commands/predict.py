@@ -1,0 +1,96 @@
+"""``fleetune predict``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fleetune.tools.commands.options import add_command, add_pack
+
+if TYPE_CHECKING:
+    from fleetune.edge.engine.predictor import Prediction, Predictor
+    from fleetune.edge.pack.pack import Pack
+
+_AT_ONCE = 16
+
+
+def register(subparsers: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        subparsers,
+        "predict",
+        summary="classify with what a fleet has learned",
+        description=(
+            "Classify samples with a model file (docs/model-file.md): a device's STATE/runs/RUN/JOB/model.safetensors\n"
+            "or the aggregator's STATE/JOB/model.safetensors. Reads a data file, or one text a line from standard\n"
+            "input; prints one JSON object a sample. Needs only the plain install: no torch."
+        ),
+        examples=(
+            "  echo 'a warm, funny film' | fleetune predict model.safetensors --pack packs/minilm\n"
+            "  fleetune predict model.safetensors --pack packs/minilm --data samples.jsonl > answers.jsonl\n"
+            "  fleetune predict model.safetensors --pack packs/vit --data samples.safetensors --expert global\n"
+        ),
+    )
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a model file")
+    add_pack(parser)
+    parser.add_argument(
+        "--expert",
+        choices=("mixture", "global", "local"),
+        help="who answers (default: the mixture where the file holds one, else the global expert)",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        type=Path,
+        help="a data file, of which the test samples are classified (default: texts on standard input)",
+    )
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="0 is one a core (default: %(default)s)")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    import msgspec
+
+    from fleetune.edge.engine.model import Model
+    from fleetune.edge.engine.predictor import Predictor
+    from fleetune.edge.pack.pack import Pack
+
+    pack = Pack.open(args.pack)
+    predictor = Predictor(pack, Model.read(args.model, pack), expert=args.expert, threads=args.threads)
+    right = count = 0
+    for prediction, labels in _labelled(args.data, pack, predictor) if args.data else _typed(predictor):
+        for row, probabilities in enumerate(prediction.probabilities):
+            answer: dict[str, Any] = {
+                "label": int(probabilities.argmax()),
+                "probabilities": [round(float(p), 4) for p in probabilities],
+            }
+            if prediction.gate is not None:
+                answer["gate"] = [round(float(weight), 4) for weight in prediction.gate[row]]
+            if labels is not None:
+                answer["expected"] = int(labels[row])
+                right += answer["label"] == answer["expected"]
+            count += 1
+            sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
+        sys.stdout.buffer.flush()
+    if args.data:
+        print(f"{predictor.expert}: {right} of {count} right, {100 * right / count:.1f} %", file=sys.stderr)  # noqa: T201
+
+
+def _typed(predictor: Predictor) -> Iterator[tuple[Prediction, None]]:
+    """One text a line, answered as it comes."""
+    for line in sys.stdin:
+        if text := line.strip():
+            yield predictor.texts([text]), None
+
+
+def _labelled(data: Path, pack: Pack, predictor: Predictor) -> Iterator[tuple[Prediction, Any]]:
+    """The test samples of a data file."""
+    from fleetune.edge.engine.cache import split
+    from fleetune.edge.engine.dataset import read_dataset
+
+    dataset = read_dataset(data, pack)
+    for some in split(dataset.indices("test"), _AT_ONCE):
+        yield predictor.samples(dataset, some), dataset.labels[some]
