@@ -46,21 +46,20 @@ class FolderLock:
 
     Args:
         folder: Created if it does not exist.
+        remedy: What to do where another process has it.
 
     Raises:
         RunFolderError: Another process holds it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, remedy: str = "stop that one, or name another folder with --state") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / "lock").open("ab")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._file.close()
-            raise RunFolderError(
-                f"{folder} is in use by another process", "stop that one, or name another folder with --state"
-            ) from error
+            raise RunFolderError(f"{folder} is in use by another process", remedy) from error
 
     def close(self) -> None:
         """Let others have the folder."""

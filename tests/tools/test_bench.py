@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from fleetune.edge.protocol.errors import RunFailedError
+from fleetune.edge.protocol.errors import RunFailedError, RunFolderError
+from fleetune.edge.protocol.files import FolderLock
+from fleetune.tools.assets import cache_root
 from fleetune.tools.bench.figures import Document, Target, figure
 from fleetune.tools.bench.workers import Worker
 
@@ -77,3 +80,36 @@ def test_a_quick_run_measures_and_learns(minilm: Path, tmp_path: Path) -> None:
     assert 0.2 < share["value"] < 1
     assert share["met"] == (share["value"] >= 0.75)
     assert "share of" in done.stdout
+
+
+def test_a_quick_run_answers_with_two_experts_for_little_more_than_one(minilm: Path, tmp_path: Path) -> None:
+    pytest.importorskip("rich", reason="the table needs rich: pip install 'fleetune[all]'")
+    del minilm
+    out = tmp_path / "infer.json"
+    command = [
+        sys.executable,
+        "-m",
+        "fleetune.tools.cli",
+        "bench",
+        "infer",
+        "--quick",
+        "--peers",
+        "none",
+        "--json",
+        out,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    mixture = json.loads(out.read_text(encoding="utf-8"))["figures"][0]
+    assert mixture["name"] == "MiniLM: a mixture's answer to one sample"
+    assert 1 < mixture["ratio"] < 1.9  # two full passes would be 2
+    assert mixture["met"] == (mixture["ratio"] <= 1.35)
+
+
+def test_two_benchmarks_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEETUNE_CACHE", str(tmp_path))
+    with closing(FolderLock(cache_root() / "bench")):
+        command = [sys.executable, "-m", "fleetune.tools.cli", "bench", "infer", "--peers", "none"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == RunFolderError.exit_code
+    assert "would measure each other" in done.stderr

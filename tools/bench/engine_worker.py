@@ -19,7 +19,10 @@ from fleetune.edge.engine.batch import batch_gradient
 from fleetune.edge.engine.cache import PrefixCache, split
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.engine.expert import Expert, Layout
+from fleetune.edge.engine.gate import Gate
+from fleetune.edge.engine.model import Model, card_for
 from fleetune.edge.engine.optimiser import Adam
+from fleetune.edge.engine.predictor import ExpertName, Predictor
 from fleetune.edge.engine.suffix import Suffix
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.pack.tensorfile import TensorFile
@@ -39,9 +42,10 @@ def main(spec: Spec) -> None:
     cache = PrefixCache(Path(spec.cache), backbone, dataset, micro_batch=spec.micro_batch)
     tail = expert.layout.tail(spec.depth)
     optimiser = Adam(tail.stop - tail.start, spec.rate, weight_decay=spec.decay)
-    train, suffix = dataset.indices("train"), None
-    backbone.hold(range(backbone.blocks - spec.depth, backbone.blocks))
-    backbone.fused(spec.depth)  # ready means that a step could begin
+    train, suffix, predictors = dataset.indices("train"), None, dict[ExpertName, Predictor]()
+    if spec.trains:
+        backbone.hold(range(backbone.blocks - spec.depth, backbone.blocks))
+        backbone.fused(spec.depth)  # ready means that a step could begin
 
     def epoch() -> dict[str, Any]:
         nonlocal suffix
@@ -81,15 +85,41 @@ def main(spec: Spec) -> None:
                 start = process.memory_info().rss
         return {"growth_mib": (process.memory_info().rss - start) / 2**20}
 
+    def answer(who: ExpertName) -> dict[str, Any]:
+        """Answer every training sample by itself, after a first one that is timed apart."""
+        start = time.perf_counter()
+        if who not in predictors:
+            predictors[who] = Predictor(pack, _model(pack, expert, spec), expert=who, threads=spec.threads)
+        predictors[who].samples(dataset, train[:1])
+        first, times = time.perf_counter() - start, []
+        for index in train:
+            start = time.perf_counter()
+            predictors[who].samples(dataset, index.reshape(1))
+            times.append(time.perf_counter() - start)
+        return {"first_s": first, "median_ms": 1000 * float(np.median(times))}
+
     answers: dict[str, Callable[[], dict[str, Any]]] = {
         "epoch": epoch,
         "peak": lambda: {"peak_mib": peak_mib()},
         "product": product,
+        "mixture": lambda: answer("mixture"),
+        "one": lambda: answer("global"),
         "thousand": thousand,
     }
     print(json.dumps({"ready": True}), flush=True)  # noqa: T201
     for line in sys.stdin:
         print(json.dumps(answers[json.loads(line)["do"]]()), flush=True)  # noqa: T201
+
+
+def _model(pack: Pack, expert: Expert, spec: Spec) -> Model:
+    """A mixture whose local expert differs in the active blocks."""
+    local = expert.copy()
+    tail = local.layout.tail(spec.depth)
+    local.vector[tail] += np.random.default_rng(0).normal(0, 0.01, tail.stop - tail.start)
+    card = card_for(
+        pack, kind="mixture", job="bench", run="bench", classes=spec.classes, max_depth=spec.depth, mix="logits"
+    )
+    return Model(card, expert, local, Gate(local.layout.width, pack.manifest.rank, seed=0))
 
 
 if __name__ == "__main__":

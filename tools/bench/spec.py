@@ -24,6 +24,7 @@ class Spec(msgspec.Struct, frozen=True):
         decay: Its decoupled weight decay.
         threads: Threads of either side.
         quantised: Whether torch loads the backbone in 4 bits.
+        trains: Whether the workers are to train, or only to answer.
     """
 
     backbone: str
@@ -41,3 +42,4 @@ class Spec(msgspec.Struct, frozen=True):
     decay: float
     threads: int
     quantised: bool = False
+    trains: bool = True

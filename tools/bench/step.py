@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -14,13 +13,12 @@ from statistics import median
 import msgspec
 
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.files import write_atomic
 from fleetune.tools.bench.figures import Document, Figure, Target, figure
 from fleetune.tools.bench.idle import idle_mib
 from fleetune.tools.bench.peers import peer_versions, peers_python
 from fleetune.tools.bench.spec import Spec
 from fleetune.tools.bench.tasks import LENGTH, TASKS, Task, prepare
-from fleetune.tools.bench.workers import Worker
+from fleetune.tools.bench.workers import REST_S, Worker, engine_command, peft_command
 
 ALL, SAME, QLORA = "PEFT fp32, all blocks", "PEFT fp32, same blocks", "PEFT NF4, all blocks"
 PEERS = {"all": ALL, "same": SAME, "nf4": QLORA}
@@ -38,8 +36,6 @@ _SHARE = Target(0.75, lower=False)
 _GROWTH = Target(1.0, lower=True)
 _IDLE = Target(45.0, lower=True)
 _LOSS = 0.01
-_REST_S = 0.3
-"""Seconds between two turns, in which the threads of the last one go to sleep."""
 
 
 @dataclass
@@ -86,13 +82,13 @@ def bench_step(
         place = folder / task.name.lower().replace(" ", "-")
         spec = prepare(task, place, threads=threads, say=say)
         blocks = Pack.open(Path(spec.pack), verify=False).manifest.blocks
-        commands = {OURS: _command(place, OURS, spec, [sys.executable, "-m", "fleetune.tools.bench.engine_worker"])}
+        commands = {OURS: engine_command(place, OURS, spec)}
         for name in names:
-            worker = [str(python), str(Path(__file__).with_name("peft_worker.py"))]
+            assert python is not None
             theirs = msgspec.structs.replace(
                 spec, depth=spec.depth if name == SAME else blocks, quantised=name == QLORA
             )
-            commands[name] = _command(place, name, theirs, worker)
+            commands[name] = peft_command(place, name, theirs, python)
         repeats, epochs = (2, 2) if quick else (5, 3)
         runs = {name: _Runs() for name in commands}
         for repeat in range(repeats):
@@ -104,12 +100,6 @@ def bench_step(
             idle = idle_mib(spec, place, repeats)
             figures.append(figure("an agent that waits for a round: memory", "MiB", idle, target=_IDLE))
     return Document("step", tuple(figures), peer_versions(python) if python else {})
-
-
-def _command(place: Path, name: str, spec: Spec, worker: list[str]) -> list[str]:
-    file = place / f"{name.replace(' ', '-').replace(',', '')}.json"
-    write_atomic(file, msgspec.json.encode(spec))
-    return [*worker, str(file)]
 
 
 def _repeat(
@@ -124,7 +114,7 @@ def _repeat(
             runs[name].start_s.append(workers[name].started_s)
         for epoch in range(epochs):
             for name, worker in workers.items():
-                time.sleep(_REST_S)
+                time.sleep(REST_S)
                 found = worker.ask("epoch")
                 if epoch == 0:
                     runs[name].first_s.append(found["seconds"])

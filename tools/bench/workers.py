@@ -4,12 +4,36 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import msgspec
+
 from fleetune.edge.protocol.errors import RunFailedError
+from fleetune.edge.protocol.files import write_atomic
+from fleetune.tools.bench.spec import Spec
+
+REST_S = 0.3
+"""Seconds between two turns, in which the threads of the last one go to sleep."""
+
+
+def engine_command(place: Path, name: str, spec: Spec) -> list[str]:
+    """How to start Fleetune's worker; what it is to do is written to ``place``."""
+    return [sys.executable, "-m", "fleetune.tools.bench.engine_worker", _write(place, name, spec)]
+
+
+def peft_command(place: Path, name: str, spec: Spec, python: Path) -> list[str]:
+    """How to start a peer, with the interpreter of its own environment."""
+    return [str(python), str(Path(__file__).with_name("peft_worker.py")), _write(place, name, spec)]
+
+
+def _write(place: Path, name: str, spec: Spec) -> str:
+    file = place / f"{name.replace(' ', '-').replace(',', '')}.json"
+    write_atomic(file, msgspec.json.encode(spec))
+    return str(file)
 
 
 class Worker:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +20,27 @@ def register(subparsers: Any) -> None:
         summary="measure Fleetune beside its peers",
         description=(
             "Measure Fleetune beside its peers on this machine, in turns, in one run, several times; prints medians,\n"
-            "ranges and ratios. `step` trains adapters beside PEFT on torch. Peers are installed into an environment\n"
-            "of their own in the cache (1.3 GB), never into Fleetune's. Needs the `all` extra."
+            "ranges and ratios. `step` trains adapters, `infer` answers one sample at a time, both beside PEFT on\n"
+            "torch. Peers are installed into an environment of their own in the cache (1.3 GB), never into\n"
+            "Fleetune's. Needs the `all` extra."
         ),
         examples=(
             "  fleetune bench step --quick\n"
             "  fleetune bench step --json step.json\n"
+            "  fleetune bench infer --json infer.json\n"
             "  fleetune bench step --quick --peers none      Fleetune alone, nothing to install\n"
         ),
     )
-    parser.add_argument("name", metavar="NAME", choices=("step",), help="step: a training step")
+    parser.add_argument(
+        "name", metavar="NAME", choices=("step", "infer"), help="step: a training step; infer: an answer"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer models, samples and repeats: under two minutes")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to this file")
     parser.add_argument(
         "--peers",
         metavar="LIST",
-        default="all,same,nf4",
-        help="all: PEFT in fp32 on all blocks; same: on the same blocks; nf4: in 4 bits; none (default: %(default)s)",
+        help="all: PEFT in fp32 on all blocks; same: on the same blocks; nf4: in 4 bits; none (default: all that there "
+        "are; infer has only `same`)",
     )
     parser.add_argument(
         "--threads", type=int, default=2, metavar="N", help="threads of every contender (default: %(default)s)"
@@ -53,20 +59,23 @@ def _run(args: argparse.Namespace) -> None:
     from rich.table import Table
 
     from fleetune.edge.protocol.errors import ConfigError
-    from fleetune.edge.protocol.files import write_atomic
+    from fleetune.edge.protocol.files import FolderLock, write_atomic
     from fleetune.tools.assets import cache_root
-    from fleetune.tools.bench.step import PEERS, bench_step
+    from fleetune.tools.bench import infer, step
 
-    peers = [] if args.peers == "none" else args.peers.split(",")
-    if unknown := [peer for peer in peers if peer not in PEERS]:
-        raise ConfigError(f"--peers: {', '.join(unknown)} is unknown", f"choose from {', '.join(PEERS)}, or none")
+    run, known = (step.bench_step, step.PEERS) if args.name == "step" else (infer.bench_infer, infer.PEERS)
+    peers = list(known) if args.peers is None else [] if args.peers == "none" else args.peers.split(",")
+    if unknown := [peer for peer in peers if peer not in known]:
+        raise ConfigError(f"--peers: {', '.join(unknown)} is unknown", f"choose from {', '.join(known)}, or none")
     if args.threads < 1:
         raise ConfigError(f"--threads: {args.threads} is out of range", "use 1 or more")
     console = Console(stderr=True)
     folder = cache_root() / "bench"
-    shutil.rmtree(folder, ignore_errors=True)  # what is left of the run before, its logs among it
-    with console.status("starts") as status:
-        document = bench_step(folder, quick=args.quick, peers=peers, threads=args.threads, say=status.update)
+    with closing(FolderLock(folder, remedy="wait until it ends: two runs at once would measure each other")):
+        work = folder / args.name
+        shutil.rmtree(work, ignore_errors=True)  # what is left of the run before, its logs among it
+        with console.status("starts") as status:
+            document = run(work, quick=args.quick, peers=peers, threads=args.threads, say=status.update)
     table = Table("figure", "median", "range", "peer", "its median", "ratio", "target", "")
     for item in document.figures:
         table.add_row(
@@ -79,6 +88,6 @@ def _run(args: argparse.Namespace) -> None:
             item.target or "",
             {None: "", True: "met", False: "missed"}[item.met],
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
     if args.json is not None:
         write_atomic(args.json, json.dumps(document.as_json(), indent=1).encode())
