@@ -31,6 +31,13 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_report_header() -> str:
+    """Which runtime these tests are about."""
+    import onnxruntime
+
+    return f"onnxruntime {onnxruntime.__version__} from {Path(onnxruntime.__file__).parents[1]}"
+
+
 def _need_pack_extra() -> None:
     for module in ("torch", "transformers", "bitsandbytes", "onnx"):
         pytest.importorskip(module, reason=f"needs {module}: pip install 'fleetune[pack]'")
