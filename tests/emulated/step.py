@@ -16,9 +16,10 @@ from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.cache import PrefixCache, token_mask
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.engine.expert import Expert, Layout
+from fleetune.edge.engine.gate import Gate
+from fleetune.edge.engine.inference import Inference
 from fleetune.edge.engine.optimiser import Adam
 from fleetune.edge.engine.suffix import Suffix, forward_chunk
-from fleetune.edge.methods.fedms.gate import Gate
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.codec import CODECS, decode_tensors, encode_tensors
 
@@ -50,7 +51,7 @@ def train(pack: Pack, path: Path) -> dict[str, NDArray[Any]]:
         gradient = Expert(layout)
         loss, features = suffix.step(hidden, mask, labels, expert, gradient)
         (inferred,) = suffix.features([(hidden, mask)], expert)
-        found |= {f"{stem}.loss": np.array([loss]), f"{stem}.features": features, f"{stem}.inferred": inferred}
+        found |= {f"{stem}.loss": np.array([loss]), f"{stem}.features": features.copy(), f"{stem}.inferred": inferred}
         found |= {f"{stem}.{name}": tensor for name, tensor in gradient.active(DEPTH).items()}
 
         trained, losses = expert.copy(), []
@@ -75,6 +76,11 @@ def train(pack: Pack, path: Path) -> dict[str, NDArray[Any]]:
     loss, gradients = gate.gradients(found["pooled"][batch], experts, labels, None)
     found |= {"gate.loss": np.array([loss]), "gate.weights": gate.weights(found["pooled"])}
     found |= {f"gradient.{name}": tensor for name, tensor in gradients.items()}
+
+    local = expert.copy()
+    local.vector[layout.tail(DEPTH)] *= rng.uniform(0.5, 2, layout.size - layout.tail(DEPTH).start).astype(np.float32)
+    answer = Inference(pack, [expert, local], threads=2).run(data.rows(backbone, batch), mask)
+    found |= {"mixture.features": answer.features, "mixture.pooled": answer.pooled[boundary]}
 
     for codec in CODECS:
         decoded = decode_tensors(encode_tensors(expert.tensors, codec), codec)
