@@ -15,10 +15,10 @@ from fleetune.edge.pack.pack import Pack
 from fleetune.edge.pack.wordpiece import WordPiece
 from fleetune.edge.protocol.files import write_atomic
 from fleetune.tools.assets import ASSETS, fetch, write_images, write_jsonl
-from fleetune.tools.assets.datasets import Split, TextRow, read_rotten_tomatoes
+from fleetune.tools.assets.datasets import Split, TextRow, fashion_mnist_clients, read_rotten_tomatoes
 from fleetune.tools.bench.spec import Spec
 
-BATCH, DEPTH, CLASSES, LENGTH = 16, 2, 2, 64
+BATCH, DEPTH, LENGTH = 16, 2, 64
 _JOINED = 5
 """Snippets in a text, so that it fills all tokens."""
 
@@ -32,6 +32,7 @@ class Task:
         backbone: Name of the asset.
         image_size: Side of the pictures; None for text of 64 tokens.
         samples: Samples of an epoch.
+        classes: Classes.
         micro_batch: Samples that the engine computes at once: about 260 tokens.
     """
 
@@ -39,13 +40,14 @@ class Task:
     backbone: Literal["minilm", "focus-vit"]
     image_size: int | None
     samples: int
+    classes: int
     micro_batch: int
 
 
 TASKS = (
-    Task("MiniLM", "minilm", None, 128, 4),
-    Task("ViT 56 px", "focus-vit", 56, 256, 16),
-    Task("ViT 112 px", "focus-vit", 112, 96, 4),
+    Task("MiniLM", "minilm", None, 128, 2, 4),
+    Task("ViT 56 px", "focus-vit", 56, 256, 10, 16),
+    Task("ViT 112 px", "focus-vit", 112, 96, 10, 4),
 )
 
 
@@ -67,8 +69,8 @@ def prepare(task: Task, folder: Path, *, threads: int, say: Callable[[str], None
         image_size=task.image_size,
     )
     samples = folder / "samples.safetensors"
-    data = _text(pack, task.samples, folder, samples) if task.image_size is None else _pictures(pack, task, samples)
-    expert = Expert.initial(Layout.of(pack.manifest, CLASSES), seed=0)
+    data = _text(pack, task, folder, samples) if task.image_size is None else _pictures(pack, task, samples)
+    expert = Expert.initial(Layout.of(pack.manifest, task.classes), seed=0)
     write_atomic(folder / "initial.safetensors", safetensors.numpy.save(expert.tensors))
     return Spec(
         backbone=str(source),
@@ -79,7 +81,7 @@ def prepare(task: Task, folder: Path, *, threads: int, say: Callable[[str], None
         cache=str(folder / "cache"),
         depth=DEPTH,
         rank=pack.manifest.rank,
-        classes=CLASSES,
+        classes=task.classes,
         batch=BATCH,
         micro_batch=task.micro_batch,
         rate=1e-3,
@@ -88,12 +90,12 @@ def prepare(task: Task, folder: Path, *, threads: int, say: Callable[[str], None
     )
 
 
-def _text(pack: Pack, count: int, folder: Path, samples: Path) -> Path:
+def _text(pack: Pack, task: Task, folder: Path, samples: Path) -> Path:
     """Reviews, several joined to one so that each fills all tokens."""
     assert pack.manifest.text is not None
     tokeniser = WordPiece(pack.path / pack.manifest.text.vocabulary, lowercase=True, max_length=LENGTH)
-    snippets = read_rotten_tomatoes(fetch("rotten-tomatoes"))
-    kinds = [[snippet.text for snippet in snippets if snippet.label == label] for label in range(CLASSES)]
+    count, snippets = task.samples, read_rotten_tomatoes(fetch("rotten-tomatoes"))
+    kinds = [[snippet.text for snippet in snippets if snippet.label == label] for label in range(task.classes)]
     rows: list[TextRow] = []
     for start in range(0, min(map(len, kinds)) - _JOINED, _JOINED):
         for label, texts in enumerate(kinds):
@@ -114,21 +116,19 @@ def _text(pack: Pack, count: int, folder: Path, samples: Path) -> Path:
 
 
 def _pictures(pack: Pack, task: Task, samples: Path) -> Path:
-    """Noise: the time of a step does not depend on what a picture shows."""
+    """Fashion-MNIST, enlarged: each pixel becomes a square."""
     spec = pack.manifest.image
     assert spec is not None
-    rng = np.random.default_rng(0)
-    count = task.samples + 2
-    images = rng.integers(0, 256, (count, spec.size, spec.size), dtype=np.uint8)
-    labels = rng.integers(0, CLASSES, count)
-    splits = np.zeros(count, dtype=np.uint8)
-    splits[-2:] = 1, 2
+    (rows,) = fashion_mnist_clients(
+        fetch("fashion-mnist"), clients=1, train=task.samples, val=1, test=1, alpha=100.0, seed=0
+    )
+    images = rows.images.repeat(spec.size // 28, axis=1).repeat(spec.size // 28, axis=2)
     data = samples.with_name("data.safetensors")
-    write_images(data, images, labels.astype(np.int64), splits)
+    write_images(data, images, rows.labels, rows.splits)
     pixels = (images[: task.samples, :, :, None] / 255 - np.array(spec.mean)) / np.array(spec.std)
     tensors = {
         "pixels": np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32),
-        "labels": labels[: task.samples].astype(np.int64),
+        "labels": rows.labels[: task.samples],
     }
     write_atomic(samples, safetensors.numpy.save(tensors))
     return data
