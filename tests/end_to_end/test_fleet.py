@@ -63,8 +63,9 @@ def test_a_fleet_trains_over_each_broker(make_fleet: Any, any_broker: str) -> No
 
 def test_a_device_sends_only_the_blocks_that_its_budget_lets_it_train(make_fleet: Any, embedded: str) -> None:
     fleet = make_fleet(embedded)
-    data = read_dataset(fleet.data["small"], Pack.open(fleet.pack))
-    workload = Workload.of(data, epochs=1, batch=4, max_depth=3)
+    pack = Pack.open(fleet.pack)
+    data = read_dataset(fleet.data["small"], pack)
+    workload = Workload.of(data, pack.manifest, epochs=1, batch=4, max_depth=3)
     plans = candidates(msgspec.json.decode(fleet.costs.read_bytes(), type=Costs), workload)
     cheapest = {depth: min(plan.cpu_s for plan in plans if plan.depth == depth) for depth in (1, 2)}
     budget = (cheapest[1] + cheapest[2]) / 2 * (1 + CPU_MARGIN)

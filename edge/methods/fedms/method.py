@@ -7,14 +7,15 @@ the gate's adapter goes up.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from fleetune.edge.engine.cache import split
 from fleetune.edge.engine.expert import Expert
 from fleetune.edge.engine.optimiser import Adam
+from fleetune.edge.engine.prefix import split
 from fleetune.edge.methods.base import (
     Count,
     Device,
@@ -29,7 +30,7 @@ from fleetune.edge.methods.base import (
     task_layout,
 )
 from fleetune.edge.methods.fedms.gate import ADAPTER, HEAD, Gate, Mix, mix
-from fleetune.edge.methods.local import Indices, LocalRun, accuracy
+from fleetune.edge.methods.local import Indices, LocalRun, accuracy, diverged, is_finite
 
 _LOCAL = "local-expert"
 _GATE_HEAD = "gate-head"
@@ -62,6 +63,7 @@ class _Mixture:
     frozen: Expert
     local: Expert
     gate: Gate
+    gate_input: FloatArray
     frozen_features: FloatArray
 
     def experts(self, local_features: FloatArray, indices: Indices) -> FloatArray:
@@ -89,6 +91,7 @@ class FedMS:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._frozen_features: tuple[str, FloatArray] | None = None
+        self._gate_inputs: tuple[str, FloatArray] | None = None
 
     def run(self, announced: Round) -> Outcome:
         """Do one round."""
@@ -98,6 +101,7 @@ class FedMS:
             shared.load(announced.frozen)
             self._device.cache.prefix(self._device.backbone.blocks - settings.max_depth, shared)
             if announced.frozen:
+                self._gate_input(settings, shared)
                 self._features_of(shared, LocalRun(self._device, settings, shared))
             return Outcome({"samples": len(self._device.dataset.indices("train"))})
         if announced.stage == "global":
@@ -122,21 +126,20 @@ class FedMS:
         device = self._device
         local = shared.copy()
         local.load(device.store.load(_LOCAL) or {})
+        gate_input = self._gate_input(settings, shared)  # first: its prefix may take the room of the run's
         run = LocalRun(device, settings, shared)
         gate = Gate(shared.layout.width, settings.gate_rank, settings.seed)
         gate.tensors.update({name: announced.tensors[name] for name in ADAPTER if name in announced.tensors})
         gate.tensors.update(device.store.load(_GATE_HEAD) or {})
-        mixture = _Mixture(run, settings, shared, local, gate, self._features_of(shared, run))
-        loss = None
-        if announced.stage == "personal":
-            loss = self._train(announced, mixture)
-            device.store.save(_LOCAL, local.active(run.depth))
-            device.store.save(_GATE_HEAD, {name: gate.tensors[name] for name in HEAD})
-        metrics = self._scores(mixture)
-        if loss is not None:
-            metrics["loss"] = loss
-        tensors = {name: gate.tensors[name] for name in ADAPTER} if announced.stage == "personal" else {}
-        return Outcome(metrics, tensors, run.depth)
+        mixture = _Mixture(run, settings, shared, local, gate, gate_input, self._features_of(shared, run))
+        if announced.stage != "personal":
+            return Outcome(self._scores(mixture), {}, run.depth)
+        loss = self._train(announced, mixture)
+        metrics = self._scores(mixture) | {"loss": loss}
+        # After the scores: they refuse what is not finite, and what was stored before then stays.
+        device.store.save(_LOCAL, local.active(run.depth))
+        device.store.save(_GATE_HEAD, {name: gate.tensors[name] for name in HEAD})
+        return Outcome(metrics, {name: gate.tensors[name] for name in ADAPTER}, run.depth)
 
     def _features_of(self, shared: Expert, run: LocalRun) -> FloatArray:
         """The frozen expert's features of every sample, computed once."""
@@ -146,18 +149,36 @@ class FedMS:
             self._frozen_features = (key, run.features(shared, everything))
         return self._frozen_features[1]
 
+    def _gate_input(self, settings: FedMSSettings, shared: Expert) -> FloatArray:
+        """The mean hidden state of every sample at the job's boundary, kept once it is known."""
+        boundary = self._device.backbone.blocks - settings.max_depth
+        key = f"{boundary} {shared.fingerprint_below(boundary)}"
+        if self._gate_inputs is None or self._gate_inputs[0] != key:
+            self._gate_inputs = (key, self._device.cache.prefix(boundary, shared).pooled)
+        return self._gate_inputs[1]
+
     def _train(self, announced: Round, mixture: _Mixture) -> float:
         device, settings, gate = self._device, mixture.settings, mixture.gate
         dataset = device.dataset
         rng = random_for(device, settings, announced)
-        pooled = self._gate_input(mixture)
         optimisers = {name: Adam(t.size, settings.gate_learning_rate) for name, t in gate.tensors.items()}
+        steps = itertools.count()
+
+        def gradients(indices: Indices, local_features: FloatArray) -> tuple[float, dict[str, FloatArray]]:
+            experts = mixture.experts(local_features, indices)
+            return gate.gradients(mixture.gate_input[indices], experts, dataset.labels[indices], mixture.head())
 
         def step(indices: Indices, local_features: FloatArray) -> None:
-            experts = mixture.experts(local_features, indices)
-            _, gradients = gate.gradients(pooled[indices], experts, dataset.labels[indices], mixture.head())
+            def is_sound(one: Indices) -> bool:
+                loss, found = gradients(one, local_features[np.isin(indices, one)])
+                return is_finite(loss, *found.values())
+
+            loss, found = gradients(indices, local_features)
+            number = next(steps)
+            if not is_finite(loss, *found.values()):
+                raise diverged(dataset, "the gate's loss", number, indices, is_sound)
             for name, tensor in gate.tensors.items():
-                optimisers[name].step(tensor.reshape(-1), gradients[name].reshape(-1))
+                optimisers[name].step(tensor.reshape(-1), found[name].reshape(-1))
 
         evaluated = len(dataset.indices("val")) + len(dataset.indices("test"))
         if settings.gate_split == "train":
@@ -170,19 +191,16 @@ class FedMS:
                 step(held_out[some], features[some])
         return loss
 
-    def _gate_input(self, mixture: _Mixture) -> FloatArray:
-        boundary = self._device.backbone.blocks - mixture.settings.max_depth
-        return self._device.cache.prefix(boundary, mixture.frozen).pooled
-
     def _scores(self, mixture: _Mixture) -> Metrics:
         """Accuracy of each expert and of the mixture on the device's test samples, and of the mixture on ``val``."""
-        dataset, pooled = self._device.dataset, self._gate_input(mixture)
+        dataset = self._device.dataset
         metrics: Metrics = {}
         for part in ("val", "test"):
             indices = dataset.indices(part)
             labels = dataset.labels[indices]
             features = mixture.run.features(mixture.local, indices)
-            weights = mixture.gate.weights(pooled[indices])
+            weights = mixture.gate.weights(mixture.gate_input[indices])
+            dataset.check_finite(indices, weights, "the gate's weight")
             experts = mixture.experts(features, indices)
             scores = {
                 "global": accuracy(mixture.frozen.logits(mixture.frozen_features[indices]), labels),
