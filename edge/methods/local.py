@@ -123,7 +123,7 @@ def is_finite(loss: float, *gradients: FloatArray) -> bool:
 
 
 def diverged(dataset: Dataset, what: str, step: int, batch: Indices, is_sound: Callable[[Indices], bool]) -> DataError:
-    """The error of a step that gave NaN or infinity; names the samples that do so alone, or else the whole batch.
+    """The error of a step that gave NaN or infinity; names the few samples that do so alone, or else the whole batch.
 
     Args:
         dataset: The samples.
@@ -132,8 +132,8 @@ def diverged(dataset: Dataset, what: str, step: int, batch: Indices, is_sound: C
         batch: Sample numbers.
         is_sound: Whether the step on some samples is finite.
     """
-    wrong = [sample for sample in batch if not is_sound(np.array([sample]))]
-    if 0 < len(wrong) < len(batch):
+    wrong = [sample for sample in np.sort(batch) if not is_sound(np.array([sample]))]
+    if 0 < 2 * len(wrong) < len(batch) or len(wrong) == 1 < len(batch):
         return DataError(
             f"{dataset.where(*wrong)}: {what} is not finite at step {step + 1} of the round; "
             f"that of the batch's other {len(batch) - len(wrong)} samples is",

@@ -323,6 +323,38 @@ def test_a_budget_below_one_block_is_refused_with_what_is_missing(make_fleet: An
     assert "small: budget: memory" in serve.output
 
 
+def test_a_device_without_room_for_its_cache_trains_all_the_same_and_says_so(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    fleet.write({"big": ("1GiB", 100.0), "small": ("1GiB", 100.0)}, small="0.001MiB")
+    serve = fleet.serve(*ROUNDS)
+    agents = {device: fleet.agent(device) for device in fleet.data}
+    assert serve.wait() == 0, serve.output
+    metrics = {r.manifest.device: r.manifest.metrics for r in fleet.records() if isinstance(r, Accepted)}
+    assert metrics["big"]["plan_cache"] == "f16"
+    assert metrics["big"]["cache_missing_mib"] == 0
+    written = sum(file.stat().st_size for file in (fleet.folder / "big" / "cache").rglob("*") if file.is_file())
+    assert 0 < written <= metrics["big"]["plan_cache_mib"] * 1.03 * (1 << 20)  # rounded to a KiB
+    assert metrics["small"]["plan_cache"] == "none"
+    assert metrics["small"]["cache_missing_mib"] > 0.005
+    assert not (fleet.folder / "small" / "cache").exists()
+    assert agents["small"].output.count("no room for the prefix cache") == 1
+    assert "no room for the prefix cache" not in agents["big"].output
+
+
+def test_training_that_diverges_fails_the_round_and_both_sides_say_why(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    serve = fleet.serve(*ROUNDS, "--learning-rate", "3e38")
+    agents = {device: fleet.agent(device) for device in fleet.data}
+    for device, agent in agents.items():
+        assert agent.wait() == 17, agent.output
+        assert "the loss is not finite at step 2 of the round" in agent.output
+        assert f"({fleet.data[device]}, lines " in agent.output
+        assert "Traceback" not in agent.output
+    assert serve.wait() == 19
+    assert re.search(r"(big|small): the loss is not finite at step 2 of the round", serve.output)
+    assert answers(fleet.records()) == [("big", 0), ("small", 0)]  # the preparation
+
+
 def test_a_budget_above_the_machine_is_refused(make_fleet: Any, embedded: str) -> None:
     fleet = make_fleet(embedded)
     shipped = resources.files("fleetune.profiles").joinpath("raspberry-pi-5.yaml").read_text(encoding="utf-8")
