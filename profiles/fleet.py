@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +20,7 @@ _REMEDY = "see docs/fleet-file.md for the fields and an example"
 class _Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory: Size
     cpu_seconds: Annotated[float, msgspec.Meta(gt=0)]
+    disk: Size | None = None
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,13 +90,13 @@ def read_fleet(path: Path) -> Fleet:
             profile = read_profile(entry.profile)
         except ConfigError as error:
             raise ConfigError(f"{document.where(f'{field}.profile')}: {error.what}", error.remedy) from error
-        memory, cpu_s = entry.budget.memory, entry.budget.cpu_seconds
+        memory, cpu_s, disk = entry.budget.memory, entry.budget.cpu_seconds, entry.budget.disk
         if memory.mib > profile.memory.mib:
             raise ConfigError(
                 f"{document.where(f'{field}.budget.memory')}: {memory} is not within the board's {profile.memory}",
                 "leave room for the system and the board's other work",
             )
-        devices[entry.id] = FleetDevice(entry.id, profile, Budget(memory.mib, cpu_s))
+        devices[entry.id] = FleetDevice(entry.id, profile, Budget(memory.mib, cpu_s, disk.mib if disk else math.inf))
     if not devices:
         raise ConfigError(f"{document.where('devices')}: the list is empty", "add a device")
     return Fleet(document.value.fleet, tuple(devices.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from fleetune.edge.pack.pack import Pack
+from fleetune.edge.pack.manifest import FILE, WEIGHTS_FILE
+from fleetune.edge.pack.pack import Pack, file_sha256
 from fleetune.tools.assets import fetch
 
 PIECES = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -157,6 +160,20 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "texts.jsonl"
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def poisoned_pack(tiny_bert_pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    """The random BERT, in which the embedding of the word "cold" is not a number: line 7 of ``train`` has it."""
+    folder = tmp_path_factory.mktemp("poisoned") / "pack"
+    shutil.copytree(tiny_bert_pack.path, folder)
+    weights = safetensors.numpy.load_file(folder / WEIGHTS_FILE)
+    weights["tokens.table.absmax"][VOCABULARY.index("cold")] = np.nan
+    safetensors.numpy.save_file(weights, folder / WEIGHTS_FILE)
+    manifest = json.loads((folder / FILE).read_text())
+    manifest["files"][WEIGHTS_FILE]["sha256"] = file_sha256(folder / WEIGHTS_FILE)
+    (folder / FILE).write_text(json.dumps(manifest))
+    return Pack.open(folder)
 
 
 class TorchReference:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import msgspec
+
 from fleetune.edge.agent.broadcasts import Broadcasts
 from fleetune.edge.agent.state import State
 from fleetune.edge.engine.backbone import Backbone
-from fleetune.edge.engine.cache import PrefixCache
+from fleetune.edge.engine.cache import PrefixCache, room
 from fleetune.edge.engine.dataset import Dataset, read_dataset
 from fleetune.edge.methods import METHODS
 from fleetune.edge.methods.base import Device, Method, Metrics, Round, Settings, Tensors, read_settings
@@ -49,6 +51,11 @@ _RESEND_AFTER = 5.0
 """Seconds without an answer after which an update is announced again."""
 
 _PROGRESS_EVERY = 0.5
+
+_MIB = 1 << 20
+
+_SHOWN = ("loss", "test", "depth", "cpu_s", "peak_mib", "cache_missing_mib")
+"""Metrics that the presence shows too."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class _Part:
     run: str
     job: str
     plan: Plan
+    cache: PrefixCache
     method: Method
 
 
@@ -128,6 +136,7 @@ class Agent:
         self._costs: Costs | None = None
         self._base_mib: float | None = None
         me = config.device
+        self._cache_folder = config.state / "cache"
         self._link = Link(
             config.broker,
             f"{config.fleet}-{me}",
@@ -302,10 +311,9 @@ class Agent:
             "seconds": round(time.monotonic() - start, 3),
             "peak_mib": round(peak_mib(), 1),
             "stopped_early": guard.stopped_early,
+            "cache_missing_mib": round(part.plan.missing_mib or part.cache.missing / _MIB, 3),
         }
-        self._facts |= {
-            key: value for key, value in metrics.items() if key in ("loss", "test", "depth", "cpu_s", "peak_mib")
-        }
+        self._facts |= {key: value for key, value in metrics.items() if key in _SHOWN}
         log.info(
             "%s: %s, round %d: %.1f s, %.1f CPU s, peak %.0f MiB",
             *(announced.job, announced.stage, announced.round),
@@ -341,19 +349,25 @@ class Agent:
             assert self._costs is not None
             self._state.enter(announced.run)
             plan = self._plan(announced, self._costs)
+            cache = PrefixCache(
+                self._cache_folder,
+                self._backbone,
+                self._data,
+                micro_batch=plan.micro_batch,
+                codec=plan.cache,
+                limit=int(plan.cache_mib * _MIB),
+            )
             device = Device(
                 id=self._config.device,
                 backbone=self._backbone,
                 dataset=self._data,
-                cache=PrefixCache(
-                    self._config.state / "cache", self._backbone, self._data, micro_batch=plan.micro_batch
-                ),
+                cache=cache,
                 plan=plan,
                 costs=self._costs,
                 store=self._state.store(announced.run, announced.job),
                 progress=self._progress(),
             )
-            part = self._part = _Part(announced.run, announced.job, plan, METHODS[announced.method](device))
+            part = self._part = _Part(announced.run, announced.job, plan, cache, METHODS[announced.method](device))
             self._facts |= {"plan": _in_words(plan), "bound_by": plan.bound_by}
         return part
 
@@ -363,6 +377,7 @@ class Agent:
         settings = read_settings(Round(announced.stage, announced.round, common, {}, {}, Guard()), Settings)
         workload = Workload.of(
             self._data,
+            self._pack.manifest,
             epochs=settings.epochs,
             batch=settings.batch,
             max_depth=min(settings.max_depth, self._pack.manifest.blocks),
@@ -370,11 +385,18 @@ class Agent:
         if self._base_mib is None:
             costs.growth_mib(1, 1, recompute=False)  # planning loads more of NumPy: that belongs to the base
             self._base_mib = peak_mib()
-        plan = choose(costs, workload, self._config.budget, self._base_mib)
+        budget = self._config.budget
+        disk_mib = min(budget.disk_mib, room(self._cache_folder) / _MIB)
+        plan = choose(costs, workload, msgspec.structs.replace(budget, disk_mib=disk_mib), self._base_mib)
         log.info(
             "%s: plans %s; expects a peak of %.0f MiB, %.1f CPU s a round (bound by %s)",
             *(announced.job, _in_words(plan), plan.peak_mib, plan.cpu_s, plan.bound_by),
         )
+        if plan.missing_mib:
+            log.warning(
+                "%s: no room for the prefix cache in %s, which lacks %.2f MiB: the frozen blocks run for every batch",
+                *(announced.job, self._cache_folder, plan.missing_mib),
+            )
         return plan
 
     # --- what goes out ------------------------------------------------------------------------------------------
@@ -389,6 +411,8 @@ class Agent:
             "plan_depth": plan.depth,
             "plan_micro_batch": plan.micro_batch,
             "plan_recompute": plan.recompute,
+            "plan_cache": plan.cache,
+            "plan_cache_mib": round(plan.cache_mib, 3),
             "plan_peak_mib": plan.peak_mib,
             "plan_cpu_s": plan.cpu_s,
             "plan_bound_by": plan.bound_by,
@@ -461,4 +485,5 @@ class Agent:
 
 
 def _in_words(plan: Plan) -> str:
-    return f"depth {plan.depth}, {'recompute' if plan.recompute else 'fused'}, micro-batch {plan.micro_batch}"
+    cache = "no cache" if plan.cache == "none" else f"{plan.cache} cache"
+    return f"depth {plan.depth}, {'recompute' if plan.recompute else 'fused'}, micro-batch {plan.micro_batch}, {cache}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetune.edge.engine.cache import Prefix, split
 from fleetune.edge.engine.expert import Expert
+from fleetune.edge.engine.prefix import Prefix, split
 from fleetune.edge.engine.suffix import Suffix
 
 FloatArray = NDArray[np.float32]
@@ -39,9 +39,9 @@ def batch_gradient(
     gradient.vector[tail] = 0
     features = np.empty((len(batch), expert.layout.width), dtype=np.float32)
     total = 0.0
-    for rows in split(np.arange(len(batch)), micro_batch):
-        some = batch[rows]
-        loss, features[rows] = suffix.step(*prefix.batch(some), labels[some], expert, gradient)
+    groups = split(np.arange(len(batch)), micro_batch)
+    for rows, part in zip(groups, prefix.parts([batch[rows] for rows in groups]), strict=True):
+        loss, features[rows] = suffix.step(*part, labels[batch[rows]], expert, gradient)
         total += loss
     gradient.vector[tail] /= len(batch)
     return total, features

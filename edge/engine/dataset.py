@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -23,6 +23,8 @@ FloatArray = NDArray[np.float32]
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 _MAX_FILE = 1 << 30
+_MAX_LINE = 1 << 20
+_MAX_NAMED = 20
 _MAX_CLASSES = 4096
 
 
@@ -54,6 +56,7 @@ class Dataset(ABC):
                 raise DataError(f"{path} has no sample of split {split!r}", 'mark samples as "train", "val" and "test"')
 
     lengths: NDArray[np.int64]
+    _noun, _first = "sample", 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,9 +70,29 @@ class Dataset(ABC):
         """Sample numbers of a split."""
         return np.flatnonzero(self._splits == SPLITS.index(split))
 
-    def where(self, index: int) -> str:
-        """File and place of a sample, for people."""
-        return f"{self.path}, sample {index}"
+    def where(self, *indices: int) -> str:
+        """File and place of one or several samples, for people."""
+        named = ", ".join(str(index + self._first) for index in indices[:_MAX_NAMED])
+        more = f" and {len(indices) - _MAX_NAMED} more" if len(indices) > _MAX_NAMED else ""
+        return f"{self.path}, {self._noun}{'s' if len(indices) > 1 else ''} {named}{more}"
+
+    def check_finite(self, indices: NDArray[np.int64], rows: NDArray[Any], what: str) -> None:
+        """Refuse samples of which something that was computed is NaN or infinite.
+
+        Args:
+            indices: The sample of each row [n].
+            rows: What was computed [n, d].
+            what: Its name, for people.
+
+        Raises:
+            DataError: Names the samples.
+        """
+        wrong = np.unique(indices[~np.isfinite(rows).all(axis=1)])
+        if len(wrong):
+            raise DataError(
+                f"{self.where(*wrong)}: {what} is not finite",
+                "check what is unusual there; if nothing is, training has diverged: lower the learning rate",
+            )
 
     @abstractmethod
     def rows(self, tokens: TokenTable, indices: NDArray[np.int64]) -> FloatArray:
@@ -90,13 +113,20 @@ class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TextDataset(Dataset):
     """A JSONL file: ``{"text": "…", "label": 0, "split": "train"}`` on each line."""
 
+    _noun, _first = "line", 1
+
     def __init__(self, path: Path, pack: Pack) -> None:
         text = pack.manifest.text
         if text is None:
             raise DataError(f"{path} holds text, but the pack {pack.path} takes pictures", "use a text pack")
         rows = []
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE + 1), b""), start=1):
+                if len(line) > _MAX_LINE:
+                    raise DataError(
+                        f"{path}, line {number}: the line is longer than {_MAX_LINE} bytes",
+                        "write one sample on each line, and cut long texts: a device reads only the beginning",
+                    )
                 if not line.strip():
                     raise DataError(f"{path}, line {number}: the line is empty", "delete it")
                 try:
@@ -119,10 +149,6 @@ class TextDataset(Dataset):
         labels = np.array([row.label for row in rows], dtype=np.int64)
         super().__init__(path, labels, np.array([SPLITS.index(row.split) for row in rows], dtype=np.uint8))
 
-    def where(self, index: int) -> str:
-        """File and line of a sample."""
-        return f"{self.path}, line {index + 1}"
-
     def rows(self, tokens: TokenTable, indices: NDArray[np.int64]) -> FloatArray:
         """Token rows [n, t, d] of some samples."""
         return tokens.token_rows(self._ids[indices, : int(self.lengths[indices].max())])
@@ -142,8 +168,10 @@ class ImageDataset(Dataset):
         for name, kind, ranks in (("images", "u1", (3, 4)), ("labels", "i8", (1,)), ("split", "u1", (1,))):
             tensor = file.get(name)
             if tensor is None or tensor.dtype != np.dtype(kind) or tensor.ndim not in ranks:
+                found = "nothing" if tensor is None else f"{tensor.dtype} of rank {tensor.ndim}"
                 raise DataError(
-                    f"{path}: field {name}: expected {np.dtype(kind)} of rank {' or '.join(map(str, ranks))}",
+                    f"{path}: field {name}: expected {np.dtype(kind)} of rank {' or '.join(map(str, ranks))}, "
+                    f"found {found}",
                     "write images uint8 [n, h, w] or [n, h, w, 3], labels int64 [n], split uint8 [n]",
                 )
         self._images, labels, splits = file["images"], file["labels"], file["split"]
@@ -152,10 +180,19 @@ class ImageDataset(Dataset):
                 f"{path}: field images: pictures of the shape {self._images.shape[1:]}",
                 "write images uint8 [n, h, w] or [n, h, w, 3]",
             )
-        wrong = np.flatnonzero((labels < 0) | (labels >= _MAX_CLASSES))
-        if not len(self._images) == len(labels) == len(splits) or splits.max(initial=0) >= len(SPLITS) or len(wrong):
-            where = f"sample {wrong[0]} has label {labels[wrong[0]]}" if len(wrong) else "lengths or split codes differ"
-            raise DataError(f"{path}: {where}", "give every image one label from 0 and one split: 0, 1 or 2")
+        counts = {name: len(file[name]) for name in ("images", "labels", "split")}
+        if len(set(counts.values())) > 1:
+            raise DataError(
+                f"{path}: {', '.join(f'{name} has {count} samples' for name, count in counts.items())}",
+                "give every image one label and one split",
+            )
+        for name, values, limit in (("labels", labels, _MAX_CLASSES), ("split", splits, len(SPLITS))):
+            wrong = np.flatnonzero((values < 0) | (values >= limit))
+            if len(wrong):
+                raise DataError(
+                    f"{path}, sample {wrong[0]}: field {name}: {values[wrong[0]]} is out of range",
+                    "number the classes from 0; a split is 0 (train), 1 (val) or 2 (test)",
+                )
         patches = self._spec.size // self._spec.patch
         self.lengths = np.full(len(labels), patches * patches + 1, dtype=np.int64)
         super().__init__(path, labels, splits)

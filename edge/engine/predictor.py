@@ -9,11 +9,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetune.edge.engine.cache import token_mask
 from fleetune.edge.engine.dataset import Dataset
 from fleetune.edge.engine.inference import Inference
 from fleetune.edge.engine.loss import softmax
 from fleetune.edge.engine.model import Model
+from fleetune.edge.engine.prefix import token_mask
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.pack.patches import to_patches
 from fleetune.edge.pack.wordpiece import WordPiece

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetune.edge.engine.batch import batch_gradient
-from fleetune.edge.engine.cache import CHUNK, Prefix, split
+from fleetune.edge.engine.dataset import Dataset
 from fleetune.edge.engine.expert import Expert
 from fleetune.edge.engine.optimiser import OPTIMISERS
+from fleetune.edge.engine.prefix import CHUNK, Prefix, split
 from fleetune.edge.engine.suffix import Suffix
 from fleetune.edge.methods.base import Device, Settings
 from fleetune.edge.protocol.errors import DataError
@@ -57,7 +58,8 @@ class LocalRun:
             Mean training loss.
 
         Raises:
-            DataError: The loss became NaN or infinite; ``expert`` holds the values before that step.
+            DataError: The loss or its gradient is NaN or infinite; names the step and the samples. ``expert`` holds
+                the values before that step; nothing of this round may be kept.
         """
         settings, dataset = self.settings, self.device.dataset
         train = dataset.indices("train")
@@ -66,7 +68,8 @@ class LocalRun:
             tail.stop - tail.start, settings.learning_rate, weight_decay=settings.weight_decay
         )
         gradient = Expert(expert.layout)
-        reserve = evaluated * self.depth * float(dataset.lengths.mean()) * self.device.costs.forward_cpu_s
+        blocks = self.depth + self.prefix.recomputed
+        reserve = evaluated * blocks * float(dataset.lengths.mean()) * self.device.costs.forward_cpu_s
         steps = settings.epochs * -(-len(train) // settings.batch)
         total, seen = 0.0, 0
         for step, batch in enumerate(self._batches(train, rng)):
@@ -75,17 +78,21 @@ class LocalRun:
             loss, features = batch_gradient(
                 self.suffix, self.prefix, dataset.labels, batch, self.device.plan.micro_batch, expert, gradient
             )
-            if not np.isfinite(loss):
-                raise DataError(
-                    f"the loss is {loss} at step {step} (samples {batch.tolist()})",
-                    "lower the learning rate, or check these samples",
-                )
+            if not is_finite(loss, gradient.vector[tail]):
+                raise diverged(dataset, "the loss", step, batch, lambda one: self._is_sound(one, expert))
             optimiser.step(expert.vector[tail], gradient.vector[tail])
             on_batch(batch, features)
             total += loss
             seen += len(batch)
             self.device.progress((step + 1) / steps, total / seen)
         return total / max(seen, 1)
+
+    def _is_sound(self, batch: Indices, expert: Expert) -> bool:
+        gradient = Expert(expert.layout)
+        loss, _ = batch_gradient(
+            self.suffix, self.prefix, self.device.dataset.labels, batch, len(batch), expert, gradient
+        )
+        return is_finite(loss, gradient.vector)
 
     def _batches(self, train: Indices, rng: np.random.Generator) -> Iterator[Indices]:
         for _ in range(self.settings.epochs):
@@ -95,15 +102,50 @@ class LocalRun:
                 yield batch[np.argsort(self.prefix.lengths[batch], kind="stable")]
 
     def features(self, expert: Expert, indices: Indices) -> FloatArray:
-        """Features [n, d] of some samples under ``expert``."""
+        """Features [n, d] of some samples under ``expert``.
+
+        Raises:
+            DataError: A feature is NaN or infinite; names the samples.
+        """
         out = np.empty((len(indices), expert.layout.width), dtype=np.float32)
         order = np.argsort(self.prefix.lengths[indices], kind="stable")
         for chunk in split(order, CHUNK):
             rows = split(chunk, self.device.plan.micro_batch)
-            parts = [self.prefix.batch(indices[some]) for some in rows]
+            parts = self.prefix.chunk([indices[some] for some in rows])
             for some, features in zip(rows, self.suffix.features(parts, expert), strict=True):
                 out[some] = features
+        self.device.dataset.check_finite(indices, out, "the feature vector")
         return out
+
+
+def is_finite(loss: float, *gradients: FloatArray) -> bool:
+    """Whether a step gave numbers: a loss, and gradients whose squares can be summed."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = [float(np.vdot(slope, slope)) for slope in gradients]
+    return bool(np.isfinite([loss, *squares]).all())
+
+
+def diverged(dataset: Dataset, what: str, step: int, batch: Indices, is_sound: Callable[[Indices], bool]) -> DataError:
+    """The error of a step that gave NaN or infinity; names the few samples that do so alone, or else the whole batch.
+
+    Args:
+        dataset: The samples.
+        what: What is not finite, for people.
+        step: Steps of the round before this one.
+        batch: Sample numbers.
+        is_sound: Whether the step on some samples is finite.
+    """
+    wrong = [sample for sample in np.sort(batch) if not is_sound(np.array([sample]))]
+    if 0 < 2 * len(wrong) < len(batch) or len(wrong) == 1 < len(batch):
+        return DataError(
+            f"{dataset.where(*wrong)}: {what} is not finite at step {step + 1} of the round; "
+            f"that of the batch's other {len(batch) - len(wrong)} samples is",
+            "check what is unusual there; if nothing is, lower the learning rate",
+        )
+    return DataError(
+        f"{what} is not finite at step {step + 1} of the round, for the whole batch ({dataset.where(*np.sort(batch))})",
+        "lower the learning rate",
+    )
 
 
 def accuracy(logits: FloatArray, labels: Indices) -> float:

@@ -52,9 +52,10 @@ class Pack:
             version = msgspec.json.decode(raw, type=_Version)
             if version.schema != SCHEMA:
                 raise PackError(
-                    f"{file}: the pack has schema {version.schema} (written by Fleetune {version.kit}), "
+                    f"{file}: the pack has schema {version.schema} (written by Fleetune {version.kit or 'unknown'}), "
                     f"this Fleetune reads schema {SCHEMA}",
-                    f"install fleetune=={version.kit}, or pack the backbone again",
+                    f"install {f'fleetune=={version.kit}' if version.kit else 'a newer Fleetune'}, "
+                    "or pack the backbone again",
                 )
             manifest = msgspec.json.decode(raw, type=Manifest)
         except UNDECODABLE as error:
@@ -100,7 +101,7 @@ class Pack:
 
 class _Version(msgspec.Struct, frozen=True):
     schema: int
-    kit: str = "of another version"
+    kit: str = ""
 
 
 def file_sha256(path: Path) -> str:

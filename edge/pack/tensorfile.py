@@ -20,12 +20,20 @@ from fleetune.edge.protocol.errors import UNDECODABLE, PackError
 
 _MAX_HEADER = 4 << 20
 _DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
-    "U8": np.dtype("u1"),
-    "I8": np.dtype("i1"),
     "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
 }
+"""Every type of the format that NumPy has too."""
 
 
 class _Entry(msgspec.Struct, frozen=True):

@@ -93,10 +93,10 @@ def _measure(request: Request) -> Trial:
     import fleetune.edge.protocol.codec
     import fleetune.edge.protocol.link  # noqa: F401 - counts towards the peak, as it does in an agent
     from fleetune.edge.engine.backbone import Backbone
-    from fleetune.edge.engine.cache import CHUNK, split
     from fleetune.edge.engine.dataset import read_dataset
     from fleetune.edge.engine.expert import Expert, Layout
     from fleetune.edge.engine.optimiser import Adam
+    from fleetune.edge.engine.prefix import CHUNK, split
     from fleetune.edge.engine.suffix import Part, Suffix, forward_chunk
     from fleetune.edge.pack.pack import Pack
     from fleetune.edge.resources.process import cpu_seconds, peak_mib, return_free_memory

@@ -66,20 +66,27 @@ def test_a_missing_file_is_named(name: str, copy: Path) -> None:
         Pack.open(copy, verify=False)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS_FILE, "block_backward.onnx", "vocab.txt"])
-def test_one_altered_bit_is_noticed(name: str, copy: Path) -> None:
-    flip(copy / name, -3)
-    with pytest.raises(PackError, match=f"{copy / name} is not the file that was packed.*SHA-256"):
-        Pack.open(copy)
+def test_one_altered_bit_of_any_file_is_noticed(copy: Path) -> None:
+    names = sorted(file.name for file in copy.iterdir() if file.name != FILE)
+    assert {WEIGHTS_FILE, "vocab.txt", "suffix_3.onnx", *(f"{stem}.onnx" for stem in GRAPHS)} <= set(names)
+    for name in names:
+        for position in (0, (copy / name).stat().st_size // 2, -1):
+            flip(copy / name, position)
+            with pytest.raises(PackError, match=f"{copy / name} is not the file that was packed.*SHA-256"):
+                Pack.open(copy)
+            flip(copy / name, position)
+    Pack.open(copy)
 
 
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, "vocab.txt", "embed.onnx", "suffix_3.onnx"])
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_truncated_file_is_noticed(copy: Path, verify: bool) -> None:
-    file = copy / WEIGHTS_FILE
+def test_a_truncated_file_is_noticed(name: str, verify: bool, copy: Path) -> None:
+    file = copy / name
     data = file.read_bytes()
-    file.write_bytes(data[:-1])
-    with pytest.raises(PackError, match=f"{file}.*{len(data) - 1} bytes instead of {len(data)}"):
-        Pack.open(copy, verify=verify)
+    for length in (len(data) - 1, 0):
+        file.write_bytes(data[:length])
+        with pytest.raises(PackError, match=f"{file}.*{length} bytes instead of {len(data)}"):
+            Pack.open(copy, verify=verify)
 
 
 @pytest.mark.parametrize("more", [{}, {"sparsity": 0.5}])
@@ -88,6 +95,13 @@ def test_a_pack_of_a_newer_fleetune_says_which_one_to_install(copy: Path, more: 
     with pytest.raises(PackError, match=r"schema 2 .*7\.8\.9") as caught:
         Pack.open(copy)
     assert "fleetune==7.8.9" in caught.value.remedy
+
+
+def test_a_pack_of_a_newer_fleetune_that_does_not_say_which_asks_for_a_newer_one(copy: Path) -> None:
+    edit(copy, lambda manifest: (manifest.pop("kit"), manifest.update(schema=9)))
+    with pytest.raises(PackError, match=r"schema 9 .*this Fleetune reads schema 1") as caught:
+        Pack.open(copy)
+    assert "install a newer Fleetune" in caught.value.remedy
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "graphs/../../outside", "..", "."])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -11,6 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fleetune.edge.engine.backbone import Backbone
+from fleetune.edge.engine.cache import PrefixCache
+from fleetune.edge.engine.dataset import read_dataset
+from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import BudgetError
 from fleetune.edge.resources.costs import Costs
@@ -34,6 +39,10 @@ KEEP_S, RECOMPUTE_S = (0.002, 0.001, 0.002, 0.004), (0.004, 0.002, 0.002, 0.006)
 FORWARD_S = 0.002
 LENGTH, LONGEST = 20, 32
 TOKEN_S = FORWARD_S / LENGTH
+ENTRY_MIB = {"f16": 40.0, "int8": 22.0}
+BATCH_MIB = 1.5
+EMBEDDING = 0.25
+"""Blocks that embedding counts for."""
 
 
 def workload(
@@ -41,7 +50,7 @@ def workload(
 ) -> Workload:
     """Samples of one length: nothing is padded."""
     padded = {size: float(LENGTH) for size in (1, 2, 4, 8, 16, 32, 64) if size <= batch}
-    return Workload(train, evaluate, epochs, batch, max_depth, LENGTH, padded)
+    return Workload(train, evaluate, epochs, batch, max_depth, LENGTH, padded, BLOCKS, ENTRY_MIB, BATCH_MIB)
 
 
 JOB = workload()
@@ -83,6 +92,18 @@ def costs_of(
 
 
 COSTS = costs_of()
+
+
+def plan_of(
+    job: Workload, depth: int, micro_batch: int, *, recompute: bool, cache: str = "f16", mib: float = 80
+) -> Plan:
+    """The candidate with these numbers; by default one with two entries in the cache."""
+    wanted = (depth, micro_batch, recompute, cache, mib)
+    found = [p for p in candidates(COSTS, job) if (p.depth, p.micro_batch, p.recompute, p.cache, p.cache_mib) == wanted]
+    (plan,) = found
+    return plan
+
+
 amounts = st.floats(0, 100)
 coefficients = st.tuples(amounts, amounts, amounts, amounts)
 
@@ -109,7 +130,7 @@ def test_the_forward_pass_is_the_median_of_the_trials() -> None:
 
 def test_a_round_costs_its_steps_the_frozen_blocks_of_the_job_and_its_evaluation() -> None:
     job = workload(train=104, epochs=3)
-    (plan,) = (p for p in candidates(COSTS, job) if (p.depth, p.micro_batch, p.recompute) == (4, 8, False))
+    plan = plan_of(job, 4, 8, recompute=False)
     steps = 3 * 13  # 104 samples in micro-batches of 8
     frozen = (104 + 40) * 2 * FORWARD_S
     evaluation = 40 * 4 * FORWARD_S
@@ -119,7 +140,7 @@ def test_a_round_costs_its_steps_the_frozen_blocks_of_the_job_and_its_evaluation
 
 def test_micro_batches_that_do_not_divide_the_batch_are_counted() -> None:
     job = workload(train=100, evaluate=0, epochs=1, batch=10, max_depth=1)
-    (plan,) = (p for p in candidates(COSTS, job) if (p.depth, p.micro_batch, p.recompute) == (1, 4, True))
+    plan = plan_of(job, 1, 4, recompute=True)
     in_a_batch = [4, 4, 2]
     assert plan.cpu_s >= 10 * sum(bilinear(RECOMPUTE_S, 1, size) for size in in_a_batch) - 0.005
 
@@ -200,8 +221,9 @@ def test_no_fitting_plan_is_deeper_or_as_deep_and_cheaper(memory: float, cpu: fl
     plan = attempt(Budget(memory, cpu))
     for other in candidates(COSTS, JOB):
         fits = other.peak_mib * (1 + MEMORY_MARGIN) <= memory and other.cpu_s * (1 + CPU_MARGIN) <= cpu
-        if fits:
+        if fits and other.cache == "f16":
             assert plan is not None
+            assert plan.cache == "f16"
             assert (other.depth, -other.cpu_s) <= (plan.depth, -plan.cpu_s)
 
 
@@ -252,6 +274,109 @@ def test_two_limits_that_bind_only_together_are_both_named() -> None:
     cpu = min(p.cpu_s for p in deep) * (1 + CPU_MARGIN) + 0.01
     plan = choose(COSTS, JOB, Budget(memory, cpu))
     assert (plan.depth, plan.bound_by) == (1, "memory+cpu")
+
+
+# --- the disk -----------------------------------------------------------------------------------------------
+
+
+def test_with_room_for_one_entry_the_frozen_blocks_start_from_the_samples() -> None:
+    job = workload(epochs=3, max_depth=5)
+    two, one = (plan_of(job, 4, 8, recompute=False, mib=mib) for mib in (80, 40))
+    once = (96 + 40) * FORWARD_S
+    assert two.cpu_s - one.cpu_s == pytest.approx(once * (1 - (EMBEDDING + 2)))
+    assert two.peak_mib == one.peak_mib
+    deepest = [plan_of(job, 5, 8, recompute=False, mib=mib) for mib in (80, 40)]
+    assert deepest[0].cpu_s == pytest.approx(deepest[1].cpu_s)  # what it needs is there from the preparation
+
+
+def test_without_a_cache_the_frozen_blocks_run_for_each_sample_of_each_epoch() -> None:
+    job = msgspec.structs.replace(workload(epochs=3, max_depth=5), padded={4: 2.0 * LENGTH})
+    cached, without = (
+        plan_of(job, 4, 4, recompute=False, **some) for some in ({"mib": 80}, {"cache": "none", "mib": 0})
+    )
+    once, always = (96 + 40) * FORWARD_S, (3 * 96 * 2 + 40) * FORWARD_S
+    assert without.cpu_s - cached.cpu_s == pytest.approx(always * (EMBEDDING + 2) - once)
+
+
+def test_without_a_cache_a_batchs_hidden_states_and_a_frozen_blocks_weights_take_memory() -> None:
+    def more(depth: int, *, recompute: bool) -> float:
+        without = plan_of(JOB, depth, 8, recompute=recompute, cache="none", mib=0)
+        return without.peak_mib - plan_of(JOB, depth, 8, recompute=recompute).peak_mib
+
+    assert more(2, recompute=True) == pytest.approx(BATCH_MIB)  # its weights go through one buffer anyway
+    assert more(BLOCKS, recompute=False) == pytest.approx(BATCH_MIB)  # no block is frozen
+    a_block = bilinear(KEEP_MIB, 3, 8) - bilinear(KEEP_MIB, 2, 8)
+    assert more(2, recompute=False) == pytest.approx(BATCH_MIB + a_block)
+
+
+@pytest.mark.parametrize(("disk", "cache", "mib"), [
+    (PLENTY, "f16", 80),
+    (80, "f16", 80),
+    (79.9, "f16", 40),
+    (39.9, "int8", 22),
+    (21.9, "none", 0),
+    (0, "none", 0),
+])  # fmt: skip
+def test_float16_is_preferred_then_int8_then_no_cache(disk: float, cache: str, mib: float) -> None:
+    plan = choose(COSTS, JOB, Budget(PLENTY, PLENTY, disk))
+    assert (plan.depth, plan.cache, plan.cache_mib) == (BLOCKS, cache, mib)
+    assert plan.missing_mib == pytest.approx(22 - disk if cache == "none" else 0)
+
+
+@given(memories, seconds, st.floats(0, 100))
+def test_a_plan_stays_inside_the_disk_and_no_deeper_one_would(memory: float, cpu: float, disk: float) -> None:
+    plan = attempt(Budget(memory, cpu, disk))
+    fitting = [
+        other
+        for other in candidates(COSTS, JOB)
+        if other.peak_mib * (1 + MEMORY_MARGIN) <= memory
+        and other.cpu_s * (1 + CPU_MARGIN) <= cpu
+        and other.cache_mib <= disk
+    ]
+    assert (plan is None) == (not fitting)
+    if plan is not None:
+        assert plan.cache_mib <= disk
+        assert plan.depth == max(other.depth for other in fitting)
+
+
+def cpu_for(depth: int, cache: str) -> float:
+    return min(p.cpu_s for p in candidates(COSTS, JOB) if (p.depth, p.cache) == (depth, cache)) * (1 + CPU_MARGIN)
+
+
+def test_a_deeper_plan_without_a_cache_is_better_than_a_shallow_one_with_it() -> None:
+    assert choose(COSTS, JOB, Budget(PLENTY, cpu_for(4, "none"), 0)).depth == 4
+
+
+def test_a_small_disk_forces_a_shallower_plan_and_is_named() -> None:
+    cpu = cpu_for(5, "f16")
+    assert choose(COSTS, JOB, Budget(PLENTY, cpu, 80)).depth == 5
+    plan = choose(COSTS, JOB, Budget(PLENTY, cpu, 0))
+    assert plan.depth < 5
+    assert plan.bound_by == "cpu+disk"  # more of either would do
+    roomy = choose(COSTS, JOB, Budget(PLENTY, cpu, 80))
+    assert roomy.bound_by == "cpu"
+
+
+def test_what_the_disk_lacks_is_named_when_nothing_fits_without_a_cache() -> None:
+    with pytest.raises(BudgetError) as caught:
+        choose(COSTS, JOB, Budget(PLENTY, cpu_for(1, "none") - 0.01, 10))
+    found = [float(number) for number in re.findall(r"(\d+\.\d) MiB", caught.value.what)]
+    assert found == [22, 12, 10]
+    assert "budget: disk" in caught.value.what
+    assert "disk" in caught.value.remedy
+
+
+def test_the_planned_bytes_are_those_on_the_disk(text_data: Path, tiny_bert_pack: Pack, tmp_path: Path) -> None:
+    data, manifest = read_dataset(text_data, tiny_bert_pack), tiny_bert_pack.manifest
+    job = Workload.of(data, manifest, epochs=1, batch=4, max_depth=2)
+    assert job.blocks == 3
+    assert job.batch_mib * (1 << 20) == 4 * data.lengths[:12].max() * 64 * 4
+    for codec, mib in job.entry_mib.items():
+        folder = tmp_path / codec
+        cache = PrefixCache(folder, Backbone(tiny_bert_pack, threads=1), data, micro_batch=4, codec=codec)
+        cache.prefix(2, Expert(Layout.of(manifest, classes=2)))
+        written = sum(file.stat().st_size for file in folder.glob("*/*"))
+        assert mib * (1 << 20) == written
 
 
 # --- nothing fits -------------------------------------------------------------------------------------------

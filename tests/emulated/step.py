@@ -13,12 +13,13 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from fleetune.edge.engine.backbone import Backbone
-from fleetune.edge.engine.cache import PrefixCache, token_mask
+from fleetune.edge.engine.cache import PrefixCache
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.engine.gate import Gate
 from fleetune.edge.engine.inference import Inference
 from fleetune.edge.engine.optimiser import Adam
+from fleetune.edge.engine.prefix import token_mask
 from fleetune.edge.engine.suffix import Suffix, forward_chunk
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.codec import CODECS, decode_tensors, encode_tensors

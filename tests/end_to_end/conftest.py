@@ -91,10 +91,14 @@ class TestFleet:
         """The fleet file."""
         return self.folder / "fleet.yaml"
 
-    def write(self, budgets: dict[str, tuple[str, float]], profile: str = "raspberry-pi-5") -> None:
-        """Write the fleet file: device → memory and CPU seconds."""
+    def write(self, budgets: dict[str, tuple[str, float]], profile: str = "raspberry-pi-5", **disk: str) -> None:
+        """Write the fleet file: device → memory and CPU seconds; and its disk, if it states one."""
         devices = [
-            {"id": device, "profile": profile, "budget": {"memory": memory, "cpu_seconds": cpu}}
+            {
+                "id": device,
+                "profile": profile,
+                "budget": {"memory": memory, "cpu_seconds": cpu, **({"disk": disk[device]} if device in disk else {})},
+            }
             for device, (memory, cpu) in budgets.items()
         ]
         self.file.write_text(yaml.safe_dump({"schema": 1, "fleet": "lab", "devices": devices}))

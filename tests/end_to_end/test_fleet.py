@@ -63,8 +63,9 @@ def test_a_fleet_trains_over_each_broker(make_fleet: Any, any_broker: str) -> No
 
 def test_a_device_sends_only_the_blocks_that_its_budget_lets_it_train(make_fleet: Any, embedded: str) -> None:
     fleet = make_fleet(embedded)
-    data = read_dataset(fleet.data["small"], Pack.open(fleet.pack))
-    workload = Workload.of(data, epochs=1, batch=4, max_depth=3)
+    pack = Pack.open(fleet.pack)
+    data = read_dataset(fleet.data["small"], pack)
+    workload = Workload.of(data, pack.manifest, epochs=1, batch=4, max_depth=3)
     plans = candidates(msgspec.json.decode(fleet.costs.read_bytes(), type=Costs), workload)
     cheapest = {depth: min(plan.cpu_s for plan in plans if plan.depth == depth) for depth in (1, 2)}
     budget = (cheapest[1] + cheapest[2]) / 2 * (1 + CPU_MARGIN)
@@ -320,6 +321,38 @@ def test_a_budget_below_one_block_is_refused_with_what_is_missing(make_fleet: An
     assert "Traceback" not in small.output
     assert serve.wait() == 19
     assert "small: budget: memory" in serve.output
+
+
+def test_a_device_without_room_for_its_cache_trains_all_the_same_and_says_so(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    fleet.write({"big": ("1GiB", 100.0), "small": ("1GiB", 100.0)}, small="0.001MiB")
+    serve = fleet.serve(*ROUNDS)
+    agents = {device: fleet.agent(device) for device in fleet.data}
+    assert serve.wait() == 0, serve.output
+    metrics = {r.manifest.device: r.manifest.metrics for r in fleet.records() if isinstance(r, Accepted)}
+    assert metrics["big"]["plan_cache"] == "f16"
+    assert metrics["big"]["cache_missing_mib"] == 0
+    written = sum(file.stat().st_size for file in (fleet.folder / "big" / "cache").rglob("*") if file.is_file())
+    assert 0 < written <= metrics["big"]["plan_cache_mib"] * 1.03 * (1 << 20)  # rounded to a KiB
+    assert metrics["small"]["plan_cache"] == "none"
+    assert metrics["small"]["cache_missing_mib"] > 0.005
+    assert not (fleet.folder / "small" / "cache").exists()
+    assert agents["small"].output.count("no room for the prefix cache") == 1
+    assert "no room for the prefix cache" not in agents["big"].output
+
+
+def test_training_that_diverges_fails_the_round_and_both_sides_say_why(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    serve = fleet.serve(*ROUNDS, "--learning-rate", "3e38")
+    agents = {device: fleet.agent(device) for device in fleet.data}
+    for device, agent in agents.items():
+        assert agent.wait() == 17, agent.output
+        assert "the loss is not finite at step 2 of the round" in agent.output
+        assert f"({fleet.data[device]}, lines " in agent.output
+        assert "Traceback" not in agent.output
+    assert serve.wait() == 19
+    assert re.search(r"(big|small): the loss is not finite at step 2 of the round", serve.output)
+    assert answers(fleet.records()) == [("big", 0), ("small", 0)]  # the preparation
 
 
 def test_a_budget_above_the_machine_is_refused(make_fleet: Any, embedded: str) -> None:

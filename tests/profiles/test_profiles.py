@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,12 @@ def test_a_good_fleet_file(write: Callable[..., Path]) -> None:
         12.5,
     )
     assert fleet.device("pi-1") is pi
+    assert nano.budget.disk_mib == math.inf  # what is free there
+
+
+def test_a_device_may_state_its_disk(write: Callable[..., Path]) -> None:
+    fleet = read_fleet(write(FLEET, "fleet.yaml", ("cpu_seconds: 30", "cpu_seconds: 30\n      disk: 1.5GiB")))
+    assert fleet.device("nano-1").budget.disk_mib == 1536
 
 
 def test_a_fleet_file_may_name_a_profile_of_ones_own(write: Callable[..., Path]) -> None:
@@ -154,6 +161,8 @@ def test_a_device_that_the_fleet_does_not_have_lists_those_it_has(write: Callabl
     ("cpu_seconds: 30", "cpu_seconds: -1", r"line 8: field devices\[0\]\.budget\.cpu_seconds: .*'-1'"),
     ("cpu_seconds: 30", "cpu_seconds: .nan", r"line 8: field devices\[0\]\.budget\.cpu_seconds: .*nan"),
     ("cpu_seconds: 30", "cpu_seconds: half", r"line 8: field devices\[0\]\.budget\.cpu_seconds: .*'half'"),
+    ("cpu_seconds: 30", "cpu_seconds: 30\n      disk: 500", r"line 9: field devices\[0\]\.budget\.disk: .*unit.*'500'"),
+    ("cpu_seconds: 30", "cpu_seconds: 30\n      disk: 0MiB", r"line 9: field devices\[0\]\.budget\.disk: .*above zero"),
     ("      cpu_seconds: 30\n", "", r"line [67]: field devices\[0\]\.budget: .*cpu_seconds"),
     ("cpu_seconds: 30", "cpu_seconds: 30\n      gpu: 1", r"line 9: field devices\[0\]\.budget\.gpu: .*no such field"),
     ("id: pi-1", "id: nano-1", r"line 9: field devices\[1\]\.id: 'nano-1' is there twice"),

@@ -76,6 +76,8 @@ def device(name: str, board: str, profile: str, scores: dict[str, float], *, bas
         "blocks_active": depths,
         "plan": {
             "bound_by": "memory",
+            "cache": "f16",
+            "cache_mib": 15.12,
             "cpu_s": 8.1,
             "depth": 3,
             "micro_batch": 4,
@@ -103,6 +105,7 @@ def make_report(*, baselines: bool = True) -> Report:
         device("cam-1", "NVIDIA Jetson Nano 2GB", "jetson-nano-2gb", cam, baselines=baselines),
         device("arm-2", "Raspberry Pi 5", "raspberry-pi-5", arm, baselines=baselines),
     ]
+    devices[1]["plan"] |= {"cache": "none", "cache_mib": 0.0}
     devices[1] |= {"budget_mib": 300.5, "peak_mib": 147.6, "budget_cpu_s": 60.0}
     return {
         "schema": 1,
@@ -260,12 +263,13 @@ def test_every_device_has_its_five_accuracies_and_its_gate(page: Page) -> None:
 
 
 def test_every_device_has_its_board_budgets_plan_and_use(page: Page) -> None:
-    plan, traffic = ["3 of 6", "4", "recompute", "memory"], ["422 kB", "1.49 MB"]
+    plans = [["3 of 6", "4", "recompute", cache, "memory"] for cache in ("f16, 15.1 MiB", "none")]
+    traffic = ["422 kB", "1.49 MB"]
     assert page.tables[2][2:] == [
         ["cam-1 NVIDIA Jetson Nano 2GB (profile jetson-nano-2gb)"],
-        ["120.0", "110.3", "112.4", *plan, "9.5", "6.0", "7.4", "0", *traffic],
+        ["120.0", "110.3", "112.4", *plans[0], "9.5", "6.0", "7.4", "0", *traffic],
         ["arm-2 Raspberry Pi 5 (profile raspberry-pi-5)"],
-        ["300.5", "110.3", "147.6", *plan, "60.0", "6.0", "7.4", "0", *traffic],
+        ["300.5", "110.3", "147.6", *plans[1], "60.0", "6.0", "7.4", "0", *traffic],
     ]
 
 

@@ -16,13 +16,14 @@ import psutil
 
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.batch import batch_gradient
-from fleetune.edge.engine.cache import PrefixCache, split
+from fleetune.edge.engine.cache import PrefixCache
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.engine.gate import Gate
 from fleetune.edge.engine.model import Model, card_for
 from fleetune.edge.engine.optimiser import Adam
 from fleetune.edge.engine.predictor import ExpertName, Predictor
+from fleetune.edge.engine.prefix import split
 from fleetune.edge.engine.suffix import Suffix
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.pack.tensorfile import TensorFile

@@ -88,8 +88,8 @@ def _typed(predictor: Predictor) -> Iterator[tuple[Prediction, None]]:
 
 def _labelled(data: Path, pack: Pack, predictor: Predictor) -> Iterator[tuple[Prediction, Any]]:
     """The test samples of a data file."""
-    from fleetune.edge.engine.cache import split
     from fleetune.edge.engine.dataset import read_dataset
+    from fleetune.edge.engine.prefix import split
 
     dataset = read_dataset(data, pack)
     for some in split(dataset.indices("test"), _AT_ONCE):

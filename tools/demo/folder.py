@@ -179,7 +179,9 @@ def prepare(
     costs = msgspec.json.decode(folder.costs.read_bytes(), type=Costs)
     if not folder.fleet.exists():
         some = next(iter(datasets.values()))
-        workload = Workload.of(some, epochs=epochs, batch=batch, max_depth=max_depth or pack.manifest.blocks)
+        workload = Workload.of(
+            some, pack.manifest, epochs=epochs, batch=batch, max_depth=max_depth or pack.manifest.blocks
+        )
         write_atomic(folder.fleet, _fleet_file(template, costs, workload).encode())
     return pack
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from fleetune.edge.engine.cache import Prefix, split
 from fleetune.edge.engine.dataset import SPLITS
 from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.engine.loss import cross_entropy
 from fleetune.edge.engine.optimiser import Adam
+from fleetune.edge.engine.prefix import Prefix, split
 from fleetune.edge.methods.base import (
     Device,
     FloatArray,
@@ -57,9 +57,11 @@ class FrozenHead:
 
     def _features(self, prefix: Prefix, indices: Indices) -> FloatArray:
         rows = []
-        for some in split(indices, self._device.plan.micro_batch):
-            rows.append(self._device.backbone.pool(*prefix.batch(some)).copy())  # so that the arena gets its room back
-        return np.concatenate(rows)
+        for part in prefix.parts(split(indices, self._device.plan.micro_batch)):
+            rows.append(self._device.backbone.pool(*part).copy())  # so that the arena gets its room back
+        features = np.concatenate(rows)
+        self._device.dataset.check_finite(indices, features, "the feature vector")
+        return features
 
 
 def _fit(layout: Layout, features: FloatArray, labels: Indices, penalty: float) -> tuple[Expert, float]:

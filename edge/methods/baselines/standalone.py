@@ -29,9 +29,9 @@ class Standalone:
         loss = local.train(
             expert, random_for(device, settings, announced), announced.guard, evaluated=len(val) + len(test)
         )
-        device.store.save(_STATE, expert.tensors)
         scores = {
             split: accuracy(expert.logits(local.features(expert, indices)), dataset.labels[indices])
             for split, indices in (("val", val), ("test", test))
         }
+        device.store.save(_STATE, expert.tensors)  # after the scores: they refuse what is not finite
         return Outcome({"loss": loss, **scores}, depth=local.depth)

@@ -7,17 +7,18 @@ the gate's adapter goes up.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from fleetune.edge.engine.cache import split
 from fleetune.edge.engine.expert import Expert
 from fleetune.edge.engine.gate import ADAPTER, HEAD, Gate
 from fleetune.edge.engine.mixture import Mixture
 from fleetune.edge.engine.model import Model, card_for
 from fleetune.edge.engine.optimiser import Adam
+from fleetune.edge.engine.prefix import split
 from fleetune.edge.methods.base import (
     Count,
     Device,
@@ -31,7 +32,7 @@ from fleetune.edge.methods.base import (
     read_settings,
     task_layout,
 )
-from fleetune.edge.methods.local import Indices, LocalRun, accuracy
+from fleetune.edge.methods.local import Indices, LocalRun, accuracy, diverged, is_finite
 from fleetune.edge.protocol.errors import ModelError
 from fleetune.edge.protocol.modelfile import FILE, REMEDY, Mix
 
@@ -61,6 +62,7 @@ class _Stage:
     run: LocalRun
     settings: FedMSSettings
     mixture: Mixture
+    gate_input: FloatArray
     frozen_features: FloatArray
 
     def experts(self, local_features: FloatArray, indices: Indices) -> FloatArray:
@@ -74,6 +76,7 @@ class FedMS:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._frozen_features: tuple[str, FloatArray] | None = None
+        self._gate_inputs: tuple[str, FloatArray] | None = None
 
     def run(self, announced: Round) -> Outcome:
         """Do one round."""
@@ -81,8 +84,10 @@ class FedMS:
         shared = Expert.initial(task_layout(self._device, settings), settings.seed)
         if announced.stage == "prepare":
             shared.load(announced.frozen)
-            self._device.cache.prefix(self._device.backbone.blocks - settings.max_depth, shared)
+            boundary = self._device.backbone.blocks - settings.max_depth
+            self._device.cache.prefix(boundary, shared)
             if announced.frozen:
+                self._gate_input(boundary, shared)
                 self._features_of(shared, LocalRun(self._device, settings, shared))
             return Outcome({"samples": len(self._device.dataset.indices("train"))})
         if announced.stage == "global":
@@ -115,14 +120,15 @@ class FedMS:
                 raise ModelError(f"{file} holds no local expert", REMEDY)
             local.load(kept.local.tensors)
             gate.load({name: kept.gate.tensors[name] for name in HEAD})
-        run = LocalRun(device, settings, shared)
         boundary = device.backbone.blocks - settings.max_depth
         mixture = Mixture(shared, local, gate, boundary, settings.mix)
-        stage = _Stage(run, settings, mixture, self._features_of(shared, run))
+        gate_input = self._gate_input(boundary, shared)  # first: its prefix may take the room of the run's
+        run = LocalRun(device, settings, shared)
+        stage = _Stage(run, settings, mixture, gate_input, self._features_of(shared, run))
         trains = announced.stage == "personal"
         loss = self._train(announced, stage) if trains else None
-        self._keep(settings, mixture)
         metrics = self._scores(stage)
+        self._keep(settings, mixture)  # after the scores: they refuse what is not finite, and what was stored stays
         if loss is not None:
             metrics["loss"] = loss
         tensors = {name: gate.tensors[name] for name in ADAPTER} if trains else {}
@@ -150,18 +156,35 @@ class FedMS:
             self._frozen_features = (key, run.features(shared, everything))
         return self._frozen_features[1]
 
+    def _gate_input(self, boundary: int, shared: Expert) -> FloatArray:
+        """The mean hidden state of every sample at the job's boundary, kept once it is known."""
+        key = f"{boundary} {shared.fingerprint_below(boundary)}"
+        if self._gate_inputs is None or self._gate_inputs[0] != key:
+            self._gate_inputs = (key, self._device.cache.prefix(boundary, shared).pooled)
+        return self._gate_inputs[1]
+
     def _train(self, announced: Round, stage: _Stage) -> float:
         device, settings, mixture = self._device, stage.settings, stage.mixture
         dataset, gate = device.dataset, mixture.gate
         rng = random_for(device, settings, announced)
-        pooled = self._gate_input(mixture)
         optimisers = {name: Adam(t.size, settings.gate_learning_rate) for name, t in gate.tensors.items()}
+        steps = itertools.count()
+
+        def gradients(indices: Indices, local_features: FloatArray) -> tuple[float, dict[str, FloatArray]]:
+            experts = stage.experts(local_features, indices)
+            return gate.gradients(stage.gate_input[indices], experts, dataset.labels[indices], mixture.head)
 
         def step(indices: Indices, local_features: FloatArray) -> None:
-            experts = stage.experts(local_features, indices)
-            _, gradients = gate.gradients(pooled[indices], experts, dataset.labels[indices], mixture.head)
+            def is_sound(one: Indices) -> bool:
+                loss, found = gradients(one, local_features[np.isin(indices, one)])
+                return is_finite(loss, *found.values())
+
+            loss, found = gradients(indices, local_features)
+            number = next(steps)
+            if not is_finite(loss, *found.values()):
+                raise diverged(dataset, "the gate's loss", number, indices, is_sound)
             for name, tensor in gate.tensors.items():
-                optimisers[name].step(tensor.reshape(-1), gradients[name].reshape(-1))
+                optimisers[name].step(tensor.reshape(-1), found[name].reshape(-1))
 
         evaluated = len(dataset.indices("val")) + len(dataset.indices("test"))
         if settings.gate_split == "train":
@@ -174,18 +197,16 @@ class FedMS:
                 step(held_out[some], features[some])
         return loss
 
-    def _gate_input(self, mixture: Mixture) -> FloatArray:
-        return self._device.cache.prefix(mixture.boundary, mixture.global_).pooled
-
     def _scores(self, stage: _Stage) -> Metrics:
         """Accuracy of each expert and of the mixture on the device's test samples, and of the mixture on ``val``."""
-        mixture, dataset, pooled = stage.mixture, self._device.dataset, self._gate_input(stage.mixture)
+        mixture, dataset = stage.mixture, self._device.dataset
         metrics: Metrics = {}
         for part in ("val", "test"):
             indices = dataset.indices(part)
             labels = dataset.labels[indices]
             features = stage.run.features(mixture.local, indices)
-            weights = mixture.gate.weights(pooled[indices])
+            weights = mixture.gate.weights(stage.gate_input[indices])
+            dataset.check_finite(indices, weights, "the gate's weight")
             scores = {
                 "global": accuracy(mixture.global_.logits(stage.frozen_features[indices]), labels),
                 "local": accuracy(mixture.local.logits(features), labels),
