@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from fleetune.edge.protocol.errors import FileAccessError, FleetuneError
 
-COMMANDS = ("demo", "pack", "serve", "agent", "broker", "assets", "bench")
+COMMANDS = ("demo", "pack", "serve", "agent", "broker", "export", "assets", "bench")
 """Modules of ``fleetune.tools.commands``, in the order in which the help lists them."""
 
 _EPILOGUE = """\

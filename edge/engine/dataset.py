@@ -76,7 +76,11 @@ class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TextDataset(Dataset):
-    """A JSONL file: ``{"text": "…", "label": 0, "split": "train"}`` on each line."""
+    """A JSONL file: ``{"text": "…", "label": 0, "split": "train"}`` on each line.
+
+    Attributes:
+        ids: Token ids [n, t], padded to the longest text.
+    """
 
     def __init__(self, path: Path, pack: Pack) -> None:
         text = pack.manifest.text
@@ -103,7 +107,7 @@ class TextDataset(Dataset):
         if not rows:
             raise DataError(f"{path} is empty", "write one sample on each line")
         tokeniser = WordPiece(pack.path / text.vocabulary, lowercase=text.lowercase, max_length=text.max_length)
-        self._ids, self.lengths = tokeniser.encode_batch([row.text for row in rows])
+        self.ids, self.lengths = tokeniser.encode_batch([row.text for row in rows])
         labels = np.array([row.label for row in rows], dtype=np.int64)
         super().__init__(path, labels, np.array([SPLITS.index(row.split) for row in rows], dtype=np.uint8))
 
@@ -114,11 +118,15 @@ class TextDataset(Dataset):
     def embed(self, backbone: Backbone, indices: NDArray[np.int64]) -> FloatArray:
         """Hidden state [n, t, d] of some samples before the first block."""
         longest = int(self.lengths[indices].max())
-        return backbone.embed(backbone.token_rows(self._ids[indices, :longest]))
+        return backbone.embed(backbone.token_rows(self.ids[indices, :longest]))
 
 
 class ImageDataset(Dataset):
-    """A safetensors file: ``images`` uint8 [n, h, w] or [n, h, w, 3], ``labels`` int64 [n], ``split`` uint8 [n]."""
+    """A safetensors file: ``images`` uint8 [n, h, w] or [n, h, w, 3], ``labels`` int64 [n], ``split`` uint8 [n].
+
+    Attributes:
+        images: The pictures, mapped.
+    """
 
     def __init__(self, path: Path, pack: Pack) -> None:
         if pack.manifest.image is None:
@@ -135,14 +143,14 @@ class ImageDataset(Dataset):
                     f"{path}: field {name}: expected {np.dtype(kind)} of rank {' or '.join(map(str, ranks))}",
                     "write images uint8 [n, h, w] or [n, h, w, 3], labels int64 [n], split uint8 [n]",
                 )
-        self._images, labels, splits = file["images"], file["labels"], file["split"]
-        if 0 in self._images.shape[1:] or self._images.shape[3:] not in ((), (3,)):
+        self.images, labels, splits = file["images"], file["labels"], file["split"]
+        if 0 in self.images.shape[1:] or self.images.shape[3:] not in ((), (3,)):
             raise DataError(
-                f"{path}: field images: pictures of the shape {self._images.shape[1:]}",
+                f"{path}: field images: pictures of the shape {self.images.shape[1:]}",
                 "write images uint8 [n, h, w] or [n, h, w, 3]",
             )
         wrong = np.flatnonzero((labels < 0) | (labels >= _MAX_CLASSES))
-        if not len(self._images) == len(labels) == len(splits) or splits.max(initial=0) >= len(SPLITS) or len(wrong):
+        if not len(self.images) == len(labels) == len(splits) or splits.max(initial=0) >= len(SPLITS) or len(wrong):
             where = f"sample {wrong[0]} has label {labels[wrong[0]]}" if len(wrong) else "lengths or split codes differ"
             raise DataError(f"{path}: {where}", "give every image one label from 0 and one split: 0, 1 or 2")
         patches = self._spec.size // self._spec.patch
@@ -151,7 +159,7 @@ class ImageDataset(Dataset):
 
     def embed(self, backbone: Backbone, indices: NDArray[np.int64]) -> FloatArray:
         """Hidden state [n, t, d] of some samples before the first block."""
-        return backbone.embed(to_patches(self._images[indices], self._spec))
+        return backbone.embed(to_patches(self.images[indices], self._spec))
 
 
 def read_dataset(path: Path, pack: Pack) -> Dataset:

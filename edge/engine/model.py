@@ -60,6 +60,8 @@ class Model:
         """
         card, tensors = read_model_file(path)
         _check_pack(path, card, pack)
+        if card.boundary >= card.blocks:
+            raise _damaged(path, f"field boundary: {card.boundary} is not below the {card.blocks} blocks")
         parts = (GLOBAL, LOCAL, GATE) if card.kind == "mixture" else (GLOBAL,)
         for name in tensors:
             if not name.startswith(parts):
