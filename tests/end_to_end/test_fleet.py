@@ -84,6 +84,7 @@ def test_what_a_finished_run_leaves_is_exported_and_scores_what_was_measured(mak
         assert export.wait() == 0, export.output
         assert "100.0%" in export.output
         running = onnxruntime.InferenceSession(out)
+        assert running.get_modelmeta().custom_metadata_map["fleetune.run"] == evaluated.run
         logits = np.concatenate([running.run(["logits"], some)[0] for some in batches(data, pack)])[test]
         score = float((logits.argmax(axis=1) == data.labels[test]).mean())
         assert score == evaluated.metrics[f"test_{expert}"]

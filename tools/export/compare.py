@@ -42,7 +42,7 @@ def compare(run: Run, engine: Engine, feeds: Iterable[Feeds]) -> Comparison:
     return Comparison(
         samples=len(wanted),
         difference=difference,
-        relative=float(np.max([difference / np.abs(wanted).max(), *gates])),
+        relative=float(np.max([difference / (np.abs(wanted).max() or 1.0), *gates])),
         agreement=float((found.argmax(axis=1) == wanted.argmax(axis=1)).mean()),
     )
 
