@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from fleetune.edge.protocol.errors import FileAccessError, FleetuneError
 
-COMMANDS = ("demo", "pack", "serve", "agent", "predict", "broker", "assets", "bench")
+COMMANDS = ("demo", "pack", "serve", "agent", "predict", "export", "broker", "assets", "bench")
 """Modules of ``fleetune.tools.commands``, in the order in which the help lists them."""
 
 _EPILOGUE = """\

@@ -111,7 +111,11 @@ class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TextDataset(Dataset):
-    """A JSONL file: ``{"text": "…", "label": 0, "split": "train"}`` on each line."""
+    """A JSONL file: ``{"text": "…", "label": 0, "split": "train"}`` on each line.
+
+    Attributes:
+        ids: Token ids [n, t], padded to the longest text.
+    """
 
     _noun, _first = "line", 1
 
@@ -145,17 +149,21 @@ class TextDataset(Dataset):
         if not rows:
             raise DataError(f"{path} is empty", "write one sample on each line")
         tokeniser = WordPiece(pack.path / text.vocabulary, lowercase=text.lowercase, max_length=text.max_length)
-        self._ids, self.lengths = tokeniser.encode_batch([row.text for row in rows])
+        self.ids, self.lengths = tokeniser.encode_batch([row.text for row in rows])
         labels = np.array([row.label for row in rows], dtype=np.int64)
         super().__init__(path, labels, np.array([SPLITS.index(row.split) for row in rows], dtype=np.uint8))
 
     def rows(self, tokens: TokenTable, indices: NDArray[np.int64]) -> FloatArray:
         """Token rows [n, t, d] of some samples."""
-        return tokens.token_rows(self._ids[indices, : int(self.lengths[indices].max())])
+        return tokens.token_rows(self.ids[indices, : int(self.lengths[indices].max())])
 
 
 class ImageDataset(Dataset):
-    """A safetensors file: ``images`` uint8 [n, h, w] or [n, h, w, 3], ``labels`` int64 [n], ``split`` uint8 [n]."""
+    """A safetensors file: ``images`` uint8 [n, h, w] or [n, h, w, 3], ``labels`` int64 [n], ``split`` uint8 [n].
+
+    Attributes:
+        images: The pictures, mapped.
+    """
 
     def __init__(self, path: Path, pack: Pack) -> None:
         if pack.manifest.image is None:
@@ -174,10 +182,10 @@ class ImageDataset(Dataset):
                     f"found {found}",
                     "write images uint8 [n, h, w] or [n, h, w, 3], labels int64 [n], split uint8 [n]",
                 )
-        self._images, labels, splits = file["images"], file["labels"], file["split"]
-        if 0 in self._images.shape[1:] or self._images.shape[3:] not in ((), (3,)):
+        self.images, labels, splits = file["images"], file["labels"], file["split"]
+        if 0 in self.images.shape[1:] or self.images.shape[3:] not in ((), (3,)):
             raise DataError(
-                f"{path}: field images: pictures of the shape {self._images.shape[1:]}",
+                f"{path}: field images: pictures of the shape {self.images.shape[1:]}",
                 "write images uint8 [n, h, w] or [n, h, w, 3]",
             )
         counts = {name: len(file[name]) for name in ("images", "labels", "split")}
@@ -200,7 +208,7 @@ class ImageDataset(Dataset):
     def rows(self, tokens: TokenTable, indices: NDArray[np.int64]) -> FloatArray:
         """Patches [n, t, e] of some samples."""
         del tokens
-        return to_patches(self._images[indices], self._spec)
+        return to_patches(self.images[indices], self._spec)
 
 
 def read_dataset(path: Path, pack: Pack) -> Dataset:

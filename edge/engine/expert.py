@@ -147,6 +147,16 @@ class Expert:
                     digest.update(tensor.tobytes())
         return digest.hexdigest()
 
+    def lowest_difference(self, other: Expert) -> int:
+        """The lowest block in which the adapters of two experts differ; the number of blocks if there is none."""
+        pairs = ((block, target) for block in range(self.layout.blocks) for target in self.layout.targets)
+        return next((block for block, target in pairs if not self.agrees(other, block, target)), self.layout.blocks)
+
+    def agrees(self, other: Expert, block: int, target: str) -> bool:
+        """Whether two experts have the same adapter on a linear map of a block."""
+        names = [f"blocks.{block}.{target}.{side}" for side in "AB"]
+        return all(np.array_equal(self.tensors[name], other.tensors[name]) for name in names)
+
     def logits(self, features: FloatArray) -> FloatArray:
         """Class scores [n, classes] of features [n, d]."""
         return features @ self.tensors["head.weight"] + self.tensors["head.bias"]

@@ -25,7 +25,7 @@ class Answer:
 
     Attributes:
         features: Of each expert [experts, b, d].
-        pooled: Block → mean over real tokens of the hidden states before it [b, d], for all that the experts share.
+        pooled: Block → mean over real tokens of the hidden states before it [b, d], under the first expert.
     """
 
     features: FloatArray
@@ -50,7 +50,10 @@ class Inference:
     def __init__(self, pack: Pack, experts: Sequence[Expert], *, threads: int) -> None:
         self._weights = pack.weights()
         self._positions = self._weights.outer("positions.table")
-        self.depth = _depth(experts)
+        self.depth = 0
+        if len(experts) == 2:  # the same ones share all blocks but the last
+            blocks = pack.manifest.blocks
+            self.depth = max(1, blocks - experts[0].lowest_difference(experts[1]))
         self._boundary = pack.manifest.blocks - self.depth
         self._session = open_session(
             pack.graph(f"inference_{self.depth}"), threads, initialisers=self._given(pack, experts[0])
@@ -89,15 +92,5 @@ class Inference:
         feeds = {"sample": sample, "positions": self._positions[: sample.shape[1]], "mask": mask, **self._adapters}
         found = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
         features = found.pop("features")
-        pooled = {int(name.removeprefix("pooled.")): tensor for name, tensor in found.items()}
+        pooled = {int(name.removeprefix("pooled.")): tensor[: len(sample)] for name, tensor in found.items()}
         return Answer(features.reshape(-1, len(sample), features.shape[1]), pooled)
-
-
-def _depth(experts: Sequence[Expert]) -> int:
-    """Blocks from the head in which the experts differ; 0 for a single one."""
-    first, *others = experts
-    for block in range(first.layout.blocks):
-        names = first.layout.block_names(block)
-        if any((other.tensors[name] != first.tensors[name]).any() for other in others for name in names):
-            return first.layout.blocks - block
-    return 0 if not others else 1

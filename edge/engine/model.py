@@ -16,7 +16,7 @@ from fleetune.edge.engine.gate import ADAPTER, HEAD, Gate
 from fleetune.edge.engine.mixture import Mixture
 from fleetune.edge.pack.manifest import WEIGHTS_FILE
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.errors import DataError, ModelError
+from fleetune.edge.protocol.errors import ConfigError, DataError, ModelError
 from fleetune.edge.protocol.modelfile import (
     GATE,
     GLOBAL,
@@ -28,6 +28,7 @@ from fleetune.edge.protocol.modelfile import (
     write_model_file,
 )
 
+ExpertName = Literal["mixture", "global", "local"]
 Tensors = Mapping[str, NDArray[np.float32]]
 
 
@@ -60,6 +61,8 @@ class Model:
         """
         card, tensors = read_model_file(path)
         _check_pack(path, card, pack)
+        if card.boundary >= card.blocks:
+            raise _damaged(path, f"field boundary: {card.boundary} is not below the {card.blocks} blocks")
         parts = (GLOBAL, LOCAL, GATE) if card.kind == "mixture" else (GLOBAL,)
         for name in tensors:
             if not name.startswith(parts):
@@ -79,6 +82,21 @@ class Model:
             tensors |= {f"{LOCAL}{name}": tensor for name, tensor in self.local.tensors.items()}
             tensors |= self.gate.tensors
         write_model_file(path, self.card, tensors)
+
+    def choose(self, name: ExpertName | None) -> tuple[ExpertName, Expert | Mixture]:
+        """Who answers: what was asked for, or else the mixture, or else the global expert.
+
+        Raises:
+            ConfigError: The file does not hold it.
+        """
+        name = name or ("global" if self.mixture is None else "mixture")
+        found = {"mixture": self.mixture, "global": self.global_, "local": self.local}[name]
+        if found is None:
+            raise ConfigError(
+                f"--expert: the model of the job {self.card.job} holds the global expert alone, no {name}",
+                "use --expert global, or the model file of a device",
+            )
+        return name, found
 
     @property
     def mixture(self) -> Mixture | None:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fleetune.edge.engine.dataset import Dataset
+from fleetune.edge.engine.expert import Expert
 from fleetune.edge.engine.inference import Inference
 from fleetune.edge.engine.loss import softmax
-from fleetune.edge.engine.model import Model
+from fleetune.edge.engine.mixture import Mixture
 from fleetune.edge.engine.prefix import token_mask
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.pack.patches import to_patches
 from fleetune.edge.pack.wordpiece import WordPiece
-from fleetune.edge.protocol.errors import DataError, ModelError
+from fleetune.edge.protocol.errors import DataError
 
 FloatArray = NDArray[np.float32]
-ExpertName = Literal["mixture", "global", "local"]
 
 
 @dataclass(frozen=True)
@@ -42,32 +41,17 @@ class Prediction:
 
 
 class Predictor:
-    """Runs the experts of a model file; a mixture takes one prefix pass and two suffix passes.
+    """Runs an expert, or a mixture in one prefix pass and two suffix passes.
 
     Args:
-        pack: The pack that the model was trained on.
-        model: The model.
-        expert: Who answers; by default the mixture where the file holds one, else the global expert.
+        pack: The pack that it was trained on.
+        model: Who answers, as :meth:`Model.choose <fleetune.edge.engine.model.Model.choose>` finds it.
         threads: Threads of ONNX Runtime; 0 means one for each core.
-
-    Attributes:
-        expert: Who answers.
-
-    Raises:
-        ModelError: The file holds no such expert.
     """
 
-    def __init__(self, pack: Pack, model: Model, *, expert: ExpertName | None = None, threads: int = 0) -> None:
-        expert = expert or ("global" if model.mixture is None else "mixture")
-        self.expert: ExpertName = expert
-        self._manifest, self._mixture = pack.manifest, model.mixture if expert == "mixture" else None
-        if expert != "global" and model.local is None:
-            raise ModelError(
-                f"the model of the job {model.card.job} holds the global expert alone, not the {expert}",
-                "name a device's model.safetensors, or --expert global",
-            )
-        self._head = model.local if expert == "local" and model.local is not None else model.global_
-        experts = [self._head] if self._mixture is None else [self._mixture.global_, self._mixture.local]
+    def __init__(self, pack: Pack, model: Expert | Mixture, *, threads: int = 0) -> None:
+        self._manifest, self._model = pack.manifest, model
+        experts = [model] if isinstance(model, Expert) else [model.global_, model.local]
         self._inference = Inference(pack, experts, threads=threads)
         text = pack.manifest.text
         self._tokeniser = (
@@ -85,7 +69,7 @@ class Predictor:
         if self._tokeniser is None:
             raise DataError("the pack takes pictures, not text", "use a text pack")
         ids, lengths = self._tokeniser.encode_batch(texts)
-        return self._predict(self._inference.token_rows(ids), token_mask(lengths, ids.shape[1]))
+        return self.run(self.token_rows(ids), token_mask(lengths, ids.shape[1]))
 
     def pictures(self, pictures: NDArray[np.uint8]) -> Prediction:
         """Classify pictures, grey [n, h, w] or colour [n, h, w, 3].
@@ -96,16 +80,21 @@ class Predictor:
         if self._manifest.image is None:
             raise DataError("the pack takes text, not pictures", "use a vision pack")
         patches = to_patches(pictures, self._manifest.image)
-        return self._predict(patches, np.ones((len(patches), 1, patches.shape[1]), dtype=np.float32))
+        return self.run(patches, np.ones((len(patches), 1, patches.shape[1]), dtype=np.float32))
 
     def samples(self, dataset: Dataset, indices: NDArray[np.int64]) -> Prediction:
         """Classify some samples of a data file."""
-        rows = dataset.rows(self._inference, indices)
-        return self._predict(rows, token_mask(dataset.lengths[indices], rows.shape[1]))
+        rows = dataset.rows(self, indices)
+        return self.run(rows, token_mask(dataset.lengths[indices], rows.shape[1]))
 
-    def _predict(self, sample: FloatArray, mask: FloatArray) -> Prediction:
-        answer = self._inference.run(sample, mask)
-        if self._mixture is None:
-            return Prediction(self._head.logits(answer.features[0]), None)
-        gate = self._mixture.gate.weights(answer.pooled[self._mixture.boundary])
-        return Prediction(self._mixture.logits(gate, self._mixture.experts(*answer.features)), gate)
+    def run(self, sample: FloatArray, mask: FloatArray) -> Prediction:
+        """Classify token rows or patches [b, t, e] with their mask [b, 1, t]."""
+        answer, model = self._inference.run(sample, mask), self._model
+        if isinstance(model, Expert):
+            return Prediction(model.logits(answer.features[0]), None)
+        gate = model.gate.weights(answer.pooled[model.boundary])
+        return Prediction(model.logits(gate, model.experts(*answer.features)), gate)
+
+    def token_rows(self, ids: NDArray[np.int64]) -> FloatArray:
+        """Look up token embeddings: ids [b, t] → [b, t, d]."""
+        return self._inference.token_rows(ids)

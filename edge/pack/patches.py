@@ -18,10 +18,20 @@ def to_patches(pictures: NDArray[np.uint8], spec: Image) -> NDArray[np.float32]:
     Returns:
         Float32 [n, 1 + (size / patch)², 3 · patch²]; the first row of each picture is zero, the class token's place.
     """
+    return cut(normalise(pictures, spec), spec)
+
+
+def normalise(pictures: NDArray[np.uint8], spec: Image) -> NDArray[np.float32]:
+    """Resize grey [n, h, w] or colour [n, h, w, 3] and normalise each channel: float32 [n, size, size, 3]."""
     if pictures.ndim == 3:
         pictures = np.repeat(pictures[..., None], 3, axis=3)
     scaled = _resize(pictures.astype(np.float32) / 255.0, spec.size)
     normal = (scaled - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
+    return normal.astype(np.float32, copy=False)
+
+
+def cut(normal: NDArray[np.float32], spec: Image) -> NDArray[np.float32]:
+    """Normalised pictures [n, size, size, 3] → patches, as :func:`to_patches` returns them."""
     side, patch = spec.size // spec.patch, spec.patch
     grid = normal.reshape(len(normal), side, patch, side, patch, 3).transpose(0, 1, 3, 5, 2, 4)
     out = np.zeros((len(normal), side * side + 1, 3 * patch * patch), dtype=np.float32)

@@ -78,7 +78,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 class _Version(msgspec.Struct, frozen=True):
     schema: int
-    kit: str = "of another version"
+    kit: str
 
 
 class _Header(msgspec.Struct, frozen=True):

@@ -92,9 +92,10 @@ def test_experts_that_differ_in_their_heads_alone_have_the_same_features(case: C
     np.testing.assert_allclose(answer.features[0], answer.features[1], atol=1e-6)
 
 
-def test_the_gate_sees_the_mean_over_real_tokens_of_every_block_that_both_share(case: Case) -> None:
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_gate_sees_the_mean_over_real_tokens_under_the_first_expert(depth: int, case: Case) -> None:
     first = case.expert()
-    answer = Inference(case.pack, [first, case.changed(first, 1)], threads=1).run(case.sample, case.mask)
+    answer = Inference(case.pack, [first, case.changed(first, depth)], threads=1).run(case.sample, case.mask)
     assert sorted(answer.pooled) == [0, 1, 2]
     for block, pooled in answer.pooled.items():
         start = [(case.backbone.embed(case.sample), case.mask)]

@@ -137,11 +137,13 @@ def test_a_newer_schema_names_the_version_to_install(file: Path, tiny_bert_pack:
     assert "fleetune==9.1" in assert_refused(file, tiny_bert_pack, "schema 2", "Fleetune 9.1")
 
 
-@pytest.mark.parametrize(("name", "reason"), [("boundary", "int"), ("mix", "sum"), ("classes", 1), ("pack", "x")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("boundary", "1"), ("boundary", 3), ("mix", "sum"), ("classes", 1), ("pack", "x")]
+)
 def test_a_field_of_the_card_that_does_not_fit_is_named(
-    name: str, reason: Any, file: Path, tiny_bert_pack: Pack
+    name: str, value: Any, file: Path, tiny_bert_pack: Pack
 ) -> None:
-    edit(file, **{name: reason})
+    edit(file, **{name: value})
     assert_refused(file, tiny_bert_pack, f"field {name}")
 
 

@@ -19,7 +19,7 @@ from fleetune.edge.engine.model import Model, card_for
 from fleetune.edge.engine.predictor import Predictor
 from fleetune.edge.engine.suffix import forward_chunk
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.errors import DataError, ModelError
+from fleetune.edge.protocol.errors import ConfigError, DataError
 
 
 def make_model(pack: Pack, mix: Literal["logits", "features"], *, depth: int = 1, max_depth: int = 2) -> Model:
@@ -46,7 +46,7 @@ def test_a_mixture_answers_as_its_experts_and_its_gate(
     model = make_model(tiny_bert_pack, mix)
     assert model.mixture is not None
     some = np.array([3, 0, 17])
-    found = Predictor(tiny_bert_pack, model, threads=1).samples(data, some)
+    found = Predictor(tiny_bert_pack, model.choose(None)[1], threads=1).samples(data, some)
     backbone = Backbone(tiny_bert_pack, threads=1)
     start = [(data.embed(backbone, some[i : i + 1]), np.ones((1, 1, n), dtype=np.float32)) for i, n in
              enumerate(data.lengths[some])]  # fmt: skip
@@ -64,13 +64,13 @@ def test_a_mixture_answers_as_its_experts_and_its_gate(
     assert np.ptp(found.gate[:, 0]) > 1e-3  # the gate tells samples apart
     for name, expert, own in zip(("global", "local"), (model.global_, model.local), features, strict=True):
         assert expert is not None
-        alone = Predictor(tiny_bert_pack, model, expert=name, threads=1).samples(data, some)  # type: ignore[arg-type]
+        alone = Predictor(tiny_bert_pack, model.choose(name)[1], threads=1).samples(data, some)  # type: ignore[arg-type]
         assert alone.gate is None
         np.testing.assert_allclose(alone.logits, expert.logits(own), atol=1e-5)
 
 
 def test_typed_text_is_answered_as_the_data_file_s(tiny_bert_pack: Pack, data: Dataset, text_data: Path) -> None:
-    predictor = Predictor(tiny_bert_pack, make_model(tiny_bert_pack, "logits"), threads=1)
+    predictor = Predictor(tiny_bert_pack, make_model(tiny_bert_pack, "logits").choose(None)[1], threads=1)
     texts = [json.loads(line)["text"] for line in text_data.read_text().splitlines()]
     wanted = predictor.samples(data, np.array([5])).probabilities
     np.testing.assert_allclose(predictor.texts([texts[5]]).probabilities, wanted, atol=1e-6)
@@ -79,7 +79,7 @@ def test_typed_text_is_answered_as_the_data_file_s(tiny_bert_pack: Pack, data: D
 
 
 def test_pictures_of_any_size_are_answered(tiny_dinov2_pack: Pack) -> None:
-    predictor = Predictor(tiny_dinov2_pack, make_model(tiny_dinov2_pack, "logits"), threads=1)
+    predictor = Predictor(tiny_dinov2_pack, make_model(tiny_dinov2_pack, "logits").choose(None)[1], threads=1)
     rng = np.random.default_rng(0)
     found = predictor.pictures(rng.integers(0, 256, (2, 40, 30, 3), dtype=np.uint8))
     np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, atol=1e-6)
@@ -90,13 +90,13 @@ def test_pictures_of_any_size_are_answered(tiny_dinov2_pack: Pack) -> None:
 def test_a_global_model_answers_alone_and_has_no_mixture(tiny_bert_pack: Pack, data: Dataset) -> None:
     whole = make_model(tiny_bert_pack, "logits")
     model = Model(whole.card, whole.global_)
-    predictor = Predictor(tiny_bert_pack, model, threads=1)
-    assert predictor.expert == "global"
-    wanted = Predictor(tiny_bert_pack, whole, expert="global", threads=1).samples(data, np.array([1, 2])).logits
+    predictor = Predictor(tiny_bert_pack, model.choose(None)[1], threads=1)
+    assert model.choose(None)[0] == "global"
+    wanted = Predictor(tiny_bert_pack, whole.choose("global")[1], threads=1).samples(data, np.array([1, 2])).logits
     np.testing.assert_allclose(predictor.samples(data, np.array([1, 2])).logits, wanted, atol=1e-6)
     for expert in ("mixture", "local"):
-        with pytest.raises(ModelError, match=f"not the {expert}"):
-            Predictor(tiny_bert_pack, model, expert=expert)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=f"no {expert}"):
+            model.choose(expert)  # type: ignore[arg-type]
 
 
 def test_the_command_answers_a_text_a_line_and_scores_a_data_file(
@@ -115,7 +115,7 @@ def test_the_command_answers_a_text_a_line_and_scores_a_data_file(
     answers = [json.loads(line) for line in scored.stdout.splitlines()]
     test = data.indices("test")
     assert [answer["expected"] for answer in answers] == data.labels[test].tolist()
-    predicted = Predictor(tiny_bert_pack, model, threads=1).samples(data, test).logits.argmax(axis=1)
+    predicted = Predictor(tiny_bert_pack, model.choose(None)[1], threads=1).samples(data, test).logits.argmax(axis=1)
     assert [answer["label"] for answer in answers] == predicted.tolist()
     right = int((predicted == data.labels[test]).sum())
     assert f"mixture: {right} of 6 right" in scored.stderr

@@ -11,10 +11,12 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import onnxruntime
 
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.codec import decode_tensors
+from fleetune.edge.protocol.modelfile import FILE
 from fleetune.edge.resources.costs import Costs
 from fleetune.edge.resources.planner import CPU_MARGIN, Workload, candidates
 from fleetune.server.broker import free_port
@@ -59,6 +61,33 @@ def test_a_fleet_trains_over_each_broker(make_fleet: Any, any_broker: str) -> No
     last = [r.manifest.metrics for r in records if isinstance(r, Accepted)][-1]
     assert {"test_global", "test_local", "test_mixture", "peak_mib", "cpu_s"} <= last.keys()
     assert isinstance(records[-1], Finished)
+
+
+def test_what_a_finished_run_leaves_is_exported_and_scores_what_was_measured(make_fleet: Any, embedded: str) -> None:
+    from fleetune.tools.export.engine import batches
+
+    fleet = make_fleet(embedded)
+    run_to_the_end(fleet, "--epochs", "8")
+    device = next((fleet.folder / "big" / "runs").glob(f"*/fedms/{FILE}"))
+    aggregator = fleet.folder / "aggregator" / "fedms" / FILE
+    assert str(aggregator) in fleet.started[0].output
+    evaluated = [r.manifest for r in fleet.records() if isinstance(r, Accepted) and r.manifest.device == "big"][-1]
+    pack = Pack.open(fleet.pack)
+    data = read_dataset(fleet.data["big"], pack)
+    test = data.indices("test")
+    for file, expert in ((device, "mixture"), (aggregator, "global")):
+        out = fleet.folder / f"{expert}.onnx"
+        export = fleet.start(
+            *("export", str(file), "--pack", str(fleet.pack), "--expert", expert, "--out", str(out)),
+            *("--data", str(fleet.data["big"])),
+        )
+        assert export.wait() == 0, export.output
+        assert "100.0%" in export.output
+        running = onnxruntime.InferenceSession(out)
+        assert running.get_modelmeta().custom_metadata_map["fleetune.run"] == evaluated.run
+        logits = np.concatenate([running.run(["logits"], some)[0] for some in batches(data, pack)])[test]
+        score = float((logits.argmax(axis=1) == data.labels[test]).mean())
+        assert score == evaluated.metrics[f"test_{expert}"]
 
 
 def test_a_device_sends_only_the_blocks_that_its_budget_lets_it_train(make_fleet: Any, embedded: str) -> None:

@@ -20,9 +20,9 @@ from fleetune.edge.engine.cache import PrefixCache
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.engine.gate import Gate
-from fleetune.edge.engine.model import Model, card_for
+from fleetune.edge.engine.model import ExpertName, Model, card_for
 from fleetune.edge.engine.optimiser import Adam
-from fleetune.edge.engine.predictor import ExpertName, Predictor
+from fleetune.edge.engine.predictor import Predictor
 from fleetune.edge.engine.prefix import split
 from fleetune.edge.engine.suffix import Suffix
 from fleetune.edge.pack.pack import Pack
@@ -90,7 +90,7 @@ def main(spec: Spec) -> None:
         """Answer every training sample by itself, after a first one that is timed apart."""
         start = time.perf_counter()
         if who not in predictors:
-            predictors[who] = Predictor(pack, _model(pack, expert, spec), expert=who, threads=spec.threads)
+            predictors[who] = Predictor(pack, _model(pack, expert, spec).choose(who)[1], threads=spec.threads)
         predictors[who].samples(dataset, train[:1])
         first, times = time.perf_counter() - start, []
         for index in train:

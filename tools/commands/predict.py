@@ -59,7 +59,8 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.pack.pack import Pack
 
     pack = Pack.open(args.pack)
-    predictor = Predictor(pack, Model.read(args.model, pack), expert=args.expert, threads=args.threads)
+    name, chosen = Model.read(args.model, pack).choose(args.expert)
+    predictor = Predictor(pack, chosen, threads=args.threads)
     right = count = 0
     for prediction, labels in _labelled(args.data, pack, predictor) if args.data else _typed(predictor):
         for row, probabilities in enumerate(prediction.probabilities):
@@ -76,7 +77,7 @@ def _run(args: argparse.Namespace) -> None:
             sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
         sys.stdout.buffer.flush()
     if args.data:
-        print(f"{predictor.expert}: {right} of {count} right, {100 * right / count:.1f} %", file=sys.stderr)  # noqa: T201
+        print(f"{name}: {right} of {count} right, {100 * right / count:.1f} %", file=sys.stderr)  # noqa: T201
 
 
 def _typed(predictor: Predictor) -> Iterator[tuple[Prediction, None]]:

@@ -129,8 +129,8 @@ def inference_graph(
     Inputs are ``sample`` [b, t, e], ``positions`` [t, d], ``mask`` [b, 1, t], and the adapters of the top blocks, those
     of both experts in one tensor: ``4.query.A`` [2, in, r] and so on, 4 being the block. Weights are given when the
     graph is opened (``4.query.weight``), so that the runtime can arrange them for its products. Outputs are
-    ``features`` [2 b, d], the first expert's before the second's, or [b, d] at depth 0; and ``pooled.3`` [b, d], the
-    mean over real tokens of the hidden states before block 3, for each block that both experts reach together.
+    ``features`` [2 b, d], the first expert's before the second's, or [b, d] at depth 0; and ``pooled.3``, the mean over
+    real tokens of the hidden states before block 3 and likewise for each block: [b, d] as far as both experts share it.
     """
     sample = Tensor("sample", ("b", "t", _sample_width(outer, geometry)))
     graph = Graph(sizes_from=sample)
@@ -140,9 +140,8 @@ def inference_graph(
     leaves, outputs = [sample, mask, positions], dict[str, Tensor]()
     for block in range(geometry.blocks):
         boundary = geometry.blocks - depth
-        if block <= boundary:
-            share = graph.div(mask, graph.sum_last(mask))
-            outputs[f"pooled.{block}"] = graph.reshape(graph.matmul(share, hidden), ("b", geometry.width))
+        share = graph.div(mask, graph.sum_last(mask))
+        outputs[f"pooled.{block}"] = graph.reshape(graph.matmul(share, hidden), ("b", geometry.width))
         if block == boundary:
             hidden, mask = graph.twice(hidden), graph.twice(mask)
             graph.sizes_from = hidden

@@ -52,7 +52,7 @@ class Graph:
         sizes_from: The tensor whose leading axes give the symbolic sizes at run time, batch first, then sequence.
 
     Attributes:
-        sizes_from: Likewise, for what is recorded from now on.
+        sizes_from: The same; a graph whose input has other axes sets it once it has computed such a tensor.
     """
 
     def __init__(self, sizes_from: Tensor) -> None:
@@ -74,18 +74,18 @@ class Graph:
         self._weights.add(tensor)
         return tensor
 
-    def constant(self, value: NDArray[Any] | float) -> Tensor:
+    def constant(self, value: NDArray[Any] | float, name: str | None = None) -> Tensor:
         """Embed a value; floating-point values become float32."""
         array = np.asarray(value, dtype=np.float32) if np.asarray(value).dtype.kind == "f" else np.asarray(value)
         dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
-        tensor = Tensor(f"c{len(self._constants)}", tuple(array.shape), dtype)
+        tensor = Tensor(name or f"c{len(self._constants)}", tuple(array.shape), dtype)
         self._constants[tensor] = array
         return tensor
 
     # --- operators ----------------------------------------------------------------------------------------------
 
     def _add(self, op: str, inputs: Sequence[Tensor], shapes: Sequence[Shape], **attributes: Any) -> tuple[Tensor, ...]:
-        dtype = TensorProto.INT64 if op == "Shape" else inputs[0].dtype
+        dtype = {"Shape": TensorProto.INT64, "Cast": TensorProto.FLOAT}.get(op, inputs[0].dtype)
         stem = f"{op.lower()}{len(self._nodes)}"
         outputs = tuple(Tensor(f"{stem}_{i}" if i else stem, shape, dtype) for i, shape in enumerate(shapes))
         node = _Node(op, tuple(inputs), outputs, attributes)
@@ -203,6 +203,32 @@ class Graph:
         """Insert an axis of size 1."""
         axes = self.constant(np.array([axis], dtype=np.int64))
         return self._add("Unsqueeze", (a, axes), [(*a.shape[:axis], 1, *a.shape[axis:])])[0]
+
+    # --- operators of exported models, without gradient rules ---------------------------------------------------
+
+    def gather(self, table: Tensor, indices: Tensor) -> Tensor:
+        """Rows of a table."""
+        return self._add("Gather", (table, indices), [(*indices.shape, *table.shape[1:])], axis=0)[0]
+
+    def floats(self, a: Tensor) -> Tensor:
+        """Whole numbers as float32."""
+        return self._add("Cast", (a,), [a.shape], to=TensorProto.FLOAT)[0]
+
+    def columns(self, a: Tensor, start: int, end: int) -> Tensor:
+        """``a[:, start:end]``."""
+        bounds = [self.constant(np.array([number], dtype=np.int64)) for number in (start, end, 1)]
+        return self._add("Slice", (a, *bounds), [(a.shape[0], end - start, *a.shape[2:])])[0]
+
+    def first_rows(self, a: Tensor, like: Tensor) -> Tensor:
+        """As many rows of ``a`` as ``like`` has columns."""
+        count = self._add("Shape", (like,), [(1,)], start=1, end=2)[0]
+        zero = self.constant(np.array([0], dtype=np.int64))
+        return self._add("Slice", (a, zero, count, zero), [(like.shape[1], *a.shape[1:])])[0]
+
+    def zero_row_first(self, a: Tensor) -> Tensor:
+        """[b, n, m] → [b, n + 1, m] with a row of zeros before the others."""
+        pads = self.constant(np.array([0, 1, 0, 0, 0, 0], dtype=np.int64))
+        return self._add("Pad", (a, pads), [(a.shape[0], int(a.shape[1]) + 1, a.shape[2])])[0]
 
     # --- reverse mode -------------------------------------------------------------------------------------------
 

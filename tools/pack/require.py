@@ -17,4 +17,4 @@ def require_pack_extra() -> None:
         name for name in ("torch", "transformers", "optimum", "bitsandbytes", "onnx", "rich") if not find_spec(name)
     ]
     if missing:
-        raise ConfigError(f"packing a backbone needs {', '.join(missing)}", f"{install_hint('pack')}, on a workstation")
+        raise ConfigError(f"this command needs {', '.join(missing)}", f"{install_hint('pack')}, on a workstation")
