@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -118,8 +119,7 @@ class LocalRun:
 
 def is_finite(loss: float, *gradients: FloatArray) -> bool:
     """Whether a step gave numbers: a loss, and gradients whose squares can be summed."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return all(np.isfinite(number) for number in (loss, *(np.vdot(slope, slope) for slope in gradients)))
+    return math.isfinite(loss) and all(math.isfinite(np.vdot(gradient, gradient)) for gradient in gradients)
 
 
 def diverged(dataset: Dataset, what: str, step: int, batch: Indices, is_sound: Callable[[Indices], bool]) -> DataError:
