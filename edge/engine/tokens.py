@@ -20,7 +20,7 @@ class TokenCodec:
 
     Attributes:
         record: Width d → type of a record.
-        encode: Hidden states [n, d] → records [n]; whatever exceeds the format becomes infinite or NaN.
+        encode: Finite hidden states [n, d] → records [n]; what float16 cannot hold becomes infinite.
         decode: Records [n], and float32 [n, d] to write their hidden states into.
     """
 
@@ -52,8 +52,7 @@ def _int8_encode(hidden: FloatArray) -> Records:
     records = np.empty(len(hidden), _int8_record(hidden.shape[1]))
     scale = np.abs(hidden).max(axis=1) / np.float32(127)
     records["scale"] = scale
-    with np.errstate(invalid="ignore"):
-        records["values"] = np.rint(hidden / np.where(scale > 0, scale, 1)[:, None])
+    records["values"] = np.rint(hidden / np.where(scale > 0, scale, 1)[:, None])
     return records
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -120,9 +121,7 @@ class LocalRun:
 
 def is_finite(loss: float, *gradients: FloatArray) -> bool:
     """Whether a step gave numbers: a loss, and gradients whose squares can be summed."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        squares = [float(np.vdot(slope, slope)) for slope in gradients]
-    return bool(np.isfinite([loss, *squares]).all())
+    return math.isfinite(loss) and all(math.isfinite(np.vdot(gradient, gradient)) for gradient in gradients)
 
 
 def diverged(dataset: Dataset, what: str, step: int, batch: Indices, is_sound: Callable[[Indices], bool]) -> DataError:

@@ -24,7 +24,7 @@ from fleetune.edge.engine.dataset import Dataset, read_dataset
 from fleetune.edge.engine.entry import FILE as ENTRY
 from fleetune.edge.engine.entry import HIDDEN, POOLED
 from fleetune.edge.engine.expert import Expert, FloatArray, Layout
-from fleetune.edge.engine.prefix import ComputedPrefix, Prefix, split, token_mask
+from fleetune.edge.engine.prefix import CHUNK, ComputedPrefix, Prefix, split, token_mask
 from fleetune.edge.engine.tokens import CODECS
 from fleetune.edge.pack.manifest import FILE
 from fleetune.edge.pack.pack import Pack
@@ -136,6 +136,7 @@ def test_int8_stays_within_its_error(
     assert 1 / 1000 < worst <= 1.001 / 254
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("codec", ["f16", "int8"])
 def test_tokens_of_any_size_are_stored_within_the_codecs_error(codec: Any) -> None:
     rng = np.random.default_rng(0)
@@ -387,13 +388,13 @@ def test_the_least_recently_used_entry_goes_first(
     one: int, make: Callable[..., PrefixCache], backbone: CountingBackbone, expert: Expert, tmp_path: Path
 ) -> None:
     cache = make(limit=2 * one)
-    for boundary in (1, 3, 1, 2):
+    for boundary in (3, 2, 3, 1):
         cache.prefix(boundary, expert)
         time.sleep(0.02)
     assert len(entries(tmp_path)) == 2
     backbone.blocks_run()
     cache.prefix(1, expert)
-    cache.prefix(2, expert)
+    cache.prefix(3, expert)
     assert backbone.blocks_run() == set()
 
 
@@ -413,12 +414,20 @@ def test_entries_together_stay_below_the_limit(
 
 
 def test_the_entry_below_is_started_from_if_there_is_room_for_both_however_old_it_is(
-    one: int, make: Callable[..., PrefixCache], backbone: CountingBackbone, data: Dataset, expert: Expert
+    one: int,
+    make: Callable[..., PrefixCache],
+    backbone: CountingBackbone,
+    data: Dataset,
+    expert: Expert,
+    tmp_path: Path,
 ) -> None:
     cache = make(limit=2 * one)
     cache.prefix(1, expert)
-    time.sleep(0.02)
-    cache.prefix(0, expert)
+    (below,) = entries(tmp_path)
+    cache.prefix(3, Expert(expert.layout))
+    (other,) = entries(tmp_path) - {below}
+    later = time.time() + 1000  # of a board that wakes up in the past
+    os.utime(tmp_path / "cache" / other, (later, later))
     backbone.blocks_run()
     prefix = cache.prefix(3, expert)
     assert backbone.blocks_run() == {1, 2}
@@ -516,6 +525,21 @@ def test_several_micro_batches_share_the_work_of_dequantising(
     assert backbone.runs == sorted(backbone.runs)  # all micro-batches go through a block before the next one
     for some, (hidden, _) in zip(groups, parts, strict=True):
         np.testing.assert_array_equal(hidden, prefix.batch(some)[0])
+
+
+def test_many_groups_come_in_their_order_and_not_all_at_once(
+    make: Callable[..., PrefixCache], backbone: CountingBackbone, data: Dataset, expert: Expert
+) -> None:
+    prefix = make(codec="none").prefix(1, expert)
+    groups = split(np.random.default_rng(0).permutation(np.tile(np.arange(len(data)), 5)), 7)
+    backbone.runs = []
+    found = prefix.parts(groups)
+    parts = [(next(found)[1].copy(), len(backbone.runs))]
+    parts += [(mask.copy(), len(backbone.runs)) for _, mask in found]
+    for some, (mask, _) in zip(groups, parts, strict=True):
+        assert mask.sum(axis=(1, 2)).tolist() == data.lengths[some].tolist()
+    assert parts[0][1] == CHUNK // 7  # as many groups as make a chunk
+    assert parts[-1][1] == len(groups)
 
 
 def test_means_are_computed_once_and_adapters_may_change_meanwhile(

@@ -343,6 +343,18 @@ def cpu_for(depth: int, cache: str) -> float:
     return min(p.cpu_s for p in candidates(COSTS, JOB) if (p.depth, p.cache) == (depth, cache)) * (1 + CPU_MARGIN)
 
 
+def test_float16_is_preferred_even_if_it_costs_more_seconds() -> None:
+    job = workload()
+    one, two = (plan_of(job, 4, 16, recompute=False, **some) for some in ({"mib": 40}, {"cache": "int8", "mib": 44}))
+    assert one.cpu_s > two.cpu_s
+    plan = choose(COSTS, job, Budget(PLENTY, one.cpu_s * (1 + CPU_MARGIN) + 0.001, 50))
+    assert (plan.depth, plan.cache, plan.cache_mib) == (4, "f16", 40)
+
+
+def test_the_disk_is_not_named_if_a_smaller_cache_would_do() -> None:
+    assert choose(COSTS, JOB, Budget(PLENTY, cpu_for(4, "int8"), 50)).bound_by == "cpu"
+
+
 def test_a_deeper_plan_without_a_cache_is_better_than_a_shallow_one_with_it() -> None:
     assert choose(COSTS, JOB, Budget(PLENTY, cpu_for(4, "none"), 0)).depth == 4
 
