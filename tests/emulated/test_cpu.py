@@ -21,13 +21,12 @@ ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
 """
 
 DESCRIPTION = """\
-import json, os, platform, psutil, sys
+import json, platform, sys
 from pathlib import Path
 print(json.dumps({
     "machine": platform.machine(),
     "parts": [line.split()[-1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "CPU part" in line],
     "prefix_in_root": sys.prefix.startswith(sys.argv[1]),
-    "cpus": psutil.cpu_count(),
 }))
 """
 
