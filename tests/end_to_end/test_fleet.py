@@ -366,7 +366,8 @@ def test_a_device_without_room_for_its_cache_trains_all_the_same_and_says_so(mak
     assert metrics["small"]["plan_cache"] == "none"
     assert metrics["small"]["cache_missing_mib"] > 0.005
     assert not (fleet.folder / "small" / "cache").exists()
-    assert agents["small"].output.count("no room for the prefix cache") == 1
+    planned = agents["small"].output.count("plans depth")  # twice if the broker still announced an earlier test's run
+    assert agents["small"].output.count("no room for the prefix cache") == planned >= 1
     assert "no room for the prefix cache" not in agents["big"].output
 
 
