@@ -153,6 +153,8 @@ class Aggregator:
                 self._lead(job)
             self._publish("idle", "all jobs are done")
         except RunFailedError as error:
+            if self._open is not None:  # devices that come later shall not begin what failed
+                self._link.publish(self._topics.current(self._open.announcement.job), b"", retain=True)
             if self._claimed:
                 self._publish("failed", str(error))
             raise

@@ -383,6 +383,11 @@ def test_training_that_diverges_fails_the_round_and_both_sides_say_why(make_flee
     assert serve.wait() == 19
     assert re.search(r"(big|small): the loss is not finite at step 2 of the round", serve.output)
     assert answers(fleet.records()) == [("big", 0), ("small", 0)]  # the preparation
+    agents = {device: fleet.agent(device) for device in fleet.data}  # they do not begin anew what failed
+    for agent in agents.values():
+        fleet.wait_until(lambda agent=agent: "waits for a round" in agent.output)
+    again = fleet.serve(*ROUNDS, "--state", str(fleet.folder / "again"))
+    assert again.wait() == 0, again.output
 
 
 def test_a_budget_above_the_machine_is_refused(make_fleet: Any, embedded: str) -> None:
