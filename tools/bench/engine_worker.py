@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.batch import batch_gradient
@@ -31,85 +34,133 @@ from fleetune.edge.resources.process import cpu_seconds, peak_mib
 from fleetune.tools.bench.spec import Spec
 
 
-def main(spec: Spec) -> None:
-    """Train adapters and a linear head; answer requests."""
-    pack = Pack.open(Path(spec.pack))
-    dataset = read_dataset(Path(spec.data), pack)
-    backbone = Backbone(pack, spec.threads)
-    expert = Expert(Layout.of(pack.manifest, spec.classes))
-    initial = TensorFile(Path(spec.initial))
-    expert.load({name: initial[name] for name in expert.tensors})
-    gradient = Expert(expert.layout)
-    cache = PrefixCache(Path(spec.cache), backbone, dataset, micro_batch=spec.micro_batch)
-    tail = expert.layout.tail(spec.depth)
-    optimiser = Adam(tail.stop - tail.start, spec.rate, weight_decay=spec.decay)
-    train, suffix, predictors = dataset.indices("train"), None, dict[ExpertName, Predictor]()
-    if spec.trains:
-        backbone.hold(range(backbone.blocks - spec.depth, backbone.blocks))
-        backbone.fused(spec.depth)  # ready means that a step could begin
+class Trainer:
+    """Trains adapters and a linear head.
 
-    def epoch() -> dict[str, Any]:
-        nonlocal suffix
-        wall, cpu, losses = time.perf_counter(), cpu_seconds(), []
-        prefix = cache.prefix(backbone.blocks - spec.depth, expert)  # computed in the first epoch, found in the others
-        if suffix is None:
-            suffix = Suffix(backbone, spec.depth, recompute=False)
-        for batch in split(train, spec.batch):
-            loss, _ = batch_gradient(suffix, prefix, dataset.labels, batch, spec.micro_batch, expert, gradient)
-            optimiser.step(expert.vector[tail], gradient.vector[tail])
-            losses.append(loss / len(batch))
-        return {
-            "seconds": time.perf_counter() - wall,
-            "cpu_s": cpu_seconds() - cpu,
-            "loss": float(np.mean(losses)),
-        }
+    Args:
+        spec: What to train.
+        profile: A folder for ONNX Runtime's record of where the time goes.
+    """
 
-    def product() -> dict[str, Any]:
-        """The rate of a plain matrix product, GFLOP/s."""
-        rng = np.random.default_rng(0)
-        a, b = rng.standard_normal((1024, 384), dtype=np.float32), rng.standard_normal((384, 1536), dtype=np.float32)
-        out, times = np.empty((1024, 1536), dtype=np.float32), []
-        for _ in range(30):
-            wall = time.perf_counter()
-            np.matmul(a, b, out=out)
-            times.append(time.perf_counter() - wall)
-        return {"gflops": 2 * 1024 * 384 * 1536 / float(np.median(times)) / 1e9}
+    def __init__(self, spec: Spec, *, profile: Path | None = None) -> None:
+        self._spec, pack = spec, Pack.open(Path(spec.pack))
+        self._dataset = read_dataset(Path(spec.data), pack)
+        self._train = self._dataset.indices("train")
+        self._backbone = Backbone(pack, spec.threads, profile=profile)
+        self._expert = _initial(pack, spec)
+        self._gradient = Expert(self._expert.layout)
+        self._cache = PrefixCache(Path(spec.cache), self._backbone, self._dataset, micro_batch=spec.micro_batch)
+        self._tail = self._expert.layout.tail(spec.depth)
+        self._optimiser = Adam(self._tail.stop - self._tail.start, spec.rate, weight_decay=spec.decay)
+        self._suffix: Suffix | None = None
+        self._backbone.hold(range(self._backbone.blocks - spec.depth, self._backbone.blocks))
+        self._backbone.fused(spec.depth)  # ready means that a step could begin
 
-    def thousand() -> dict[str, Any]:
+    def _steps(self, batches: Iterable[NDArray[np.int64]]) -> Iterator[float]:
+        """Train on some batches; the mean loss of each."""
+        prefix = self._cache.prefix(self._backbone.blocks - self._spec.depth, self._expert)
+        if self._suffix is None:
+            self._suffix = Suffix(self._backbone, self._spec.depth, recompute=False)
+        expert, gradient, labels = self._expert, self._gradient, self._dataset.labels
+        for batch in batches:
+            loss, _ = batch_gradient(self._suffix, prefix, labels, batch, self._spec.micro_batch, expert, gradient)
+            self._optimiser.step(expert.vector[self._tail], gradient.vector[self._tail])
+            yield loss / len(batch)
+
+    def epoch(self) -> dict[str, Any]:
+        """An epoch; the first one computes the prefix, the others find it."""
+        wall, cpu = time.perf_counter(), cpu_seconds()
+        losses = list(self._steps(split(self._train, self._spec.batch)))
+        seconds, cpu_s = time.perf_counter() - wall, cpu_seconds() - cpu
+        return {"seconds": seconds, "cpu_s": cpu_s, "loss": float(np.mean(losses))}
+
+    def thousand(self) -> dict[str, Any]:
         """What the resident set grows by from the 50th step to the thousandth, in MiB."""
-        assert suffix is not None
-        prefix, process, start = cache.prefix(backbone.blocks - spec.depth, expert), psutil.Process(), 0
-        for step, batch in enumerate(itertools.islice(itertools.cycle(split(train, spec.batch)), 1000)):
-            batch_gradient(suffix, prefix, dataset.labels, batch, spec.micro_batch, expert, gradient)
-            optimiser.step(expert.vector[tail], gradient.vector[tail])
+        batches, start = itertools.cycle(split(self._train, self._spec.batch)), 0
+        for step, _ in enumerate(self._steps(itertools.islice(batches, 1000))):
             if step == 50:
-                start = process.memory_info().rss
-        return {"growth_mib": (process.memory_info().rss - start) / 2**20}
+                start = psutil.Process().memory_info().rss
+        return {"growth_mib": (psutil.Process().memory_info().rss - start) / 2**20}
 
-    def answer(who: ExpertName) -> dict[str, Any]:
+    def kinds(self, epochs: int) -> dict[str, float]:
+        """Kind of operation → milliseconds of a step."""
+        for _ in range(epochs):
+            self.epoch()
+        (file,) = (file for file in self._backbone.profiles() if file.name.startswith("suffix"))
+        spent: Counter[str] = Counter()
+        for event in json.loads(file.read_bytes()):
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                spent[_KINDS.get(event["args"]["op_name"], "element-wise")] += event["dur"]
+        steps = epochs * -(-len(self._train) // self._spec.batch)
+        return {kind: spent[kind] / 1000 / steps for kind in dict.fromkeys([*_KINDS.values(), "element-wise"])}
+
+
+_KINDS = {
+    **dict.fromkeys(("Gemm", "FusedGemm"), "products with weights"),
+    **dict.fromkeys(("MatMul", "FusedMatMul"), "products of attention"),
+    **dict.fromkeys(("Transpose", "Reshape", "Concat", "Shape", "Unsqueeze"), "transposes and shapes"),
+    **dict.fromkeys(("LayerNormalization", "Softmax", "ReduceMean", "ReduceSum"), "normalisations, softmax and sums"),
+}
+"""Operator of ONNX → what it is for."""
+
+
+class Answerer:
+    """Answers one sample at a time."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec, self._pack = spec, Pack.open(Path(spec.pack))
+        self._dataset = read_dataset(Path(spec.data), self._pack)
+        self._model = _model(self._pack, _initial(self._pack, spec), spec)
+
+    def answer(self, who: ExpertName) -> dict[str, Any]:
         """Answer every training sample by itself, after a first one that is timed apart."""
-        start = time.perf_counter()
-        if who not in predictors:
-            predictors[who] = Predictor(pack, _model(pack, expert, spec).choose(who)[1], threads=spec.threads)
-        predictors[who].samples(dataset, train[:1])
+        start, train = time.perf_counter(), self._dataset.indices("train")
+        predictor = Predictor(self._pack, self._model.choose(who)[1], threads=self._spec.threads)
+        predictor.samples(self._dataset, train[:1])
         first, times = time.perf_counter() - start, []
         for index in train:
             start = time.perf_counter()
-            predictors[who].samples(dataset, index.reshape(1))
+            predictor.samples(self._dataset, index.reshape(1))
             times.append(time.perf_counter() - start)
         return {"first_s": first, "median_ms": 1000 * float(np.median(times))}
 
-    answers: dict[str, Callable[[], dict[str, Any]]] = {
-        "epoch": epoch,
-        "peak": lambda: {"peak_mib": peak_mib()},
-        "product": product,
-        "mixture": lambda: answer("mixture"),
-        "one": lambda: answer("global"),
-        "thousand": thousand,
-    }
+
+def product() -> dict[str, Any]:
+    """The rate of a plain matrix product, GFLOP/s."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((1024, 384), dtype=np.float32), rng.standard_normal((384, 1536), dtype=np.float32)
+    out, times = np.empty((1024, 1536), dtype=np.float32), []
+    for _ in range(30):
+        wall = time.perf_counter()
+        np.matmul(a, b, out=out)
+        times.append(time.perf_counter() - wall)
+    return {"gflops": 2 * 1024 * 384 * 1536 / float(np.median(times)) / 1e9}
+
+
+def _where(spec: Spec) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return {"ms": Trainer(spec, profile=Path(folder)).kinds(epochs=3)}
+
+
+def main(spec: Spec) -> None:
+    """Answer requests."""
+    answers: dict[str, Callable[[], dict[str, Any]]] = {"peak": lambda: {"peak_mib": peak_mib()}, "product": product}
+    if spec.trains:
+        trainer = Trainer(spec)
+        answers |= {"epoch": trainer.epoch, "thousand": trainer.thousand, "where": lambda: _where(spec)}
+    else:
+        answerer = Answerer(spec)
+        answers |= {"mixture": lambda: answerer.answer("mixture"), "one": lambda: answerer.answer("global")}
     print(json.dumps({"ready": True}), flush=True)  # noqa: T201
     for line in sys.stdin:
         print(json.dumps(answers[json.loads(line)["do"]]()), flush=True)  # noqa: T201
+
+
+def _initial(pack: Pack, spec: Spec) -> Expert:
+    expert = Expert(Layout.of(pack.manifest, spec.classes))
+    initial = TensorFile(Path(spec.initial))
+    expert.load({name: initial[name] for name in expert.tensors})
+    return expert
 
 
 def _model(pack: Pack, expert: Expert, spec: Spec) -> Model:

@@ -50,6 +50,7 @@ class _Runs:
     peak_mib: list[float] = field(default_factory=list)
     gflops: list[float] = field(default_factory=list)
     growth_mib: list[float] = field(default_factory=list)
+    where_ms: list[dict[str, float]] = field(default_factory=list)
 
 
 _MEASURED = (
@@ -126,6 +127,7 @@ def _repeat(
         for name, worker in workers.items():
             runs[name].peak_mib.append(worker.ask("peak")["peak_mib"])
         runs[OURS].gflops.append(workers[OURS].ask("product")["gflops"])
+        runs[OURS].where_ms.append(workers[OURS].ask("where")["ms"])
         if thousand:
             runs[OURS].growth_mib.append(workers[OURS].ask("thousand")["growth_mib"])
 
@@ -145,6 +147,8 @@ def _figures(task: Task, spec: Spec, runs: dict[str, _Runs], peers: Sequence[str
     rate = median(ours.gflops)
     share = [_flops(spec) * task.samples / seconds / 1e9 / rate for seconds in ours.later_s]
     found.append(figure(f"{task.name}: share of the arithmetic limit", "", share, target=_SHARE))
+    for kind in ours.where_ms[0]:
+        found.append(figure(f"{task.name}: of a step, {kind}", "ms", [run[kind] for run in ours.where_ms]))
     if ours.growth_mib:
         title = f"{task.name}: growth of the process over 1,000 steps"
         found.append(figure(title, "MiB", ours.growth_mib, target=_GROWTH))
