@@ -337,12 +337,15 @@ def test_a_device_without_room_for_its_cache_trains_all_the_same_and_says_so(mak
     assert metrics["small"]["plan_cache"] == "none"
     assert metrics["small"]["cache_missing_mib"] > 0.005
     assert not (fleet.folder / "small" / "cache").exists()
-    assert agents["small"].output.count("no room for the prefix cache") == 1
+    plans = agents["small"].output.count(": plans depth")  # the broker may keep a round of another test's
+    assert agents["small"].output.count("no room for the prefix cache") == plans > 0
     assert "no room for the prefix cache" not in agents["big"].output
 
 
-def test_training_that_diverges_fails_the_round_and_both_sides_say_why(make_fleet: Any, embedded: str) -> None:
-    fleet = make_fleet(embedded)
+def test_training_that_diverges_fails_the_round_and_both_sides_say_why(make_fleet: Any) -> None:
+    port = free_port()  # of a broker of its own, which may keep the round
+    fleet = make_fleet(f"mqtt://127.0.0.1:{port}")
+    fleet.start("broker", "--port", str(port))
     serve = fleet.serve(*ROUNDS, "--learning-rate", "3e38")
     agents = {device: fleet.agent(device) for device in fleet.data}
     for device, agent in agents.items():
