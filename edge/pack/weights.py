@@ -90,6 +90,10 @@ class Weights:
         out.reshape(-1, self._block_size)[...] *= absmax.reshape(-1, 1)
         return out
 
+    def count(self, name: str) -> int:
+        """Rows of a table."""
+        return len(self._file[name if name in self._file else f"{name}.codes"])
+
     def rows(self, name: str, indices: NDArray[np.int64]) -> FloatArray:
         """Dequantise some rows of a table, such as the embeddings of the tokens of a batch.
 

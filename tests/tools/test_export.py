@@ -31,6 +31,7 @@ from fleetune.tools.export import write  # noqa: E402
 from fleetune.tools.export.engine import Engine, probe  # noqa: E402
 from fleetune.tools.export.int8 import Preset, preset_here  # noqa: E402
 from fleetune.tools.export.write import ExpertName, export  # noqa: E402
+from fleetune.tools.pack.write import write_pack  # noqa: E402
 
 Array = np.ndarray[Any, Any]
 CLASSES = 3
@@ -158,6 +159,20 @@ def test_the_gate_looks_under_the_global_expert(
     ):
         assert error(found["logits"], logits) < 1e-5
         assert error(found["gate"], gate) < 1e-5
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp32"])
+def test_packs_with_other_weights_are_exported(weights: Any, tiny_bert: Path, tmp_path: Path) -> None:
+    pack = write_pack(
+        tiny_bert, tmp_path / "pack", name="t", licence="none", origin="t", max_length=24, weights=weights
+    )
+    model = random_model(pack)
+    model.write(tmp_path / FILE)
+    some = feeds(pack, 3)
+    report = export(tmp_path / FILE, pack, tmp_path / "out.onnx", to="onnx")
+    assert model.mixture is not None
+    wanted = Engine(pack, model.mixture).run(some)["logits"]
+    assert error(session(report.path).run(["logits"], some)[0], wanted) < 1e-5
 
 
 def test_padding_changes_nothing(tiny_bert_pack: Pack, tmp_path: Path) -> None:

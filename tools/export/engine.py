@@ -14,7 +14,6 @@ from fleetune.edge.engine.predictor import Predictor
 from fleetune.edge.engine.prefix import split
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.pack.patches import cut, normalise
-from fleetune.tools.export.unpacked import tokens
 
 FloatArray = NDArray[np.float32]
 Feeds = dict[str, NDArray[np.int64] | FloatArray]
@@ -58,7 +57,7 @@ def probe(pack: Pack) -> Feeds:
     longest = manifest.text.max_length
     lengths = np.array([longest, longest // 2 + 1, 3, 1])
     mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
-    return {"input_ids": rng.integers(0, tokens(pack), mask.shape) * mask, "attention_mask": mask}
+    return {"input_ids": rng.integers(0, pack.weights().count("tokens.table"), mask.shape) * mask, "attention_mask": mask}
 
 
 def batches(data: Dataset, pack: Pack) -> Iterator[Feeds]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetune.edge.pack.manifest import WEIGHTS_FILE, Manifest
+from fleetune.edge.pack.manifest import Manifest
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.pack.tensorfile import TensorFile
 from fleetune.tools.pack.architectures import ARCHITECTURES, Architecture, Geometry
 
 FloatArray = NDArray[np.float32]
@@ -40,7 +39,7 @@ class Unpacked:
         blocks = [weights.block(index) for index in range(manifest.blocks)]
         outer = {name: weights.outer(name) for name in weights.outer_names if name != "tokens.table"}
         if manifest.text is not None:
-            outer["tokens.table"] = weights.rows("tokens.table", np.arange(tokens(pack)))
+            outer["tokens.table"] = weights.rows("tokens.table", np.arange(weights.count("tokens.table")))
         geometry = Geometry(
             blocks=manifest.blocks,
             width=manifest.width,
@@ -51,7 +50,3 @@ class Unpacked:
         )
         return cls(manifest, ARCHITECTURES[manifest.backbone.architecture], geometry, blocks, outer)
 
-
-def tokens(pack: Pack) -> int:
-    """Rows of a text pack's token table."""
-    return len(TensorFile(pack.path / WEIGHTS_FILE)["tokens.table.codes"])
