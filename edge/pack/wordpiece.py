@@ -7,8 +7,12 @@ belong on a device; ``tests/edge/test_wordpiece.py`` holds this one against it, 
 from __future__ import annotations
 
 import unicodedata
+import zlib
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +32,40 @@ _CJK = (
 )
 
 
+class _Vocabulary:
+    """Finds a token's id: its line in the file.
+
+    The file's bytes and a sorted table of checksums take 0.6 MiB for 30,000 tokens. A dictionary takes 4 MiB, of which
+    Python may keep 3 when it is gone: too much for a device that reads texts once and then waits for a day.
+    """
+
+    def __init__(self, lines: bytes) -> None:
+        self._bytes = lines.replace(b"\r\n", b"\n") + b"\n"
+        ends = np.flatnonzero(np.frombuffer(self._bytes, dtype=np.uint8) == ord("\n")) + 1
+        starts = np.concatenate([[0], ends])
+        tokens = (self._bytes[start : end - 1] for start, end in zip(starts, ends, strict=False))
+        sums = np.fromiter(map(zlib.crc32, tokens), np.uint32, len(ends))
+        order = np.argsort(sums)
+        self._sums, self._order, self._starts = (_array(numbers) for numbers in (sums[order], order, starts))
+
+    def find(self, token: str) -> int | None:
+        """Id of a token; None if the file lacks it."""
+        wanted = token.encode()
+        checksum = zlib.crc32(wanted)
+        at = bisect_left(self._sums, checksum)
+        while at < len(self._sums) and self._sums[at] == checksum:  # several tokens may share one
+            line = self._order[at]
+            if self._bytes[self._starts[line] : self._starts[line + 1] - 1] == wanted:
+                return line
+            at += 1
+        return None
+
+
+def _array(numbers: NDArray[Any]) -> array[int]:
+    """Numbers of 32 bits, which an array hands out faster than NumPy does."""
+    return array("I", numbers.astype(np.uint32).tobytes())
+
+
 class WordPiece:
     """Text → token ids.
 
@@ -38,15 +76,14 @@ class WordPiece:
     """
 
     def __init__(self, vocabulary: Path, *, lowercase: bool, max_length: int) -> None:
-        lines = vocabulary.read_text(encoding="utf-8").split("\n")
-        self._ids = {token: i for i, token in enumerate(lines) if token}
+        self._vocabulary = _Vocabulary(vocabulary.read_bytes())
         self._lowercase = lowercase
         self._max_length = max_length
-        missing = [token for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]") if token not in self._ids]
+        special = {token: self._vocabulary.find(token) for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]")}
+        missing = [token for token, found in special.items() if found is None]
         if missing:
             raise PackError(f"{vocabulary} lacks {', '.join(missing)}", "write the pack again")
-        self._unknown, self._begin, self._end = (self._ids[t] for t in ("[UNK]", "[CLS]", "[SEP]"))
-        self._pad = self._ids["[PAD]"]
+        self._unknown, self._begin, self._end, self._pad = (found for found in special.values() if found is not None)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, with the special tokens at both ends."""
@@ -90,7 +127,7 @@ class WordPiece:
         while start < len(word):
             prefix = "##" if start else ""
             for end in range(len(word), start, -1):
-                found = self._ids.get(prefix + word[start:end])
+                found = self._vocabulary.find(prefix + word[start:end])
                 if found is not None:
                     pieces.append(found)
                     start = end

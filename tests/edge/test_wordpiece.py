@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import unicodedata
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -138,6 +141,39 @@ def test_an_empty_batch_has_no_rows(both: Both) -> None:
 
 
 # --- vocabularies -------------------------------------------------------------------------------------------
+
+
+def test_lines_may_end_as_on_windows(minilm: Path, both: Both, tmp_path: Path) -> None:
+    file = tmp_path / "vocab.txt"
+    file.write_bytes((minilm / "vocab.txt").read_bytes().replace(b"\n", b"\r\n"))
+    text = "unaffable antidisestablishmentarianism, don't"
+    assert WordPiece(file, lowercase=True, max_length=MAX_LENGTH).encode(text) == both.ours.encode(text)
+
+
+def test_tokens_with_the_same_checksum_are_told_apart(tmp_path: Path) -> None:
+    one, other = "plumless", "buckeroo"
+    assert zlib.crc32(one.encode()) == zlib.crc32(other.encode())
+    file = tmp_path / "vocab.txt"
+    file.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", other, one]), encoding="utf-8")
+    tokeniser = WordPiece(file, lowercase=True, max_length=8)
+    assert tokeniser.encode("plumless buckeroo") == [2, 5, 4, 3]
+
+
+def test_a_vocabulary_takes_little_memory(minilm: Path) -> None:
+    script = """if True:
+        import sys
+        from pathlib import Path
+        import psutil
+        from fleetune.edge.pack.wordpiece import WordPiece
+
+        rss = psutil.Process().memory_info().rss
+        tokeniser = WordPiece(Path(sys.argv[1]), lowercase=True, max_length=8)
+        tokeniser.encode("fine")
+        print(psutil.Process().memory_info().rss - rss)
+    """
+    command = [sys.executable, "-c", script, str(minilm / "vocab.txt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert int(done.stdout) < 2.5 * 2**20
 
 
 @pytest.mark.parametrize("missing", ["[UNK]", "[CLS]", "[SEP]", "[PAD]"])

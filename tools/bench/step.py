@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,10 +17,11 @@ from fleetune.tools.bench.figures import Document, Figure, Target, figure
 from fleetune.tools.bench.idle import idle_mib
 from fleetune.tools.bench.peers import peer_versions, peers_python
 from fleetune.tools.bench.spec import Spec
-from fleetune.tools.bench.tasks import LENGTH, TASKS, Task, prepare
+from fleetune.tools.bench.tasks import LENGTH, TASKS, Task, pack_for, prepare
 from fleetune.tools.bench.workers import REST_S, Worker, engine_command, peft_command
 
 ALL, SAME, QLORA = "PEFT fp32, all blocks", "PEFT fp32, same blocks", "PEFT NF4, all blocks"
+QLORA_SAME = "PEFT NF4, same blocks"
 PEERS = {"all": ALL, "same": SAME, "nf4": QLORA}
 OURS = "Fleetune"
 
@@ -46,7 +47,6 @@ class _Runs:
     first_s: list[float] = field(default_factory=list)
     later_s: list[float] = field(default_factory=list)
     later_cpu_s: list[float] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
     peak_mib: list[float] = field(default_factory=list)
     gflops: list[float] = field(default_factory=list)
     growth_mib: list[float] = field(default_factory=list)
@@ -96,6 +96,9 @@ def bench_step(
             say(f"{task.name}: repeat {repeat + 1} of {repeats}")
             _repeat(commands, runs, place, epochs, thousand=task == TASKS[0] and repeat == 0 and not quick)
         figures += _figures(task, spec, runs, names)
+        if python is not None:
+            say(f"{task.name}: losses")
+            figures += _losses(task, spec, place, epochs, python)
         if task.backbone == "minilm":
             say("an agent that waits")
             idle = idle_mib(spec, place, repeats)
@@ -122,8 +125,6 @@ def _repeat(
                 else:
                     runs[name].later_s.append(found["seconds"])
                     runs[name].later_cpu_s.append(found["cpu_s"])
-                if epoch == epochs - 1:
-                    runs[name].loss.append(found["loss"])
         for name, worker in workers.items():
             runs[name].peak_mib.append(worker.ask("peak")["peak_mib"])
         runs[OURS].gflops.append(workers[OURS].ask("product")["gflops"])
@@ -142,8 +143,6 @@ def _figures(task: Task, spec: Spec, runs: dict[str, _Runs], peers: Sequence[str
             theirs = getattr(runs[peer], key) if peer else None
             title = f"{task.name}: {name}"
             found.append(figure(title, unit, getattr(ours, key), peer=peer, peer_values=theirs, target=target))
-        if peer == SAME:  # all blocks learn something else
-            found.append(_loss(task, ours, runs[SAME], SAME))
     rate = median(ours.gflops)
     share = [_flops(spec) * task.samples / seconds / 1e9 / rate for seconds in ours.later_s]
     found.append(figure(f"{task.name}: share of the arithmetic limit", "", share, target=_SHARE))
@@ -155,10 +154,23 @@ def _figures(task: Task, spec: Spec, runs: dict[str, _Runs], peers: Sequence[str
     return found
 
 
-def _loss(task: Task, ours: _Runs, theirs: _Runs, peer: str) -> Figure:
-    plain = figure(f"{task.name}: loss of the last epoch", "nats", ours.loss, peer=peer, peer_values=theirs.loss)
-    assert plain.ratio is not None
-    return replace(plain, target=f"1 ± {_LOSS}", met=abs(plain.ratio - 1) <= _LOSS)
+def _losses(task: Task, spec: Spec, place: Path, epochs: int, python: Path) -> Iterator[Figure]:
+    """Ours beside PEFT's on the same blocks, weights of the same format: each run is repeatable, so once is enough."""
+    fp32 = str(pack_for(task, place / "pack-fp32", "fp32").path)
+    for peer, ours, quantised in ((QLORA_SAME, spec, True), (SAME, msgspec.structs.replace(spec, pack=fp32), False)):
+        commands = {
+            OURS: engine_command(place, f"{OURS} beside {peer}", ours),
+            peer: peft_command(place, peer, msgspec.structs.replace(spec, quantised=quantised), python),
+        }
+        found: dict[str, float] = {}
+        for name, command in commands.items():
+            with Worker(name, command, place / "log.txt") as worker:
+                for _ in range(epochs):
+                    found[name] = worker.ask("epoch")["loss"]
+        title = f"{task.name}: loss of the last epoch, {'NF4' if quantised else 'fp32'} weights"
+        plain = figure(title, "nats", [found[OURS]], peer=peer, peer_values=[found[peer]])
+        assert plain.ratio is not None
+        yield replace(plain, target=f"1 ± {_LOSS}", met=abs(plain.ratio - 1) <= _LOSS)
 
 
 def _flops(spec: Spec) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 import safetensors.numpy
 
 from fleetune.edge.engine.expert import Expert, Layout
+from fleetune.edge.pack.manifest import QuantisationType
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.pack.wordpiece import WordPiece
 from fleetune.edge.protocol.files import write_atomic
@@ -53,27 +54,15 @@ TASKS = (
 
 def prepare(task: Task, folder: Path, *, threads: int, say: Callable[[str], None]) -> Spec:
     """Write everything that the workers of a task read."""
-    from fleetune.tools.pack.write import write_pack
-
     folder.mkdir(parents=True, exist_ok=True)
-    source = fetch(task.backbone)
     say(f"{task.name}: packs the backbone")
-    asset = ASSETS[task.backbone]
-    pack = write_pack(
-        source,
-        folder / "pack",
-        name=asset.name,
-        licence=asset.licence,
-        origin=str(asset.carrier),
-        max_length=LENGTH,
-        image_size=task.image_size,
-    )
+    pack = pack_for(task, folder / "pack", "nf4")
     samples = folder / "samples.safetensors"
     data = _text(pack, task, folder, samples) if task.image_size is None else _pictures(pack, task, samples)
     expert = Expert.initial(Layout.of(pack.manifest, task.classes), seed=0)
     write_atomic(folder / "initial.safetensors", safetensors.numpy.save(expert.tensors))
     return Spec(
-        backbone=str(source),
+        backbone=str(fetch(task.backbone)),
         pack=str(pack.path),
         data=str(data),
         samples=str(samples),
@@ -87,6 +76,23 @@ def prepare(task: Task, folder: Path, *, threads: int, say: Callable[[str], None
         rate=1e-3,
         decay=0.01,
         threads=threads,
+    )
+
+
+def pack_for(task: Task, folder: Path, weights: QuantisationType) -> Pack:
+    """Pack a task's backbone."""
+    from fleetune.tools.pack.write import write_pack
+
+    asset = ASSETS[task.backbone]
+    return write_pack(
+        fetch(task.backbone),
+        folder,
+        name=asset.name,
+        licence=asset.licence,
+        origin=str(asset.carrier),
+        max_length=LENGTH,
+        image_size=task.image_size,
+        weights=weights,
     )
 
 

@@ -57,8 +57,8 @@ def _run(args: argparse.Namespace) -> None:
 
     if args.threads < 0:
         raise ConfigError(f"--threads: {args.threads} is out of range", "use 1 or more, or 0 for one a core")
-    if args.threads:  # NumPy reads it once, when it is imported
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(args.threads))
+    # ONNX Runtime computes what takes time; threads of NumPy's own hold 2 MiB. Read once, when NumPy is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     import msgspec
 

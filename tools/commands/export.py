@@ -23,7 +23,7 @@ def register(subparsers: Any) -> None:
             "             pixel_values, to logits; a mixture also gives the gate's weights\n"
             "  onnx-int8  the same, dynamically quantised; name the instruction set of the machine that will run it\n"
             "  peft       a folder with LoRA adapters and a head for PEFT on torch; not for a mixture. Adapters were\n"
-            "             trained on the pack's quantised weights: on the original backbone the logits differ a little, on\n"
+            "             trained on the quantised weights: on the original backbone the logits differ a little; on\n"
             "             the one that --with-backbone writes beside them they are equal\n\n"
             "Every export is held against the device's engine before it is moved into place. Needs the `pack` extra."
         ),

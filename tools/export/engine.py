@@ -57,7 +57,8 @@ def probe(pack: Pack) -> Feeds:
     longest = manifest.text.max_length
     lengths = np.array([longest, longest // 2 + 1, 3, 1])
     mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
-    return {"input_ids": rng.integers(0, pack.weights().count("tokens.table"), mask.shape) * mask, "attention_mask": mask}
+    tokens = rng.integers(0, pack.weights().count("tokens.table"), mask.shape)
+    return {"input_ids": tokens * mask, "attention_mask": mask}
 
 
 def batches(data: Dataset, pack: Pack) -> Iterator[Feeds]:

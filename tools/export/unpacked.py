@@ -49,4 +49,3 @@ class Unpacked:
             length=len(outer["positions.table"]),
         )
         return cls(manifest, ARCHITECTURES[manifest.backbone.architecture], geometry, blocks, outer)
-
