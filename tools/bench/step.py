@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
 
 import msgspec
 
@@ -125,9 +124,10 @@ def _repeat(
                 else:
                     runs[name].later_s.append(found["seconds"])
                     runs[name].later_cpu_s.append(found["cpu_s"])
+                    if name == OURS:  # at once: other work on the machine slows both
+                        runs[name].gflops.append(worker.ask("product")["gflops"])
         for name, worker in workers.items():
             runs[name].peak_mib.append(worker.ask("peak")["peak_mib"])
-        runs[OURS].gflops.append(workers[OURS].ask("product")["gflops"])
         runs[OURS].where_ms.append(workers[OURS].ask("where")["ms"])
         if thousand:
             runs[OURS].growth_mib.append(workers[OURS].ask("thousand")["growth_mib"])
@@ -143,8 +143,8 @@ def _figures(task: Task, spec: Spec, runs: dict[str, _Runs], peers: Sequence[str
             theirs = getattr(runs[peer], key) if peer else None
             title = f"{task.name}: {name}"
             found.append(figure(title, unit, getattr(ours, key), peer=peer, peer_values=theirs, target=target))
-    rate = median(ours.gflops)
-    share = [_flops(spec) * task.samples / seconds / 1e9 / rate for seconds in ours.later_s]
+    epoch = _flops(spec) * task.samples / 1e9
+    share = [epoch / seconds / rate for seconds, rate in zip(ours.later_s, ours.gflops, strict=True)]
     found.append(figure(f"{task.name}: share of the arithmetic limit", "", share, target=_SHARE))
     for kind in ours.where_ms[0]:
         found.append(figure(f"{task.name}: of a step, {kind}", "ms", [run[kind] for run in ours.where_ms]))
