@@ -334,12 +334,12 @@ class Agent:
     def _measured_costs(self) -> Costs:
         length, threads = int(self._data.lengths.max()), self._config.threads
         for costs in (self._config.costs, self._state.costs()):
-            if costs is not None and costs.fit(self._pack, threads=threads, length=length):
+            if costs is not None and not costs.stale(self._pack, threads=threads, length=length):
                 self._state.save_costs(costs)
                 return costs
         self._publish("working", "measures what it can afford")
         log.info("measures what training costs here, once for this pack")
-        costs = measure(self._pack, self._config.data, threads=threads, lengths=self._data.lengths)
+        costs = measure(self._pack, threads=threads, longest=length)
         self._state.save_costs(costs)
         return costs
 
@@ -383,7 +383,7 @@ class Agent:
             max_depth=min(settings.max_depth, self._pack.manifest.blocks),
         )
         if self._base_mib is None:
-            costs.growth_mib(1, 1, recompute=False)  # planning loads more of NumPy: that belongs to the base
+            costs.growth_mib(1, 1, 1, recompute=False)  # planning loads more of NumPy: that belongs to the base
             self._base_mib = peak_mib()
         budget = self._config.budget
         disk_mib = min(budget.disk_mib, room(self._cache_folder) / _MIB)

@@ -1,27 +1,33 @@
 """A device's measured costs for one pack, and the model that extends them to every plan.
 
-For each activation policy, what training adds to a process's memory is bilinear in depth and micro-batch, with every
-sample as long as the longest: a constant, weights a block, activations a sample, activations a sample and block. The
-time of a step is bilinear in depth and tokens. Trials at the four corners of the grid determine the four
-coefficients of each.
+For each activation policy, what training adds to a process's memory, and what a step takes, are sums of a constant,
+and of terms in depth D, tokens T = micro-batch × length, and pairs of tokens P = micro-batch × length²:
+
+    c₀ + c₁ D + c₂ T + c₃ D T + c₄ P + c₅ D P
+
+which are weights, hidden states, activations and attention. Least squares finds the coefficients from trials at the
+ends and in the middle of the grid, each trial weighted by the inverse of what it measured, so that relative errors
+count.
 """
 
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from pathlib import Path
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetune.edge.pack.manifest import Manifest
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.resources.trial import Request, Trial, run_trial
+
+Features = NDArray[np.float64]
 
 
 class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
@@ -33,8 +39,6 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         onnxruntime: Version of ONNX Runtime.
         machine: Processor architecture.
         threads: Threads of the trials.
-        length: Tokens of the longest sample, at which memory was measured.
-        typical: Tokens of the samples with which time was measured.
         trials: What was measured.
     """
 
@@ -43,8 +47,6 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     onnxruntime: str
     machine: str
     threads: int
-    length: int
-    typical: int
     trials: tuple[Trial, ...]
 
     @functools.cached_property
@@ -52,13 +54,22 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         """Peak of a process before it trains, in MiB (median over the trials)."""
         return float(np.median([trial.base_mib for trial in self.trials]))
 
-    def growth_mib(self, depth: int, micro_batch: int, *, recompute: bool) -> float:
-        """Predicted MiB that training adds to the peak of the process."""
-        return float(_features(depth, micro_batch) @ self._fits[recompute][0])
+    @functools.cached_property
+    def length(self) -> int:
+        """Tokens of the longest samples that were measured."""
+        return max(trial.length for trial in self.trials)
 
-    def step_cpu_s(self, depth: int, tokens: float, *, recompute: bool) -> float:
-        """Predicted CPU seconds of one forward and backward pass of a micro-batch of ``tokens``, padding included."""
-        return float(_features(depth, tokens) @ self._fits[recompute][1])
+    def growth_mib(self, depth: int, micro_batch: int, length: int, *, recompute: bool) -> float:
+        """Predicted MiB that training adds to the peak of the process, ``length`` being the longest sample's tokens."""
+        return float(_features(depth, micro_batch, length) @ self._memory[recompute])
+
+    def step_cpu_s(self, depth: int, micro_batch: float, length: float, *, recompute: bool) -> float:
+        """Predicted CPU seconds of one forward and backward pass of a micro-batch, padded to ``length`` tokens."""
+        return float(_features(depth, micro_batch, length) @ self._cpu[recompute])
+
+    def step_s(self, depth: int, micro_batch: float, length: float, *, recompute: bool) -> float:
+        """Predicted seconds of the same."""
+        return float(_features(depth, micro_batch, length) @ self._wall[recompute])
 
     @functools.cached_property
     def forward_cpu_s(self) -> float:
@@ -66,63 +77,107 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         return float(np.median([trial.forward_cpu_s for trial in self.trials]))
 
     @functools.cached_property
-    def _fits(self) -> dict[bool, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        fits = {}
+    def forward_s(self) -> float:
+        """Seconds of the same."""
+        return float(np.median([trial.forward_s for trial in self.trials]))
+
+    @functools.cached_property
+    def _memory(self) -> dict[bool, Features]:
+        return self._fit(lambda trial: trial.peak_mib - trial.base_mib, lambda trial: trial.peak_mib)
+
+    @functools.cached_property
+    def _cpu(self) -> dict[bool, Features]:
+        return self._fit(lambda trial: trial.step_cpu_s, lambda trial: trial.step_cpu_s)
+
+    @functools.cached_property
+    def _wall(self) -> dict[bool, Features]:
+        return self._fit(lambda trial: trial.step_s, lambda trial: trial.step_s)
+
+    def _fit(self, value: Callable[[Trial], float], scale: Callable[[Trial], float]) -> dict[bool, Features]:
+        """Policy → coefficients for which errors relative to ``scale`` are least."""
+        found = {}
         for recompute in (False, True):
             trials = [trial for trial in self.trials if trial.recompute is recompute]
-            samples = np.array([_features(trial.depth, trial.micro_batch) for trial in trials])
-            tokens = np.array([_features(trial.depth, trial.micro_batch * self.typical) for trial in trials])
-            memory = np.array([trial.peak_mib - trial.base_mib for trial in trials])
-            seconds = np.array([trial.step_cpu_s for trial in trials])
-            fits[recompute] = (np.linalg.lstsq(samples, memory)[0], np.linalg.lstsq(tokens, seconds)[0])
-        return fits
+            rows = np.array([_features(trial.depth, trial.micro_batch, trial.length) for trial in trials])
+            units = np.abs(rows).max(axis=0)  # so that lstsq judges no term by the size of its unit
+            weights = np.array([1 / scale(trial) for trial in trials])
+            values = np.array([value(trial) for trial in trials])
+            solved = np.linalg.lstsq(rows / units * weights[:, None], values * weights)[0]
+            found[recompute] = solved / units
+        return found
 
-    def fit(self, pack: Pack, *, threads: int, length: int) -> bool:
-        """Whether these costs were measured for this pack, these versions and machine, and samples this long."""
-        mine = (self.pack, self.kit, self.onnxruntime, self.machine, self.threads)
-        return mine == (*_environment(pack), threads) and self.length >= length
+    def stale(self, pack: Pack, *, threads: int, length: int) -> str:
+        """Why these costs are not for this pack, these versions and this machine, or samples this long; else empty."""
+        mine = {"pack": self.pack, "kit": self.kit, "onnxruntime": self.onnxruntime, "machine": self.machine}
+        now = _environment(pack)
+        for name, was in mine.items():
+            if was != now[name]:
+                return f"measured with {name} {was}, this is {now[name]}"
+        if self.threads != threads:
+            return f"measured with {self.threads} threads, not {threads}"
+        return f"measured up to {self.length} tokens, a sample has {length}" if self.length < length else ""
 
 
-def _features(depth: int, load: float) -> NDArray[np.float64]:
-    return np.array([1.0, depth, load, depth * load])
+def _features(depth: float, micro_batch: float, length: float) -> Features:
+    tokens, pairs = micro_batch * length, micro_batch * length**2
+    return np.array([1.0, depth, tokens, depth * tokens, pairs, depth * pairs])
 
 
-def _environment(pack: Pack) -> tuple[str, str, str, str]:
-    return (pack.sha256, version("fleetune"), version("onnxruntime"), platform.machine())
+def _environment(pack: Pack) -> dict[str, str]:
+    return {
+        "pack": pack.sha256,
+        "kit": version("fleetune"),
+        "onnxruntime": version("onnxruntime"),
+        "machine": platform.machine(),
+    }
+
+
+def grid(manifest: Manifest, longest: int) -> list[tuple[bool, int, int, int]]:
+    """What is measured, the small before the large: policy, depth, micro-batch, tokens.
+
+    Both policies, at depth 1, half and all, with few and many samples, short and long where samples are text.
+
+    Args:
+        manifest: The pack's.
+        longest: Tokens of the longest sample.
+    """
+    depths = sorted({1, -(-manifest.blocks // 2), manifest.blocks})
+    lengths = sorted({max(1, longest // parts) for parts in (4, 2, 1)}) if manifest.text is not None else [longest]
+    ends = itertools.product((depths[0], depths[-1]), (2, 16), (lengths[0], lengths[-1]))
+    middle = [(depths[len(depths) // 2], micro_batch, lengths[len(lengths) // 2]) for micro_batch in (4, 16)]
+    cells = [(recompute, *cell) for cell in {*ends, *middle} for recompute in (False, True)]
+    return sorted(cells, key=lambda cell: (cell[2] * cell[3], cell[1], cell[0]))
 
 
 def measure(
     pack: Pack,
-    data: Path,
     *,
     threads: int,
-    lengths: NDArray[np.int64],
+    longest: int | None = None,
     at_once: int = 1,
-    micro_batches: tuple[int, int] = (2, 16),
     on_trial: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Costs:
-    """Run the trials: both policies, at depth 1 and all blocks, with a small and a large micro-batch.
+    """Run the trials of :func:`grid`, each in a process of its own.
 
     Args:
         pack: The pack.
-        data: The device's data file.
         threads: Threads of ONNX Runtime.
-        lengths: Tokens of each sample.
+        longest: Tokens of the longest sample; by default of the longest that the pack takes.
         at_once: Trials side by side: more than one if as many agents are to share the machine, so that they are
             measured as they will run.
-        micro_batches: The small and the large one.
         on_trial: Is told how many of the trials are done.
 
     Raises:
         BudgetError: A trial failed.
     """
-    grid = [(r, d, m) for r in (False, True) for d in (1, pack.manifest.blocks) for m in micro_batches]
-    length, typical = int(lengths.max()), math.ceil(lengths.mean())
-    requests = [Request(str(pack.path), str(data), d, m, length, typical, r, threads) for r, d, m in grid]
+    requests = [
+        Request(str(pack.path), depth, micro_batch, length, recompute, threads)
+        for recompute, depth, micro_batch, length in grid(pack.manifest, longest or pack.manifest.longest)
+    ]
     trials = []
     with ThreadPoolExecutor(at_once) as pool:
-        on_trial(0, len(grid))
+        on_trial(0, len(requests))
         for trial in pool.map(run_trial, requests):
             trials.append(trial)
-            on_trial(len(trials), len(grid))
-    return Costs(*_environment(pack), threads, length, typical, tuple(trials))
+            on_trial(len(trials), len(requests))
+    return Costs(**_environment(pack), threads=threads, trials=tuple(trials))

@@ -59,6 +59,7 @@ class Workload(msgspec.Struct, frozen=True):
         batch: Samples an optimiser step.
         max_depth: Deepest that any device of the job goes.
         length: Mean tokens of a sample.
+        longest: Tokens of the longest sample.
         padded: Micro-batch → mean tokens of a sample when each is padded to the longest of its micro-batch.
         blocks: Blocks of the backbone.
         entry_mib: Codec → MiB of one entry of the prefix cache: the hidden states of all samples at one boundary.
@@ -71,6 +72,7 @@ class Workload(msgspec.Struct, frozen=True):
     batch: int
     max_depth: int
     length: float
+    longest: int
     padded: Mapping[int, float]
     blocks: int
     entry_mib: Mapping[CodecName, float]
@@ -89,6 +91,7 @@ class Workload(msgspec.Struct, frozen=True):
             batch=batch,
             max_depth=max_depth,
             length=float(dataset.lengths.mean()),
+            longest=int(dataset.lengths.max()),
             padded={size: padded_length(lengths, batch, size) for size in MICRO_BATCHES if size <= batch},
             blocks=manifest.blocks,
             entry_mib={codec: entry.size / _MIB for codec, entry in entries.items()},
@@ -152,10 +155,10 @@ def candidates(costs: Costs, workload: Workload, base_mib: float | None = None) 
             for recompute in (False, True):
                 full, rest = divmod(workload.train, workload.batch)
                 runs = full * math.ceil(workload.batch / micro_batch) + math.ceil(rest / micro_batch)
-                tokens = workload.train * padded / runs
-                train = workload.epochs * runs * costs.step_cpu_s(depth, tokens, recompute=recompute)
+                step = costs.step_cpu_s(depth, workload.train / runs, padded, recompute=recompute)
+                train = workload.epochs * runs * step
                 evaluate = workload.evaluate * depth * forward
-                peak = base + costs.growth_mib(depth, micro_batch, recompute=recompute)
+                peak = base + costs.growth_mib(depth, micro_batch, workload.longest, recompute=recompute)
                 without = peak + _memory_without_cache(costs, workload, depth, micro_batch, recompute=recompute)
                 for cache, mib, tokens in _caches(workload, depth, padded):
                     memory = without if cache == "none" else peak
@@ -181,7 +184,8 @@ def _memory_without_cache(costs: Costs, workload: Workload, depth: int, micro_ba
     """MiB of a batch's hidden states and, beside weights that are held, of one frozen block's."""
     if recompute or depth == workload.blocks:
         return workload.batch_mib
-    held = [costs.growth_mib(active, micro_batch, recompute=False) for active in (depth, depth + 1)]
+    longest = workload.longest
+    held = [costs.growth_mib(active, micro_batch, longest, recompute=False) for active in (depth, depth + 1)]
     return workload.batch_mib + max(0.0, held[1] - held[0])  # with activations, which it has not: rather too much
 
 

@@ -23,6 +23,17 @@ def cpu_seconds() -> float:
     return time.process_time()
 
 
+class Stopwatch:
+    """Seconds, and CPU seconds of this process, from now on."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter(), cpu_seconds()
+
+    def read(self) -> tuple[float, float]:
+        """Both."""
+        return time.perf_counter() - self._start[0], cpu_seconds() - self._start[1]
+
+
 def machine_memory_mib() -> float:
     """Physical memory of this machine in MiB."""
     return psutil.virtual_memory().total / (1 << 20)

@@ -1,7 +1,7 @@
-"""One training step, measured in a process of its own: ``python -m fleetune.edge.resources.trial REQUEST``.
+"""One plan's training steps, measured in a process of its own: ``python -m fleetune.edge.resources.trial REQUEST``.
 
 The request is JSON. The process imports what an agent imports, so that its peak is an agent's peak, runs real
-forward and backward passes, and prints one JSON object.
+forward and backward passes on random samples, and prints one JSON object.
 """
 
 from __future__ import annotations
@@ -22,22 +22,18 @@ class Request(msgspec.Struct, frozen=True):
 
     Attributes:
         pack: The pack's folder.
-        data: The device's data file, which an agent holds as well.
         depth: Active blocks.
         micro_batch: Samples a step.
-        length: Tokens of the longest sample, at which memory peaks.
-        typical: Tokens of a sample when time is measured.
+        length: Tokens of the longest sample.
         recompute: Whether activations are recomputed.
         threads: Threads of ONNX Runtime.
         steps: How many steps are timed, after some that are not.
     """
 
     pack: str
-    data: str
     depth: int
     micro_batch: int
     length: int
-    typical: int
     recompute: bool
     threads: int
     steps: int = 4
@@ -49,19 +45,25 @@ class Trial(msgspec.Struct, frozen=True):
     Attributes:
         depth: Active blocks.
         micro_batch: Samples a step.
+        length: Tokens of a sample when time was measured, and of the longest when memory was.
         recompute: Whether activations were recomputed.
-        base_mib: Peak of the process before the first step: interpreter, libraries, samples.
+        base_mib: Peak of the process before the first step: interpreter and libraries.
         peak_mib: Peak of the process in MiB.
-        step_cpu_s: CPU seconds of one forward and backward pass of a micro-batch.
-        forward_cpu_s: CPU seconds of one block's forward pass in a chunk, a token.
+        step_s: Seconds of one forward and backward pass of a micro-batch (median).
+        step_cpu_s: Its CPU seconds (median).
+        forward_s: Seconds of one block's forward pass in a chunk, a token.
+        forward_cpu_s: CPU seconds of the same.
     """
 
     depth: int
     micro_batch: int
+    length: int
     recompute: bool
     base_mib: float
     peak_mib: float
+    step_s: float
     step_cpu_s: float
+    forward_s: float
     forward_cpu_s: float
 
 
@@ -93,24 +95,21 @@ def _measure(request: Request) -> Trial:
     import fleetune.edge.protocol.codec
     import fleetune.edge.protocol.link  # noqa: F401 - counts towards the peak, as it does in an agent
     from fleetune.edge.engine.backbone import Backbone
-    from fleetune.edge.engine.dataset import read_dataset
     from fleetune.edge.engine.expert import Expert, Layout
     from fleetune.edge.engine.optimiser import Adam
-    from fleetune.edge.engine.prefix import CHUNK, split
+    from fleetune.edge.engine.prefix import CHUNK
     from fleetune.edge.engine.suffix import Part, Suffix, forward_chunk
     from fleetune.edge.pack.pack import Pack
-    from fleetune.edge.resources.process import cpu_seconds, peak_mib, return_free_memory
+    from fleetune.edge.resources.process import Stopwatch, peak_mib, return_free_memory
 
     pack = Pack.open(Path(request.pack), verify=False)
-    data = read_dataset(Path(request.data), pack)
     backbone = Backbone(pack, request.threads)
-    layout = Layout.of(pack.manifest, data.classes)
+    layout = Layout.of(pack.manifest, classes=2)
     expert, gradient = Expert.initial(layout, seed=0), Expert(layout)
     rng = np.random.default_rng(0)
     optimiser = Adam(layout.size, 1e-4)
-    base = peak_mib()
-
     labels = np.zeros(request.micro_batch, dtype=np.int64)
+    base = peak_mib()
 
     def part(length: int) -> Part:
         hidden = rng.standard_normal((request.micro_batch, length, pack.manifest.width), dtype=np.float32)
@@ -122,31 +121,37 @@ def _measure(request: Request) -> Trial:
 
     # What an agent does before and between steps: a chunk of samples, embedded and sent through the frozen blocks, and
     # steps of other lengths that samples have. The allocator keeps some of that memory, so it belongs to the peak.
-    shortest = int(data.lengths.min())
-    lengths = [max(shortest, request.length * eighths // 8) for eighths in (3, 4, 5, 6, 7, 8)]
     chunk = max(1, CHUNK // request.micro_batch)
-    longest = np.argsort(data.lengths, kind="stable")[-CHUNK:]
-    embedded = [data.embed(backbone, some) for some in split(longest, request.micro_batch)]
-    forward_chunk(backbone, range(_CHUNK_BLOCKS), expert, [part(request.length) for _ in embedded])
-    del embedded
-    usual = [part(request.typical) for _ in range(chunk)]
-    start = cpu_seconds()
-    forward_chunk(backbone, range(_CHUNK_BLOCKS), expert, usual)
-    forward_cpu_s = (cpu_seconds() - start) / _CHUNK_BLOCKS / (chunk * request.micro_batch * request.typical)
+    shape = (request.micro_batch, request.length, pack.manifest.sample_width)
+    parts = [part(request.length) for _ in range(chunk)]
+    parts = [(backbone.embed(rng.standard_normal(shape, dtype=np.float32)), mask) for _, mask in parts]
+    watch = Stopwatch()
+    forward_chunk(backbone, range(_CHUNK_BLOCKS), expert, parts)
+    forward_s, forward_cpu_s = (
+        seconds / (_CHUNK_BLOCKS * chunk * request.micro_batch * request.length) for seconds in watch.read()
+    )
+    del parts
     return_free_memory()
     suffix = Suffix(backbone, request.depth, recompute=request.recompute)
-    for length in lengths:
+    eighths = (3, 4, 5, 6, 7, 8) if pack.manifest.text is not None else (8,)
+    for length in [max(1, request.length * some // 8) for some in eighths]:
         step(part(length))
-    start = cpu_seconds()
+    usual, times = part(request.length), []
     for _ in range(request.steps):
-        step(usual[0])
+        watch = Stopwatch()
+        step(usual)
+        times.append(watch.read())
+    step_s, step_cpu_s = np.median(times, axis=0).tolist()
     return Trial(
         depth=request.depth,
         micro_batch=request.micro_batch,
+        length=request.length,
         recompute=request.recompute,
         base_mib=base,
         peak_mib=peak_mib(),
-        step_cpu_s=(cpu_seconds() - start) / request.steps,
+        step_s=step_s,
+        step_cpu_s=step_cpu_s,
+        forward_s=forward_s,
         forward_cpu_s=forward_cpu_s,
     )
 

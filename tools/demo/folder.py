@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import yaml
 
 from fleetune.edge.engine.dataset import read_dataset
@@ -169,9 +168,8 @@ def prepare(
     if not folder.costs.exists():
         costs = measure(
             pack,
-            next(iter(files.values())),
             threads=1,
-            lengths=np.concatenate([dataset.lengths for dataset in datasets.values()]),
+            longest=max(int(dataset.lengths.max()) for dataset in datasets.values()),
             at_once=min(len(files), os.cpu_count() or 1),
             on_trial=lambda done, total: say(f"measures what training costs on this machine ({done} of {total})"),
         )
