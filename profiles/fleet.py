@@ -10,7 +10,7 @@ import msgspec
 
 from fleetune.edge.protocol.errors import ConfigError
 from fleetune.edge.protocol.topics import check_name
-from fleetune.edge.resources.planner import Budget
+from fleetune.edge.resources.limits import Budget
 from fleetune.profiles.profile import Profile, read_profile
 from fleetune.profiles.yamlfile import Size, read_yaml
 

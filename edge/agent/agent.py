@@ -42,8 +42,10 @@ from fleetune.edge.protocol.messages import (
 from fleetune.edge.protocol.topics import Topics, check_name, read_number
 from fleetune.edge.resources.costs import Costs, measure
 from fleetune.edge.resources.guard import Guard
-from fleetune.edge.resources.planner import Budget, Plan, Workload, choose
+from fleetune.edge.resources.limits import Budget
+from fleetune.edge.resources.planner import Plan, choose
 from fleetune.edge.resources.process import cpu_seconds, machine_memory_mib, peak_mib, return_free_memory
+from fleetune.edge.resources.workload import Workload
 
 log = logging.getLogger(__name__)
 

@@ -70,7 +70,7 @@ class LocalRun:
         )
         gradient = Expert(expert.layout)
         blocks = self.depth + self.prefix.recomputed
-        reserve = evaluated * blocks * float(dataset.lengths.mean()) * self.device.costs.forward_cpu_s
+        reserve = evaluated * blocks * float(dataset.lengths.mean()) * self.device.costs.forward_s[1]
         steps = settings.epochs * -(-len(train) // settings.batch)
         total, seen = 0.0, 0
         for step, batch in enumerate(self._batches(train, rng)):

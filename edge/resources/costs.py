@@ -63,23 +63,23 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         """Predicted MiB that training adds to the peak of the process, ``length`` being the longest sample's tokens."""
         return float(_features(depth, micro_batch, length) @ self._memory[recompute])
 
-    def step_cpu_s(self, depth: int, micro_batch: float, length: float, *, recompute: bool) -> float:
-        """Predicted CPU seconds of one forward and backward pass of a micro-batch, padded to ``length`` tokens."""
-        return float(_features(depth, micro_batch, length) @ self._cpu[recompute])
-
-    def step_s(self, depth: int, micro_batch: float, length: float, *, recompute: bool) -> float:
-        """Predicted seconds of the same."""
-        return float(_features(depth, micro_batch, length) @ self._wall[recompute])
+    def step_s(self, depth: int, micro_batch: float, length: float, *, recompute: bool) -> tuple[float, float]:
+        """Predicted seconds and CPU seconds of a step: a micro-batch, padded to ``length`` tokens, there and back."""
+        features = _features(depth, micro_batch, length)
+        return float(features @ self._wall[recompute]), float(features @ self._cpu[recompute])
 
     @functools.cached_property
-    def forward_cpu_s(self) -> float:
-        """CPU seconds of one block's forward pass, a token (median over the trials)."""
-        return float(np.median([trial.forward_cpu_s for trial in self.trials]))
+    def forward_s(self) -> tuple[float, float]:
+        """Seconds and CPU seconds of one block's forward pass, a token (medians over the trials)."""
+        seconds = [(trial.forward_s, trial.forward_cpu_s) for trial in self.trials]
+        wall, cpu = np.median(seconds, axis=0).tolist()
+        return wall, cpu
 
     @functools.cached_property
-    def forward_s(self) -> float:
-        """Seconds of the same."""
-        return float(np.median([trial.forward_s for trial in self.trials]))
+    def watts(self) -> float | None:
+        """Power while training (median over the trials); None without a sensor."""
+        found = [trial.watts for trial in self.trials if trial.watts is not None]
+        return float(np.median(found)) if found else None
 
     @functools.cached_property
     def _memory(self) -> dict[bool, Features]:

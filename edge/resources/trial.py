@@ -53,6 +53,7 @@ class Trial(msgspec.Struct, frozen=True):
         step_cpu_s: Its CPU seconds (median).
         forward_s: Seconds of one block's forward pass in a chunk, a token.
         forward_cpu_s: CPU seconds of the same.
+        watts: Power during the steps; None without a sensor.
     """
 
     depth: int
@@ -65,6 +66,7 @@ class Trial(msgspec.Struct, frozen=True):
     step_cpu_s: float
     forward_s: float
     forward_cpu_s: float
+    watts: float | None = None
 
 
 def run_trial(request: Request, *, timeout: float = 300.0) -> Trial:

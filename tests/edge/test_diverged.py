@@ -47,7 +47,7 @@ def make(text_data: Path, tmp_path: Path) -> Callable[..., Device]:
             backbone=backbone,
             dataset=data,
             cache=PrefixCache(tmp_path / "cache", backbone, data, micro_batch=4, codec=codec),
-            plan=Plan(2, 4, recompute, codec, 1.0, 60.0, 1.0),
+            plan=Plan(2, 4, recompute, codec, 1.0, 60.0, 1.0, 1.0, None),
             costs=COSTS,
             store=JobStore(tmp_path / "private", "r1", "job"),
             progress=lambda _share, _loss: None,

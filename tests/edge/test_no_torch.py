@@ -80,7 +80,7 @@ device = Device(
     backbone=backbone,
     dataset=data,
     cache=PrefixCache(pathlib.Path(sys.argv[3]), backbone, data, micro_batch=4),
-    plan=Plan(2, 4, False, "f16", 1.0, 60.0, 1.0, "job"),
+    plan=Plan(2, 4, False, "f16", 1.0, 60.0, 1.0, 1.0, None, "job"),
     costs=Costs("p", "1", "1", "x", 1, (trial,)),
     store=None,
     progress=lambda share, loss: None,

@@ -19,17 +19,10 @@ from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import BudgetError
 from fleetune.edge.resources.costs import Costs
-from fleetune.edge.resources.planner import (
-    CPU_MARGIN,
-    MEMORY_MARGIN,
-    Budget,
-    Plan,
-    Workload,
-    candidates,
-    choose,
-    padded_length,
-)
+from fleetune.edge.resources.limits import MEMORY_MARGIN, TIME_MARGIN, Budget
+from fleetune.edge.resources.planner import Plan, candidates, choose
 from fleetune.edge.resources.trial import Trial
+from fleetune.edge.resources.workload import Workload, padded_length
 
 Coefficients = tuple[float, float, float, float]
 """Of a constant, a block, a sample, a sample and block; attention takes a hundredth of a sample's at its longest."""
@@ -134,12 +127,12 @@ def test_the_model_recovers_the_formula_away_from_the_trials(
         wanted = formula(memory, depth, micro_batch, length)
         assert costs.growth_mib(depth, micro_batch, length, recompute=policy) == pytest.approx(wanted, abs=1e-4)
         wanted = formula(seconds, depth, micro_batch, length)
-        assert costs.step_cpu_s(depth, micro_batch, length, recompute=policy) == pytest.approx(wanted, abs=1e-4)
-        assert costs.step_s(depth, micro_batch, length, recompute=policy) == pytest.approx(wanted / 2, abs=1e-4)
+        found = costs.step_s(depth, micro_batch, length, recompute=policy)
+        assert found == pytest.approx((wanted / 2, wanted), abs=1e-4)
 
 
 def test_the_forward_pass_is_the_median_of_the_trials() -> None:
-    assert COSTS.forward_cpu_s == pytest.approx(TOKEN_S)
+    assert COSTS.forward_s == pytest.approx((TOKEN_S / 2, TOKEN_S))
 
 
 def test_a_round_costs_its_steps_the_frozen_blocks_of_the_job_and_its_evaluation() -> None:
@@ -220,16 +213,16 @@ def test_a_plan_stays_inside_both_budgets_with_a_margin(memory: float, cpu: floa
     plan = attempt(Budget(memory, cpu))
     if plan is not None:
         assert plan.peak_mib * (1 + MEMORY_MARGIN) <= memory
-        assert plan.cpu_s * (1 + CPU_MARGIN) <= cpu
+        assert plan.cpu_s * (1 + TIME_MARGIN) <= cpu
     assert MEMORY_MARGIN >= 0.05
-    assert CPU_MARGIN >= 0.05
+    assert TIME_MARGIN >= 0.05
 
 
 @given(memories, seconds)
 def test_no_fitting_plan_is_deeper_or_as_deep_and_cheaper(memory: float, cpu: float) -> None:
     plan = attempt(Budget(memory, cpu))
     for other in candidates(COSTS, JOB):
-        fits = other.peak_mib * (1 + MEMORY_MARGIN) <= memory and other.cpu_s * (1 + CPU_MARGIN) <= cpu
+        fits = other.peak_mib * (1 + MEMORY_MARGIN) <= memory and other.cpu_s * (1 + TIME_MARGIN) <= cpu
         if fits and other.cache == "f16":
             assert plan is not None
             assert plan.cache == "f16"
@@ -266,7 +259,7 @@ def test_smaller_micro_batches_are_chosen_when_memory_bites() -> None:
 
 
 def test_the_limit_that_stands_in_the_way_is_named() -> None:
-    cheapest = {d: min(p.cpu_s for p in candidates(COSTS, JOB) if p.depth == d) * (1 + CPU_MARGIN) for d in (3, 4)}
+    cheapest = {d: min(p.cpu_s for p in candidates(COSTS, JOB) if p.depth == d) * (1 + TIME_MARGIN) for d in (3, 4)}
     by_time = choose(COSTS, JOB, Budget(PLENTY, (cheapest[3] + cheapest[4]) / 2))
     assert (by_time.depth, by_time.bound_by) == (3, "cpu")
     smallest = {
@@ -280,7 +273,7 @@ def test_two_limits_that_bind_only_together_are_both_named() -> None:
     # Deeper plans fit the memory when recomputing and fit the time when keeping, but never both.
     deep = [p for p in candidates(COSTS, JOB) if p.depth == 2]
     memory = min(p.peak_mib for p in deep if not p.recompute) * (1 + MEMORY_MARGIN) - 0.5
-    cpu = min(p.cpu_s for p in deep) * (1 + CPU_MARGIN) + 0.01
+    cpu = min(p.cpu_s for p in deep) * (1 + TIME_MARGIN) + 0.01
     plan = choose(COSTS, JOB, Budget(memory, cpu))
     assert (plan.depth, plan.bound_by) == (1, "memory+cpu")
 
@@ -339,7 +332,7 @@ def test_a_plan_stays_inside_the_disk_and_no_deeper_one_would(memory: float, cpu
         other
         for other in candidates(COSTS, JOB)
         if other.peak_mib * (1 + MEMORY_MARGIN) <= memory
-        and other.cpu_s * (1 + CPU_MARGIN) <= cpu
+        and other.cpu_s * (1 + TIME_MARGIN) <= cpu
         and other.cache_mib <= disk
     ]
     assert (plan is None) == (not fitting)
@@ -349,14 +342,14 @@ def test_a_plan_stays_inside_the_disk_and_no_deeper_one_would(memory: float, cpu
 
 
 def cpu_for(depth: int, cache: str) -> float:
-    return min(p.cpu_s for p in candidates(COSTS, JOB) if (p.depth, p.cache) == (depth, cache)) * (1 + CPU_MARGIN)
+    return min(p.cpu_s for p in candidates(COSTS, JOB) if (p.depth, p.cache) == (depth, cache)) * (1 + TIME_MARGIN)
 
 
 def test_float16_is_preferred_even_if_it_costs_more_seconds() -> None:
     job = workload()
     one, two = (plan_of(job, 4, 16, recompute=False, **some) for some in ({"mib": 40}, {"cache": "int8", "mib": 44}))
     assert one.cpu_s > two.cpu_s
-    plan = choose(COSTS, job, Budget(PLENTY, one.cpu_s * (1 + CPU_MARGIN) + 0.001, 50))
+    plan = choose(COSTS, job, Budget(PLENTY, one.cpu_s * (1 + TIME_MARGIN) + 0.001, 50))
     assert (plan.depth, plan.cache, plan.cache_mib) == (4, "f16", 40)
 
 
@@ -423,18 +416,18 @@ def test_a_refusal_says_how_many_mib_are_missing() -> None:
 
 
 def test_a_refusal_says_how_many_cpu_seconds_are_missing() -> None:
-    need = least(lambda plan: plan.cpu_s) * (1 + CPU_MARGIN)
+    need = least(lambda plan: plan.cpu_s) * (1 + TIME_MARGIN)
     error = refusal(PLENTY, 0.5)
     found = [float(number) for number in re.findall(r"\d+\.\d", error.what)]
     assert found == pytest.approx([need, need - 0.5, 0.5], abs=0.051)
-    assert "cpu_s" in error.what
+    assert "budget: cpu" in error.what
     assert "CPU" in error.remedy
 
 
 def test_a_refusal_says_when_each_limit_alone_would_do() -> None:
     memory, cpu = (
         least(lambda plan: plan.peak_mib) * (1 + MEMORY_MARGIN),
-        least(lambda plan: plan.cpu_s) * (1 + CPU_MARGIN),
+        least(lambda plan: plan.cpu_s) * (1 + TIME_MARGIN),
     )
     assert "at once" in refusal(memory + 0.1, cpu + 0.01).what
 

@@ -18,7 +18,9 @@ from fleetune.edge.protocol.errors import RunFolderError
 from fleetune.edge.protocol.files import write_atomic
 from fleetune.edge.protocol.messages import encode
 from fleetune.edge.resources.costs import Costs, measure
-from fleetune.edge.resources.planner import CPU_MARGIN, Workload, candidates
+from fleetune.edge.resources.limits import TIME_MARGIN
+from fleetune.edge.resources.planner import candidates
+from fleetune.edge.resources.workload import Workload
 from fleetune.profiles.yamlfile import read_yaml
 from fleetune.tools.demo.task import Task
 
@@ -187,7 +189,8 @@ def prepare(
 def _fleet_file(template: _Template, costs: Costs, workload: Workload) -> str:
     plans = candidates(costs, workload)
     one, deepest = (
-        min(plan.cpu_s for plan in plans if plan.depth == depth) * (1 + CPU_MARGIN) for depth in (1, workload.max_depth)
+        min(plan.cpu_s for plan in plans if plan.depth == depth) * (1 + TIME_MARGIN)
+        for depth in (1, workload.max_depth)
     )
     devices = [
         {
