@@ -44,7 +44,7 @@ from fleetune.edge.resources.costs import Costs, measure
 from fleetune.edge.resources.guard import Guard
 from fleetune.edge.resources.limits import Budget
 from fleetune.edge.resources.planner import Plan, choose
-from fleetune.edge.resources.process import cpu_seconds, machine_memory_mib, peak_mib, return_free_memory
+from fleetune.edge.resources.process import cpu_seconds, machine_memory_mib, peak_mib
 from fleetune.edge.resources.workload import Workload
 
 log = logging.getLogger(__name__)
@@ -289,7 +289,7 @@ class Agent:
         announced = self._broadcasts.take()
         if announced is None:
             return
-        return_free_memory()
+        self._backbone.give_back()
         start, cpu = time.monotonic(), cpu_seconds()
         self._facts |= {"job": announced.job, "stage": announced.stage, "round": announced.round, "progress": 0.0}
         self._publish("working", f"{announced.job}: {announced.stage}, round {announced.round} of {announced.rounds}")

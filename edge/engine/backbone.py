@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetune.edge.engine.runtime import open_session
+from fleetune.edge.engine.runtime import arena_shrinks, open_session, return_free_memory
 from fleetune.edge.pack.pack import Pack
 
 if TYPE_CHECKING:
@@ -74,6 +74,16 @@ class Backbone:
     def profiles(self) -> list[Path]:
         """End the record of each graph that ran, and return its file: a JSON list of events."""
         return [Path(session.end_profiling()) for session, _, _ in self._sessions.values()]
+
+    def give_back(self) -> None:
+        """Return memory that nothing uses to the system: the arena's, and the C library's where it can (glibc)."""
+        if self._sessions:
+            run = arena_shrinks()
+            session, inputs, outputs = self._session("pool")
+            hidden = np.zeros((1, 1, self.pack.manifest.width), dtype=np.float32)
+            feeds = {"h": hidden, "mask": np.ones((1, 1, 1), dtype=np.float32), **self._outer}
+            session.run(outputs, {name: feeds[name] for name in inputs}, run)
+        return_free_memory()
 
     # --- around the blocks --------------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ class LocalRun:
         self.device, self.settings = device, settings
         self.depth = min(device.plan.depth, settings.depth)
         self.prefix: Prefix = device.cache.prefix(device.backbone.blocks - self.depth, expert)
+        device.backbone.give_back()  # what computing the prefix took
         self.suffix = Suffix(device.backbone, self.depth, recompute=device.plan.recompute)
 
     def train(

@@ -1,13 +1,14 @@
 """A device's measured costs for one pack, and the model that extends them to every plan.
 
-For each activation policy, what training adds to a process's memory, and what a step takes, are sums of a constant,
-and of terms in depth D, tokens T = micro-batch × length, and pairs of tokens P = micro-batch × length²:
+For each activation policy, what steps add to a process's memory, and the time of a step, are sums of a constant and
+of terms in depth D, tokens T = micro-batch × length, and pairs of tokens P = micro-batch × length²:
 
     c₀ + c₁ D + c₂ T + c₃ D T + c₄ P + c₅ D P
 
-which are weights, hidden states, activations and attention. Least squares finds the coefficients from trials at the
-ends and in the middle of the grid, each trial weighted by the inverse of what it measured, so that relative errors
-count.
+which are weights, hidden states, activations and attention. Samples go through the frozen blocks before: that has a
+peak of its own, a₀ + a₁ length + a₂ T + a₃ P, and the larger one counts. Least squares finds the coefficients from
+trials at the ends and in the middle of the grid, each weighted by the inverse of what it measured, so that relative
+errors count.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from fleetune.edge.pack.pack import Pack
 from fleetune.edge.resources.trial import Request, Trial, run_trial
 
 Features = NDArray[np.float64]
+
+_HIDDEN_MIB = 0.5
+"""Steps that raise the peak by less hide below that of the frozen blocks."""
 
 
 class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
@@ -61,7 +65,8 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
 
     def growth_mib(self, depth: int, micro_batch: int, length: int, *, recompute: bool) -> float:
         """Predicted MiB that training adds to the peak of the process, ``length`` being the longest sample's tokens."""
-        return float(_features(depth, micro_batch, length) @ self._memory[recompute])
+        frozen = float(_frozen_features(micro_batch, length) @ self._frozen)
+        return max(frozen, float(_features(depth, micro_batch, length) @ self._memory[recompute]))
 
     def step_s(self, depth: int, micro_batch: float, length: float, *, recompute: bool) -> tuple[float, float]:
         """Predicted seconds and CPU seconds of a step: a micro-batch, padded to ``length`` tokens, there and back."""
@@ -82,29 +87,31 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         return float(np.median(found)) if found else None
 
     @functools.cached_property
+    def _frozen(self) -> Features:
+        rows = [_frozen_features(trial.micro_batch, trial.length) for trial in self.trials]
+        return _solve(rows, [(trial.frozen_mib - trial.base_mib, trial.frozen_mib) for trial in self.trials])
+
+    @functools.cached_property
     def _memory(self) -> dict[bool, Features]:
-        return self._fit(lambda trial: trial.peak_mib - trial.base_mib, lambda trial: trial.peak_mib)
+        def fit(trials: list[Trial]) -> Features:
+            seen = [trial for trial in trials if trial.peak_mib > trial.frozen_mib + _HIDDEN_MIB] or trials
+            return _solve(
+                [_features(trial.depth, trial.micro_batch, trial.length) for trial in seen],
+                [(trial.peak_mib - trial.base_mib, trial.peak_mib) for trial in seen],
+            )
+
+        return self._for_each_policy(fit)
 
     @functools.cached_property
     def _cpu(self) -> dict[bool, Features]:
-        return self._fit(lambda trial: trial.step_cpu_s, lambda trial: trial.step_cpu_s)
+        return self._for_each_policy(lambda trials: _fit_time(trials, [trial.step_cpu_s for trial in trials]))
 
     @functools.cached_property
     def _wall(self) -> dict[bool, Features]:
-        return self._fit(lambda trial: trial.step_s, lambda trial: trial.step_s)
+        return self._for_each_policy(lambda trials: _fit_time(trials, [trial.step_s for trial in trials]))
 
-    def _fit(self, value: Callable[[Trial], float], scale: Callable[[Trial], float]) -> dict[bool, Features]:
-        """Policy → coefficients for which errors relative to ``scale`` are least."""
-        found = {}
-        for recompute in (False, True):
-            trials = [trial for trial in self.trials if trial.recompute is recompute]
-            rows = np.array([_features(trial.depth, trial.micro_batch, trial.length) for trial in trials])
-            units = np.abs(rows).max(axis=0)  # so that lstsq judges no term by the size of its unit
-            weights = np.array([1 / scale(trial) for trial in trials])
-            values = np.array([value(trial) for trial in trials])
-            solved = np.linalg.lstsq(rows / units * weights[:, None], values * weights)[0]
-            found[recompute] = solved / units
-        return found
+    def _for_each_policy(self, fit: Callable[[list[Trial]], Features]) -> dict[bool, Features]:
+        return {policy: fit([trial for trial in self.trials if trial.recompute is policy]) for policy in (False, True)}
 
     def stale(self, pack: Pack, *, threads: int, length: int) -> str:
         """Why these costs are not for this pack, these versions and this machine, or samples this long; else empty."""
@@ -121,6 +128,24 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
 def _features(depth: float, micro_batch: float, length: float) -> Features:
     tokens, pairs = micro_batch * length, micro_batch * length**2
     return np.array([1.0, depth, tokens, depth * tokens, pairs, depth * pairs])
+
+
+def _frozen_features(micro_batch: float, length: float) -> Features:
+    return np.array([1.0, length, micro_batch * length, micro_batch * length**2])
+
+
+def _fit_time(trials: list[Trial], seconds: list[float]) -> Features:
+    rows = [_features(trial.depth, trial.micro_batch, trial.length) for trial in trials]
+    return _solve(rows, list(zip(seconds, seconds, strict=True)))
+
+
+def _solve(rows: list[Features], values: list[tuple[float, float]]) -> Features:
+    """Coefficients for which errors of values, each relative to the second number, are least."""
+    matrix, wanted = np.array(rows), np.array(values)
+    units = np.abs(matrix).max(axis=0)  # so that lstsq judges no term by the size of its unit
+    weights = 1 / wanted[:, 1]
+    solved: Features = np.linalg.lstsq(matrix / units * weights[:, None], wanted[:, 0] * weights, rcond=None)[0]
+    return solved / units
 
 
 def _environment(pack: Pack) -> dict[str, str]:

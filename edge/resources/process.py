@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import time
 from pathlib import Path
@@ -37,10 +36,3 @@ class Stopwatch:
 def machine_memory_mib() -> float:
     """Physical memory of this machine in MiB."""
     return psutil.virtual_memory().total / (1 << 20)
-
-
-def return_free_memory() -> None:
-    """Give memory that the allocator keeps for later back to the system, where the C library can (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

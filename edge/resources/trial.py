@@ -48,7 +48,8 @@ class Trial(msgspec.Struct, frozen=True):
         length: Tokens of a sample when time was measured, and of the longest when memory was.
         recompute: Whether activations were recomputed.
         base_mib: Peak of the process before the first step: interpreter and libraries.
-        peak_mib: Peak of the process in MiB.
+        frozen_mib: Its peak after a chunk of samples has gone through frozen blocks, in MiB.
+        peak_mib: Its peak after the steps.
         step_s: Seconds of one forward and backward pass of a micro-batch (median).
         step_cpu_s: Its CPU seconds (median).
         forward_s: Seconds of one block's forward pass in a chunk, a token.
@@ -61,6 +62,7 @@ class Trial(msgspec.Struct, frozen=True):
     length: int
     recompute: bool
     base_mib: float
+    frozen_mib: float
     peak_mib: float
     step_s: float
     step_cpu_s: float
@@ -102,7 +104,7 @@ def _measure(request: Request) -> Trial:
     from fleetune.edge.engine.prefix import CHUNK
     from fleetune.edge.engine.suffix import Part, Suffix, forward_chunk
     from fleetune.edge.pack.pack import Pack
-    from fleetune.edge.resources.process import Stopwatch, peak_mib, return_free_memory
+    from fleetune.edge.resources.process import Stopwatch, peak_mib
 
     pack = Pack.open(Path(request.pack), verify=False)
     backbone = Backbone(pack, request.threads)
@@ -133,7 +135,8 @@ def _measure(request: Request) -> Trial:
         seconds / (_CHUNK_BLOCKS * chunk * request.micro_batch * request.length) for seconds in watch.read()
     )
     del parts
-    return_free_memory()
+    frozen_mib = peak_mib()
+    backbone.give_back()
     suffix = Suffix(backbone, request.depth, recompute=request.recompute)
     eighths = (3, 4, 5, 6, 7, 8) if pack.manifest.text is not None else (8,)
     for length in [max(1, request.length * some // 8) for some in eighths]:
@@ -150,6 +153,7 @@ def _measure(request: Request) -> Trial:
         length=request.length,
         recompute=request.recompute,
         base_mib=base,
+        frozen_mib=frozen_mib,
         peak_mib=peak_mib(),
         step_s=step_s,
         step_cpu_s=step_cpu_s,

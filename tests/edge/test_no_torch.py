@@ -74,7 +74,7 @@ from fleetune.edge.resources.trial import Trial
 pack = Pack.open(pathlib.Path(sys.argv[1]))
 data = read_dataset(pathlib.Path(sys.argv[2]), pack)
 backbone = Backbone(pack, threads=1)
-trial = Trial(1, 2, 8, False, 50.0, 60.0, 0.01, 0.01, 1e-6, 1e-6)
+trial = Trial(1, 2, 8, False, 50.0, 50.0, 60.0, 0.01, 0.01, 1e-6, 1e-6)
 device = Device(
     id="cam-01",
     backbone=backbone,

@@ -77,6 +77,7 @@ def costs_of(
             length=length,
             recompute=recompute,
             base_mib=BASE_MIB,
+            frozen_mib=BASE_MIB,
             peak_mib=BASE_MIB + formula(memory[recompute], depth, micro_batch, length),
             step_s=formula(seconds[recompute], depth, micro_batch, length) / 2,
             step_cpu_s=formula(seconds[recompute], depth, micro_batch, length),

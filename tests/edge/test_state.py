@@ -24,6 +24,7 @@ TRIAL = Trial(
     length=8,
     recompute=False,
     base_mib=60.0,
+    frozen_mib=60.0,
     peak_mib=70.0,
     step_s=0.05,
     step_cpu_s=0.1,
