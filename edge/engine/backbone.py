@@ -80,8 +80,9 @@ class Backbone:
         if self._sessions:
             run = arena_shrinks()
             session, inputs, outputs = self._session("pool")
-            hidden = np.zeros((1, 1, self.pack.manifest.width), dtype=np.float32)
-            feeds = {"h": hidden, "mask": np.ones((1, 1, 1), dtype=np.float32), **self._outer}
+            tokens = self.pack.manifest.longest
+            hidden = np.zeros((1, tokens, self.pack.manifest.width), dtype=np.float32)
+            feeds = {"h": hidden, "mask": np.ones((1, 1, tokens), dtype=np.float32), **self._outer}
             session.run(outputs, {name: feeds[name] for name in inputs}, run)
         return_free_memory()
 
