@@ -1,4 +1,4 @@
-"""A control group of our own, in which processes get so much memory and no more: the kernel ends those that want more."""
+"""A control group of our own, in which processes get so much memory and no more; who wants more is killed."""
 
 from __future__ import annotations
 

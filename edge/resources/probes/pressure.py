@@ -6,7 +6,6 @@ import os
 import re
 import time
 from types import TracebackType
-from typing import Literal
 
 import msgspec
 
@@ -140,9 +139,9 @@ def _read(tree: Tree, path: str) -> Stalled | None:
 def _parse(data: bytes) -> Stalled:
     found = {}
     for kind, *averages, total in _PSI.findall(data):
-        shares = [number(average.decode()) for average in averages]
-        if None not in shares:
-            found[kind] = Stalls(*(share or 0.0 for share in shares), total_s=int(total) / 1e6)
+        shares = [share for share in (number(average.decode()) for average in averages) if share is not None]
+        if len(shares) == len(averages):
+            found[kind] = Stalls(*shares, int(total) / 1e6)
     return Stalled(some=found.get(b"some"), full=found.get(b"full"))
 
 
@@ -164,6 +163,8 @@ class PressureGauge:
     def __init__(self, tree: Tree, cgroup: str | None = None) -> None:
         self._tree = tree
         self._descriptor = -1
+        self._time = 0.0
+        self._before: dict[str, float] = {}
         self.source: str | None = None
         group = [f"{cgroup}/memory.pressure"] if cgroup else []
         for path in [*group, f"{PSI_FOLDER}/memory", _VMSTAT]:
@@ -179,7 +180,7 @@ class PressureGauge:
             self._tree.skip(path, reason(error))
             return False
         self.source = path
-        self._time, self._before = 0.0, {}
+        self._before = {}
         if self.read() is None:  # such as a kernel with psi=0: the file is there, but reading it fails
             self.close()
             return False

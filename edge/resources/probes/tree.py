@@ -77,7 +77,7 @@ class Tree:
         return value
 
     def counters(self, path: str, limit: int = TEXT_LIMIT) -> dict[str, int]:
-        """Names and numbers of a file such as `/proc/meminfo`, `/proc/vmstat` or `memory.events`; {} where it is not."""
+        """Names and numbers of a file such as `/proc/meminfo` or `memory.events`; {} where it is not."""
         found, wrong = {}, []
         for line in (self.text(path, limit) or "").splitlines():
             name, _, rest = line.partition(" ")
@@ -111,6 +111,16 @@ class Tree:
         """Last name of what a symbolic link points to; None where there is no such link."""
         try:
             return os.path.basename(os.readlink(f"{self._root}{path}"))  # noqa: PTH115, PTH119 - as above
+        except _ABSENT:
+            return None
+        except (OSError, ValueError) as error:
+            self.skip(path, reason(error))
+            return None
+
+    def modified_s(self, path: str) -> float | None:
+        """When a file was last changed, in seconds since 1970; None where there is no such file."""
+        try:
+            return self.path(path).stat().st_mtime
         except _ABSENT:
             return None
         except (OSError, ValueError) as error:
