@@ -1,4 +1,4 @@
-"""Whether the clock can be right. A board that lost power may have lost the time, and certificates then look invalid."""
+"""Whether the clock can be right. Boards that lose power may lose the time, and certificates then look invalid."""
 
 from __future__ import annotations
 

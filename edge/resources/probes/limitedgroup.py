@@ -115,8 +115,9 @@ class LimitedGroup:
         """Remove the group; its peak and kills can still be asked for."""
         if self._last is not None:
             return
-        self._last = self._now()
+        last = self._now()
         self._remove()
+        self._last = last
 
     def _remove(self) -> None:
         end = time.monotonic() + _WAIT_S

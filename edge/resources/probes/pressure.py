@@ -9,7 +9,7 @@ from types import TracebackType
 
 import msgspec
 
-from fleetune.edge.resources.probes.tree import Tree, number, reason
+from fleetune.edge.resources.probes.tree import Tree, reason
 
 PSI_FOLDER = "/proc/pressure"
 
@@ -21,8 +21,9 @@ SD Association, Physical Layer Specification 5.1: an A1 card reads at least 1500
 
 _VMSTAT = "/proc/vmstat"
 _LIMIT = 32 << 10
+_SHARE = rb"([0-9]{1,4}\.[0-9]{2})"
 _PSI = re.compile(
-    rb"^(some|full) avg10=([0-9.]{1,12}) avg60=([0-9.]{1,12}) avg300=([0-9.]{1,12}) total=([0-9]{1,19})$", re.MULTILINE
+    rb"^(some|full) avg10=%b avg60=%b avg300=%b total=([0-9]{1,19})$" % (_SHARE, _SHARE, _SHARE), re.MULTILINE
 )
 _COUNTERS = re.compile(rb"^(pgmajfault|pswpin|pswpout|allocstall\w*|pgscan_direct\w*) ([0-9]{1,19})$", re.MULTILINE)
 
@@ -137,11 +138,10 @@ def _read(tree: Tree, path: str) -> Stalled | None:
 
 
 def _parse(data: bytes) -> Stalled:
-    found = {}
-    for kind, *averages, total in _PSI.findall(data):
-        shares = [share for share in (number(average.decode()) for average in averages) if share is not None]
-        if len(shares) == len(averages):
-            found[kind] = Stalls(*shares, int(total) / 1e6)
+    found = {
+        kind: Stalls(float(avg10), float(avg60), float(avg300), int(total) / 1e6)
+        for kind, avg10, avg60, avg300, total in _PSI.findall(data)
+    }
     return Stalled(some=found.get(b"some"), full=found.get(b"full"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from pathlib import Path
@@ -149,15 +148,6 @@ def integer(text: str, base: int = 10) -> int | None:
     except ValueError:
         return None
     return value if value is not None and abs(value) < 1 << 64 else None
-
-
-def number(text: str) -> float | None:
-    """A finite number; None where the text is something else."""
-    try:
-        value = float(text) if len(text) <= 40 else math.nan
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
 
 
 def mib(count: int | None, unit: int = 1) -> float | None:
