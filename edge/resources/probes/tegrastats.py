@@ -10,6 +10,9 @@ import msgspec
 from fleetune.edge.resources.probes.command import run_command
 from fleetune.edge.resources.probes.tree import Tree
 
+TIMEOUT_S = 5.0
+"""Seconds after which tegrastats is ended if it has not printed a line."""
+
 _OFF_C = -256.0  # what a sensor of a part without power reports
 _UNCONNECTED = "NC"
 _LINE_LIMIT = 4096
@@ -95,10 +98,10 @@ _PARTS = {
 }
 
 
-def read_tegrastats(tree: Tree, timeout_s: float = 5.0) -> TegraStats | None:
+def read_tegrastats(tree: Tree) -> TegraStats | None:
     """Run tegrastats until it has printed a line, which takes about its interval; None where it is not installed."""
-    output = run_command(tree, "tegrastats", "--interval", "200", lines=1, timeout_s=timeout_s)
-    if output is None:
+    output = run_command(tree, "tegrastats", "--interval", "200", lines=1, timeout_s=TIMEOUT_S)
+    if not output:  # not installed, or named already
         return None
     stats = parse_tegrastats(output.partition("\n")[0])
     if stats.ram_total_mib is None:
