@@ -12,7 +12,7 @@ TEXT_LIMIT = 64 << 10
 ENTRIES_LIMIT = 1024
 """Names of a folder that are looked at, at most."""
 
-_NOTE_LIMIT = 200
+_NOTE_LIMIT = 120
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 _DIGITS = re.compile(r"(\d+)")
 
@@ -43,8 +43,7 @@ class Tree:
 
     def skip(self, what: str, why: str) -> None:
         """Name something that could not be read."""
-        note = re.sub(r"[^\x20-\x7e]+", " ", f"{what}: {why}")
-        self._skipped[note if len(note) <= _NOTE_LIMIT else note[: _NOTE_LIMIT - 1] + "…"] = None
+        self._skipped[f"{_short(what)}: {_short(why)}"] = None
 
     def path(self, path: str) -> Path:
         """Where an absolute path of the device lies."""
@@ -153,6 +152,11 @@ def integer(text: str, base: int = 10) -> int | None:
 def mib(count: int | None, unit: int = 1) -> float | None:
     """Units of so many bytes in MiB; None stays None."""
     return None if count is None else count * unit / (1 << 20)
+
+
+def _short(text: str) -> str:
+    line = re.sub(r"[^\x20-\x7e]+", " ", text)
+    return line if len(line) <= _NOTE_LIMIT else line[: _NOTE_LIMIT - 1] + "…"
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

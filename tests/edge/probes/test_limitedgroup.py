@@ -74,7 +74,9 @@ def test_processes_that_stay_are_named_and_the_group_can_be_closed_later() -> No
     group = LimitedGroup(LIMIT_MIB)
     child = subprocess.Popen(["sleep", "60"])
     group.add(child.pid)
-    with pytest.raises(FileAccessError, match=rf"cannot remove .*: device or resource busy; processes in it: {child.pid}"):
+    with pytest.raises(
+        FileAccessError, match=rf"cannot remove .*: device or resource busy; processes in it: {child.pid}"
+    ):
         group.close()
     child.kill()
     child.wait()
