@@ -6,10 +6,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.trees import plant, sample
 
 from fleetune.edge.resources.probes.battery import Battery, read_batteries
 from fleetune.edge.resources.probes.tree import Tree
+from support.trees import plant, sample
 
 FOLDER = "/sys/class/power_supply"
 

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-from support.trees import plant, sample
 
 from fleetune.edge.resources.probes.cgroup import Cgroup, Events, read_cgroup
 from fleetune.edge.resources.probes.tree import Tree
+from support.trees import plant, sample
 
 MIB = 1 << 20
 UNLIMITED = "9223372036854771712"

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from support.trees import plant, sample
 
 from fleetune.edge.resources.probes import clock as module
 from fleetune.edge.resources.probes.clock import AHEAD_LIMIT_S, read_clock
 from fleetune.edge.resources.probes.tree import Tree
+from support.trees import plant, sample
 
 
 def test_this_machine() -> None:

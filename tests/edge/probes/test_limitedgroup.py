@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.trees import plant, sample
 
 from fleetune.edge.protocol.errors import FileAccessError
 from fleetune.edge.resources.probes.cgroup import read_cgroup
 from fleetune.edge.resources.probes.limitedgroup import LimitedGroup
 from fleetune.edge.resources.probes.tree import Tree
+from support.trees import plant, sample
 
 LIMIT_MIB = 48
+SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_the_peak_is_what_was_used() -> None:
 @pytest.mark.usefixtures("may_limit")
 def test_a_process_in_it_sees_its_limit() -> None:
     with LimitedGroup(LIMIT_MIB) as group:
-        child = subprocess.Popen(["sleep", "60"])
+        child = subprocess.Popen(SLEEP)
         group.add(child.pid)
         cgroup = read_cgroup(Tree(), child.pid)
         child.kill()
@@ -72,7 +73,7 @@ def test_a_process_in_it_sees_its_limit() -> None:
 @pytest.mark.usefixtures("may_limit")
 def test_processes_that_stay_are_named_and_the_group_can_be_closed_later() -> None:
     group = LimitedGroup(LIMIT_MIB)
-    child = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen(SLEEP)
     group.add(child.pid)
     with pytest.raises(
         FileAccessError, match=rf"cannot remove .*: device or resource busy; processes in it: {child.pid}"

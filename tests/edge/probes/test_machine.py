@@ -14,12 +14,12 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.trees import BOARDS, plant, sample
 
 from fleetune.edge.resources.probes.machine import Machine, probe
 from fleetune.edge.resources.probes.power import EnergyMeter
 from fleetune.edge.resources.probes.pressure import PressureGauge
 from fleetune.edge.resources.probes.tree import Tree
+from support.trees import BOARDS, plant, sample
 
 
 @pytest.mark.parametrize("board", BOARDS)

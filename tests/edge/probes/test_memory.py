@@ -6,10 +6,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.trees import plant, sample
 
 from fleetune.edge.resources.probes.memory import Memory, read_memory
 from fleetune.edge.resources.probes.tree import Tree
+from support.trees import plant, sample
 
 ZRAM = "      10485760  2097152  3145728        0  3145728        0        0"
 

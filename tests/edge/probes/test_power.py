@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from support.trees import plant, sample
 
 from fleetune.edge.resources.probes.power import EnergyMeter, Power, Rail, read_power
 from fleetune.edge.resources.probes.tree import Tree
+from support.trees import plant, sample
 
 RAPL = "/sys/class/powercap"
 NANO_RAIL = "sys/bus/i2c/drivers/ina3221x/6-0040/iio:device0/in_power0_input"

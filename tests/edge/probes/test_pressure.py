@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
 import pytest
-from support.trees import plant, sample
 
 from fleetune.edge.resources.probes.pressure import (
     WAITS_PER_S,
     Paging,
-    Pressures,
     PressureGauge,
+    Pressures,
     Stalled,
     Stalls,
     read_pressures,
 )
 from fleetune.edge.resources.probes.tree import Tree
+from support.trees import plant, sample
 
 GROUP = "/sys/fs/cgroup/system.slice/fleetune.service"
 MEMORY = "/proc/pressure/memory"
@@ -145,12 +144,12 @@ def test_a_file_in_another_form_is_named(tmp_path: Path) -> None:
 
 
 def test_a_closed_gauge_reads_nothing(tmp_path: Path) -> None:
-    open_files = len(os.listdir("/proc/self/fd"))
+    open_files = len(list(Path("/proc/self/fd").iterdir()))
     gauge = PressureGauge(plant(tmp_path, {MEMORY: psi(0)}))
     gauge.close()
     gauge.close()
     assert gauge.read() is None
-    assert len(os.listdir("/proc/self/fd")) == open_files
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_files
 
 
 def test_this_machine() -> None:

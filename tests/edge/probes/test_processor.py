@@ -7,10 +7,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.trees import plant, sample
 
 from fleetune.edge.resources.probes.processor import Processor, read_processor
 from fleetune.edge.resources.probes.tree import Tree
+from support.trees import plant, sample
 
 
 @pytest.mark.parametrize(("board", "expected"), [

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from support.trees import RECORDED, plant, sample
 
 from fleetune.edge.resources.probes.tegra import PowerMode, Tegra, read_tegra
+from support.trees import RECORDED, plant, sample
 
 LINE = (RECORDED / "tegrastats.log").read_text(encoding="utf-8").splitlines()[9]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.trees import RECORDED
 
 from fleetune.edge.resources.probes.tegrastats import CoreLoad, Rail, TegraStats, parse_tegrastats
+from support.trees import RECORDED
 
 _LINES = (RECORDED / "tegrastats.log").read_text(encoding="utf-8").splitlines()
 LINES = {name.removeprefix("# "): line for name, line in zip(_LINES[::2], _LINES[1::2], strict=True)}

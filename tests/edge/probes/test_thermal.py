@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.trees import plant, sample
 
 from fleetune.edge.resources.probes.thermal import Binding, CoolingDevice, Thermal, Trip, Zone, read_thermal
 from fleetune.edge.resources.probes.tree import Tree
+from support.trees import plant, sample
 
 ZONES = "/sys/class/thermal"
 CPU_TEMPERATURE = f"{ZONES}/thermal_zone1/temp"

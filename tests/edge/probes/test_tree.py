@@ -1,4 +1,4 @@
-"""Reading below a root: what is not there is None, what cannot be read is named, and nothing is read without a bound."""
+"""Reading below a root: what is not there is None, what cannot be read is named, and every read has a bound."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.trees import plant
 
 from fleetune.edge.resources.probes.tree import ENTRIES_LIMIT, TEXT_LIMIT, Tree, integer
+from support.trees import plant
 
 
 def test_what_is_not_there_is_none_and_not_skipped(tmp_path: Path) -> None:
