@@ -14,6 +14,8 @@ from fleetune.edge.protocol.errors import ConfigError
 from fleetune.profiles.fleet import read_fleet
 from fleetune.profiles.profile import profile_names, read_profile
 
+ROOT = Path(__file__).resolve().parents[2]
+
 FLEET = """\
 schema: 1
 fleet: lab
@@ -155,6 +157,30 @@ def test_every_shipped_source_names_its_maker_and_a_document() -> None:
         for field, source in read_profile(name).sources.items():
             assert source.startswith(("NVIDIA, ", "Raspberry Pi Ltd, ", "GCC, ")), f"{name}: {field}: {source}"
             assert DOCUMENTS.search(source), f"{name}: {field}: {source}"
+
+
+def test_the_example_in_the_documentation_is_a_profile(write: Callable[..., Path]) -> None:
+    text = (ROOT / "docs" / "profiles.md").read_text(encoding="utf-8")
+    example = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert example
+    assert read_profile(str(write(example[1], "bench.yaml"))).rtc == "none"
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_the_documentation_shows_what_the_shipped_profile_says(name: str) -> None:
+    text = (ROOT / "docs" / "profiles.md").read_text(encoding="utf-8")
+    profile = read_profile(name)
+    memory, cores, clock, thermal = "–", "–", "–", "–"
+    if profile.memory is not None:
+        memory = profile.memory.replace("GiB", " GiB")
+    if profile.processor is not None:
+        cores = f"{profile.processor.cores} × {profile.processor.core.removeprefix('Arm ')}"
+        clock = f"{profile.processor.max_mhz:.10g}"
+    if profile.thermal is not None:
+        thermal = f"{profile.thermal.throttles_c:.10g}, {profile.thermal.shuts_down_c:.10g} °C"
+    modes = ", ".join(mode.name for mode in profile.power_modes) or "–"
+    rtc = f"`{profile.rtc}`" if profile.rtc else "–"
+    assert f"| `{name}` | {profile.board} | {memory} | {cores} | {clock} | {modes} | {thermal} | {rtc} |" in text
 
 
 def test_a_profile_of_ones_own_is_read_by_its_path(write: Callable[..., Path]) -> None:
