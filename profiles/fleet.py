@@ -91,7 +91,7 @@ def read_fleet(path: Path) -> Fleet:
         except ConfigError as error:
             raise ConfigError(f"{document.where(f'{field}.profile')}: {error.what}", error.remedy) from error
         memory, cpu_s, disk = entry.budget.memory, entry.budget.cpu_seconds, entry.budget.disk
-        if memory.mib > profile.memory.mib:
+        if profile.memory is not None and memory.mib > profile.memory.mib:
             raise ConfigError(
                 f"{document.where(f'{field}.budget.memory')}: {memory} is not within the board's {profile.memory}",
                 "leave room for the system and the board's other work",

@@ -131,13 +131,14 @@ def _refuse_twins(node: yaml.Node | None, path: Path, remedy: str) -> None:
 
 
 def _find(node: yaml.Node | None, field: str) -> yaml.Node | None:
-    """The node of a field such as ``devices[0].id``, or the nearest one above it."""
-    for name, number in _STEP.findall(field):
+    """The node of a field such as ``devices[0].id``, or the nearest one above it. A key may hold dots itself."""
+    for step in _STEP.finditer(field):
         following = None
         if isinstance(node, yaml.MappingNode):
-            following = next((value for key, value in node.value if key.value == name), None)
-        elif isinstance(node, yaml.SequenceNode) and number and int(number) < len(node.value):
-            following = node.value[int(number)]
+            values = {key.value: value for key, value in node.value if isinstance(key, yaml.ScalarNode)}
+            following = values.get(field[step.start() :], values.get(step[1]))
+        elif isinstance(node, yaml.SequenceNode) and step[2] and int(step[2]) < len(node.value):
+            following = node.value[int(step[2])]
         if following is None:
             break
         node = following
