@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from fleetune.edge.pack.manifest import Manifest
 from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.errors import BudgetError
 from fleetune.edge.resources.trial import Request, Trial, run_trial
 
 Features = NDArray[np.float64]
@@ -144,8 +145,9 @@ def _solve(rows: list[Features], values: list[tuple[float, float]]) -> Features:
     matrix, wanted = np.array(rows), np.array(values)
     units = np.abs(matrix).max(axis=0)  # so that lstsq judges no term by the size of its unit
     weights = 1 / wanted[:, 1]
-    solved: Features = np.linalg.lstsq(matrix / units * weights[:, None], wanted[:, 0] * weights, rcond=None)[0]
-    return solved / units
+    solved = np.linalg.lstsq(matrix / units * weights[:, None], wanted[:, 0] * weights, rcond=None)[0]
+    found: Features = solved / units
+    return found
 
 
 def _environment(pack: Pack) -> dict[str, str]:
@@ -179,6 +181,7 @@ def measure(
     *,
     threads: int,
     longest: int | None = None,
+    limit_mib: float | None = None,
     at_once: int = 1,
     on_trial: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Costs:
@@ -188,21 +191,30 @@ def measure(
         pack: The pack.
         threads: Threads of ONNX Runtime.
         longest: Tokens of the longest sample; by default of the longest that the pack takes.
+        limit_mib: Memory that a trial may take; those that want more are left out of the model.
         at_once: Trials side by side: more than one if as many agents are to share the machine, so that they are
             measured as they will run.
         on_trial: Is told how many of the trials are done.
 
     Raises:
-        BudgetError: A trial failed.
+        BudgetError: A trial failed, or not even the smallest fits the limit.
     """
     requests = [
         Request(str(pack.path), depth, micro_batch, length, recompute, threads)
         for recompute, depth, micro_batch, length in grid(pack.manifest, longest or pack.manifest.longest)
     ]
-    trials = []
+    trials = list[Trial]()
     with ThreadPoolExecutor(at_once) as pool:
         on_trial(0, len(requests))
-        for trial in pool.map(run_trial, requests):
-            trials.append(trial)
-            on_trial(len(trials), len(requests))
+        found = pool.map(lambda request: run_trial(request, limit_mib=limit_mib), requests)
+        for done, (request, trial) in enumerate(zip(requests, found, strict=True), start=1):
+            if isinstance(trial, Trial):
+                trials.append(trial)
+            elif request == requests[0]:
+                raise BudgetError(
+                    f"a training step of {request.micro_batch} samples of {request.length} tokens at depth 1 takes "
+                    f"more than {trial.limit_mib:.0f} MiB",
+                    "give it more memory, or use a smaller backbone",
+                )
+            on_trial(done, len(requests))
     return Costs(**_environment(pack), threads=threads, trials=tuple(trials))

@@ -1,7 +1,7 @@
-"""One plan's training steps, measured in a process of its own: ``python -m fleetune.edge.resources.trial REQUEST``.
+"""One plan's training steps, measured in a process of its own: ``python -m fleetune.edge.resources.trial [LIMIT]``.
 
-The request is JSON. The process imports what an agent imports, so that its peak is an agent's peak, runs real
-forward and backward passes on random samples, and prints one JSON object.
+The request on its standard input is JSON. The process imports what an agent imports, so that its peak is an agent's
+peak, runs real forward and backward passes on random samples, and prints one JSON object.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from pathlib import Path
 import msgspec
 
 from fleetune.edge.protocol.errors import BudgetError
+from fleetune.edge.resources.confine import Killed, enter, run_confined
 
 _CHUNK_BLOCKS = 2
+_MODULE = "fleetune.edge.resources.trial"
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -71,19 +73,25 @@ class Trial(msgspec.Struct, frozen=True):
     watts: float | None = None
 
 
-def run_trial(request: Request, *, timeout: float = 300.0) -> Trial:
+def run_trial(request: Request, *, limit_mib: float | None = None, timeout: float = 300.0) -> Trial | Killed:
     """Measure in a child process.
 
+    Args:
+        request: What to measure.
+        limit_mib: Memory that the child may take.
+        timeout: Seconds.
+
     Raises:
-        BudgetError: The child was killed or failed, for example by the kernel for want of memory.
+        BudgetError: The child failed for another reason than its limit.
     """
-    command = [sys.executable, "-m", "fleetune.edge.resources.trial", msgspec.json.encode(request).decode()]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=timeout, check=False)
+        done = run_confined(_MODULE, msgspec.json.encode(request), limit_mib=limit_mib, timeout=timeout)
     except subprocess.TimeoutExpired as error:
         raise BudgetError(
             f"a training step at depth {request.depth} takes longer than {timeout:.0f} s", "use a smaller backbone"
         ) from error
+    if isinstance(done, Killed):
+        return done
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise BudgetError(
@@ -163,4 +171,5 @@ def _measure(request: Request) -> Trial:
 
 
 if __name__ == "__main__":
-    sys.stdout.buffer.write(msgspec.json.encode(_measure(msgspec.json.decode(sys.argv[1], type=Request))))
+    enter(sys.argv[1:])
+    sys.stdout.buffer.write(msgspec.json.encode(_measure(msgspec.json.decode(sys.stdin.buffer.read(), type=Request))))

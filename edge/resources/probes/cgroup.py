@@ -122,7 +122,7 @@ def _folder(tree: Tree, mount: tuple[str, str], group: str) -> tuple[str, str]:
     return point, "/".join([point, *parts])
 
 
-def _ancestors(mount: str, folder: str) -> list[str]:
+def group_and_above(mount: str, folder: str) -> list[str]:
     """The group's folder and those above it, up to the mount point."""
     found = [folder]
     while found[-1] != mount:
@@ -145,7 +145,7 @@ def _smallest(limits: list[int | None]) -> int | None:
 
 
 def _read_version_2(tree: Tree, mount: str, folder: str) -> Cgroup:
-    groups = _ancestors(mount, folder)
+    groups = group_and_above(mount, folder)
     events = tree.counters(f"{folder}/memory.events")
     return Cgroup(
         version=2,
@@ -160,7 +160,7 @@ def _read_version_2(tree: Tree, mount: str, folder: str) -> Cgroup:
 
 
 def _read_version_1(tree: Tree, mount: str, folder: str) -> Cgroup:
-    groups = _ancestors(mount, folder)
+    groups = group_and_above(mount, folder)
     limits = [_limit(tree, f"{group}/memory.limit_in_bytes") for group in groups]
     both = [_limit(tree, f"{group}/memory.memsw.limit_in_bytes") for group in groups]
     stat = tree.counters(f"{folder}/memory.stat")  # knows of limits above what a container sees
