@@ -43,6 +43,7 @@ from fleetune.edge.protocol.topics import Topics, check_name, read_number
 from fleetune.edge.resources.costs import Costs, measure
 from fleetune.edge.resources.guard import Guard
 from fleetune.edge.resources.limits import Budget
+from fleetune.edge.resources.memorywatch import MemoryWatch
 from fleetune.edge.resources.planner import Plan, choose
 from fleetune.edge.resources.process import cpu_seconds, machine_memory_mib, peak_mib
 from fleetune.edge.resources.workload import Workload
@@ -139,6 +140,7 @@ class Agent:
         self._base_mib: float | None = None
         me = config.device
         self._cache_folder = config.state / "cache"
+        self._memory = MemoryWatch(config.budget.memory_mib)
         self._link = Link(
             config.broker,
             f"{config.fleet}-{me}",
@@ -182,6 +184,7 @@ class Agent:
                 self._publish("offline", "stopped")
             self._link.close()
             self._state.close()
+            self._memory.close()
             log.info("stopped")
 
     # --- presence -----------------------------------------------------------------------------------------------
@@ -295,7 +298,12 @@ class Agent:
         self._publish("working", f"{announced.job}: {announced.stage}, round {announced.round} of {announced.rounds}")
         part = self._take_part(announced)
         preparing = announced.stage == "prepare"
-        guard = Guard(None if preparing else self._config.budget.cpu_s)
+        budget = self._config.budget
+        guard = Guard(
+            None if preparing else budget.cpu_s,
+            seconds=None if preparing else budget.deadline_s,
+            excess_mib=self._memory.excess_mib,
+        )
         outcome = part.method.run(
             Round(
                 stage=announced.stage,
@@ -313,6 +321,8 @@ class Agent:
             "seconds": round(time.monotonic() - start, 3),
             "peak_mib": round(peak_mib(), 1),
             "stopped_early": guard.stopped_early,
+            "stopped_for": guard.stopped_for,
+            "eased": guard.eased,
             "cache_missing_mib": round(part.plan.missing_mib or part.cache.missing / _MIB, 3),
         }
         self._facts |= {key: value for key, value in metrics.items() if key in _SHOWN}
@@ -387,9 +397,7 @@ class Agent:
         if self._base_mib is None:
             costs.growth_mib(1, 1, 1, recompute=False)  # planning loads more of NumPy: that belongs to the base
             self._base_mib = peak_mib()
-        budget = self._config.budget
-        disk_mib = min(budget.disk_mib, room(self._cache_folder) / _MIB)
-        plan = choose(costs, workload, msgspec.structs.replace(budget, disk_mib=disk_mib), self._base_mib)
+        plan = choose(costs, workload, self._afforded(), self._base_mib)
         log.info(
             "%s: plans %s; expects a peak of %.0f MiB, %.1f CPU s a round (bound by %s)",
             *(announced.job, _in_words(plan), plan.peak_mib, plan.cpu_s, plan.bound_by),
@@ -400,6 +408,15 @@ class Agent:
                 *(announced.job, self._cache_folder, plan.missing_mib),
             )
         return plan
+
+    def _afforded(self) -> Budget:
+        """The budget, or what the machine has of it now if that is less."""
+        budget = self._config.budget
+        return msgspec.structs.replace(
+            budget,
+            memory_mib=min(budget.memory_mib, self._memory.afforded_mib()),
+            disk_mib=min(budget.disk_mib, room(self._cache_folder) / _MIB),
+        )
 
     # --- what goes out ------------------------------------------------------------------------------------------
 

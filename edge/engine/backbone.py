@@ -44,8 +44,14 @@ class Backbone:
         self._positions = self._weights.outer("positions.table")
 
     def hold(self, blocks: range) -> None:
-        """Keep these blocks dequantised (float32) from their next use on, and let go of all others."""
+        """Keep these blocks dequantised (float32) from their next use on, and let go of all others.
+
+        Of the graphs of a training step, only that of these blocks stays open.
+        """
         self._scratch = None
+        for stem in [stem for stem in self._sessions if stem.startswith("suffix_")]:
+            if stem != f"suffix_{len(blocks)}":
+                del self._sessions[stem]
         self._held = {block: self._held.get(block) for block in blocks}
 
     def _block_weights(self, block: int) -> dict[str, FloatArray]:

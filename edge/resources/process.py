@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import resource
 import time
 from pathlib import Path
 
 import psutil
+
+_PAGE = resource.getpagesize()
 
 
 def peak_mib() -> float:
@@ -15,6 +18,12 @@ def peak_mib() -> float:
     if match is None:
         raise RuntimeError("this kernel does not report VmHWM in /proc/self/status")
     return int(match[1]) / 1024
+
+
+def resident_mib() -> float:
+    """Resident set of this process now, in MiB; mapped files are included."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * _PAGE / (1 << 20)
 
 
 def cpu_seconds() -> float:

@@ -27,6 +27,7 @@ from fleetune.edge.resources.planner import Plan
 from fleetune.edge.resources.trial import Trial
 
 COSTS = Costs("p", "1", "1", "x", 1, (Trial(1, 2, 8, False, 50.0, 50.0, 60.0, 0.01, 0.01, 1e-6, 1e-6),))
+ROUND = Round("global", 1, {}, {}, {}, Guard())
 SETTINGS = {
     "rank": 4, "targets": "query,value,fc1", "classes": 2, "seed": 0, "max_depth": 2, "depth": 2, "epochs": 2,
     "batch": 6, "optimiser": "adam", "learning_rate": 5e-3, "weight_decay": 0.0,
@@ -65,8 +66,8 @@ def train(device: Device, expert: Expert, **changes: Any) -> list[np.ndarray[Any
     before = [expert.vector.copy()]
     LocalRun(device, settings(**changes), expert).train(
         expert,
+        ROUND,
         np.random.default_rng(0),
-        Guard(),
         evaluated=0,
         on_batch=lambda _indices, _features: before.append(expert.vector.copy()),
     )
@@ -87,8 +88,8 @@ def test_the_one_sample_whose_loss_is_not_finite_is_named(
     with pytest.raises(DataError) as caught:
         run.train(
             expert,
+            ROUND,
             np.random.default_rng(1),
-            Guard(),
             evaluated=0,
             on_batch=lambda _indices, _features: seen.append(expert.vector.copy()),
         )

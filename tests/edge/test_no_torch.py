@@ -59,11 +59,12 @@ answer({"modules": names, "profiles": [read_profile(name).name for name in profi
 TRAIN = """\
 import pathlib
 import numpy as np
+from fleetune.edge.agent.state import JobStore
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.cache import PrefixCache
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.engine.expert import Expert, Layout
-from fleetune.edge.methods.base import Device, Settings
+from fleetune.edge.methods.base import Device, Round, Settings
 from fleetune.edge.methods.local import LocalRun
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.resources.costs import Costs
@@ -82,7 +83,7 @@ device = Device(
     cache=PrefixCache(pathlib.Path(sys.argv[3]), backbone, data, micro_batch=4),
     plan=Plan(2, 4, False, "f16", 1.0, 60.0, 1.0, 1.0, None, "job"),
     costs=Costs("p", "1", "1", "x", 1, (trial,)),
-    store=None,
+    store=JobStore(pathlib.Path(sys.argv[3]), "r", "j"),
     progress=lambda share, loss: None,
 )
 settings = Settings(
@@ -92,7 +93,8 @@ settings = Settings(
 expert = Expert.initial(Layout.of(pack.manifest, 2), seed=0)
 before = expert.vector.copy()
 run = LocalRun(device, settings, expert)
-losses = [run.train(expert, np.random.default_rng(0), Guard(), evaluated=0) for _ in range(8)]
+announced = Round("global", 1, {}, {}, {}, Guard())
+losses = [run.train(expert, announced, np.random.default_rng(0), evaluated=0) for _ in range(8)]
 changed = [name for name, view in expert.layout.views(before).items() if (view != expert.tensors[name]).any()]
 answer({"losses": losses, "changed": changed})
 """
@@ -135,6 +137,8 @@ def test_a_trial_works_without_them(tiny_bert_pack: Pack) -> None:
     request = Request(str(tiny_bert_pack.path), 2, 4, 12, recompute=True, threads=1)
     script = """\
     import contextlib, io, runpy
+    request, sys.argv[1:] = sys.argv[1], []
+    sys.stdin = io.TextIOWrapper(io.BytesIO(request.encode()))
     out = io.TextIOWrapper(io.BytesIO())
     with contextlib.redirect_stdout(out):
         runpy.run_module("fleetune.edge.resources.trial", run_name="__main__")
