@@ -204,6 +204,12 @@ def test_what_no_document_states_is_left_out(write: Callable[..., Path]) -> None
     assert (profile.power_modes[0].watts, profile.power_modes[1].max_mhz) == (None, None)
 
 
+def test_modes_are_held_against_no_processor_where_none_is_stated(write: Callable[..., Path]) -> None:
+    modes = "power_modes: [{id: 0, name: all, cores: 64, max_mhz: 5000}]\nsources: {power_modes: 'Bench Ltd, handbook'}"
+    profile = read_profile(str(write(NOT_A_BOARD, "bench.yaml", ("sources: {}", modes))))
+    assert (profile.processor, profile.power_modes[0].cores) == (None, 64)
+
+
 def test_each_part_of_a_field_may_have_its_own_source(write: Callable[..., Path]) -> None:
     parts = "  thermal.throttles_c: Bench Ltd, handbook\n  thermal.shuts_down_c: Chip Ltd, device tree\n"
     own = write(PROFILE, "bench.yaml", ("  thermal: Bench Ltd, handbook\n", parts))
@@ -245,6 +251,8 @@ def test_an_unknown_profile_lists_the_known_ones() -> None:
     ("rtc: none\n", "", "line 22: field sources.rtc: the profile has no value 'rtc' that needs a source"),
     ("  rtc: B", "  processor.gpu: B", "line 23: field sources.processor.gpu: .* no value 'processor.gpu'"),
     ("  rtc: B", "  gpu: x\n  rtc: B", "line 23: field sources.gpu: the profile has no value 'gpu'"),
+    ("  shuts_down_c: 90\nrtc: none\nsources:\n", "rtc: none\nsources:\n  thermal.shuts_down_c: Bench Ltd, handbook\n",
+     "line 18: field sources.thermal.shuts_down_c: the profile has no value"),
     ("  rtc: Bench Ltd, handbook", "  rtc: ' '", "line 23: field sources.rtc: ' ' is no source"),
 ])  # fmt: skip
 def test_a_bad_profile_names_file_and_field(old: str, new: str, where: str, write: Callable[..., Path]) -> None:
