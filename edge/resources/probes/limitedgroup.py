@@ -52,7 +52,6 @@ class LimitedGroup:
         self._version, self._mount, folder = place
         own = read_group(self._tree, *place)
         self._last: Cgroup | None = None
-        self._enabled: Path | None = None
         limit = int(min(limit_mib, own.limit_mib or limit_mib) * (1 << 20))
         parents = [folder]
         if self._version == 2 and folder != self._mount:
@@ -74,8 +73,7 @@ class LimitedGroup:
         if self._version == 2:
             control = parent / "cgroup.subtree_control"
             if "memory" not in control.read_text(encoding="ascii").split():
-                _write(control, "+memory")
-                self._enabled = control
+                _write(control, "+memory")  # and left so: to take it back would free other groups from their limits
             self._path.mkdir()
             _write(self._path / "memory.max", str(limit))
             _write(self._path / "memory.swap.max", "0", missing_ok=True)  # a kernel without swap
@@ -132,9 +130,6 @@ class LimitedGroup:
                         "end these processes, then remove the folder with rmdir",
                     ) from error
                 time.sleep(0.01)
-        if self._enabled is not None:
-            _write(self._enabled, "-memory")
-            self._enabled = None
 
     def __enter__(self) -> LimitedGroup:
         return self

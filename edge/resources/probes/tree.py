@@ -143,10 +143,10 @@ def reason(error: Exception) -> str:
 def integer(text: str, base: int = 10) -> int | None:
     """A number of the kernel, which has at most 64 bits; None where the text is something else."""
     try:
-        value = int(text, base) if len(text) <= 20 else None
+        value = int(text, base)
     except ValueError:
         return None
-    return value if value is not None and abs(value) < 1 << 64 else None
+    return value if abs(value) < 1 << 64 else None
 
 
 def mib(count: int | None, unit: int = 1) -> float | None:

@@ -87,21 +87,23 @@ def test_the_smallest_limit_above_counts(version: int, limits: tuple[int | None,
     assert cgroup.limit_mib == 100
 
 
-@pytest.mark.parametrize(("root", "group", "folder"), [
-    ("/", "/", V2),  # a container with a namespace of its own
-    ("/docker/1a", "/docker/1a", V2),  # one without
-    ("/docker/1a", "/docker/1a/inner", f"{V2}/inner"),
-    ("/", "/docker/1a", V2),  # the host's path, which is not visible here
-    ("/docker/1a", "/system.slice", V2),
-    ("/", "/../../other", V2),  # outside of the namespace
-    ("/..", "/inner", f"{V2}/inner"),
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("root", "group", "inner"), [
+    ("/", "/", ""),  # a container with a namespace of its own
+    ("/docker/1a", "/docker/1a", ""),  # one without
+    ("/docker/1a", "/docker/1a/inner", "/inner"),
+    ("/", "/docker/1a", ""),  # the host's path, which is not visible here
+    ("/docker/1a", "/system.slice", ""),
+    ("/", "/../../other", ""),  # outside of the namespace
+    ("/..", "/inner", "/inner"),
 ])  # fmt: skip
-def test_containers_of_version_2(root: str, group: str, folder: str, tmp_path: Path) -> None:
-    groups = {f"{V2}/memory.current": "1048576", f"{V2}/inner/memory.current": "1048576"}
-    tree = plant(tmp_path, version_2(root, group) | groups)
+def test_containers(root: str, group: str, inner: str, version: int, tmp_path: Path) -> None:
+    files, top = (version_1(root, group), V1) if version == 1 else (version_2(root, group), V2)
+    usage = "memory.usage_in_bytes" if version == 1 else "memory.current"
+    tree = plant(tmp_path, files | {f"{top}/{usage}": "1048576", f"{top}/inner/{usage}": "1048576"})
     cgroup = read_cgroup(tree)
     assert cgroup is not None
-    assert (cgroup.folder, cgroup.usage_mib) == (folder, 1)
+    assert (cgroup.version, cgroup.folder, cgroup.usage_mib) == (version, f"{top}{inner}", 1)
     assert tree.skipped == ()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,4 +95,12 @@ def test_one_that_cannot_be_started_is_named(tmp_path: Path, install: Install, t
 
 def test_one_that_reads_does_not_wait_for_a_user(install: Install, tree: Tree) -> None:
     install("tool", "cat; echo done")
-    assert run_command(tree, "tool", timeout_s=10) == "done\n"
+    terminal, keyboard = os.pipe()  # on which nobody types
+    stdin = os.dup(0)
+    os.dup2(terminal, 0)
+    try:
+        assert run_command(tree, "tool", timeout_s=2) == "done\n"
+    finally:
+        os.dup2(stdin, 0)
+        for descriptor in (terminal, keyboard, stdin):
+            os.close(descriptor)

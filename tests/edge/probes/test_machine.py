@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from fleetune.edge.resources.probes.machine import Machine, probe
 from fleetune.edge.resources.probes.power import EnergyMeter
 from fleetune.edge.resources.probes.pressure import PressureGauge
+from fleetune.edge.resources.probes.tegra import PowerMode
 from fleetune.edge.resources.probes.tree import Tree
 from support.trees import BOARDS, plant, sample
 
@@ -58,6 +59,22 @@ def test_an_empty_machine_has_nothing_and_nothing_is_skipped(tmp_path: Path) -> 
     assert machine.skipped == ()
     assert machine.memory.total_mib is None
     assert machine.cgroup is machine.board is machine.tegra is None
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    plant(tmp_path, sample("jetson-nano-r32") | {"/sys/class/thermal/thermal_zone3/temp": "warm"})
+    machine = probe(tmp_path)
+    assert machine.skipped == ("/sys/class/thermal/thermal_zone3/temp: not a number: 'warm'",)
+    assert machine.thermal.zones[3].temperature_c is None
+
+
+def test_programs_are_run_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "root"
+    plant(root, sample("jetson-nano-r32") | {"/bin/nvpmodel": "#!/bin/sh\necho 'NV Power Mode: MAXN'; echo 0\n"})
+    (root / "bin/nvpmodel").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{root}/bin")
+    modes = [machine.tegra and machine.tegra.power_mode for machine in (probe(root), probe(root, commands=True))]
+    assert modes == [PowerMode("5W", 1), PowerMode("MAXN", 0)]
 
 
 def test_this_machine_is_read_in_a_tenth_of_a_second() -> None:

@@ -40,6 +40,15 @@ def test_an_agx_orin_has_no_rail_for_all(tmp_path: Path) -> None:
     assert Power((Rail("VDD_IN", None),), counter=False).board_w is None
 
 
+def test_channels_without_a_rail_are_left_out(tmp_path: Path) -> None:
+    chip, old = "/sys/class/hwmon/hwmon3", "/sys/bus/i2c/drivers/ina3221x/1-0041/iio:device1"
+    files = {f"{chip}/name": "ina3221", f"{old}/rail_name_0": "NC", f"{old}/in_power0_input": "0"}
+    assert read_power(plant(tmp_path / "r32", files)).rails == ()
+    files |= {f"{chip}/in{channel}_label": label for channel, label in ((1, "NC"), (2, "VIN_SYS_5V0"))}
+    files |= {f"{chip}/{kind}{channel}_input": "1000" for kind in ("in", "curr") for channel in (1, 2)}
+    assert read_power(plant(tmp_path / "r35", files)).rails == (Rail("VIN_SYS_5V0", 1.0),)
+
+
 @pytest.mark.parametrize("board", ["raspberry-pi-5", "vm-x86-64"])
 def test_boards_without_a_sensor(board: str, tmp_path: Path) -> None:
     tree = plant(tmp_path, sample(board))
@@ -82,13 +91,13 @@ def test_a_closed_meter_stays_where_it_was(tmp_path: Path) -> None:
     meter = EnergyMeter(plant(tmp_path, sample("jetson-nano-r32")), interval_s=0.01)
     time.sleep(0.05)
     meter.close()
+    assert threading.active_count() == threads
     meter.close()
     joules = meter.joules()
     assert joules is not None
     assert joules > 0
     time.sleep(0.05)
     assert meter.joules() == joules
-    assert threading.active_count() == threads
 
 
 def test_a_sensor_that_fails_for_a_while_is_bridged_and_named(tmp_path: Path) -> None:
