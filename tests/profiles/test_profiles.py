@@ -378,3 +378,17 @@ def test_a_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
 
 def test_a_file_that_is_too_large_is_refused(write: Callable[..., Path]) -> None:
     assert "larger than" in refusal(write(b"#" * ((1 << 20) + 1))).what
+
+
+def test_limits_that_are_left_out_do_not_limit(write: Callable[..., Path]) -> None:
+    path = write(FLEET, "fleet.yaml", ("      cpu_seconds: 30\n", "      seconds: 60\n      joules: 90.5\n"))
+    first, second = (device.budget for device in read_fleet(path).devices)
+    assert (first.memory_mib, first.cpu_s, first.deadline_s, first.joules) == (900, math.inf, 60, 90.5)
+    assert (second.cpu_s, second.deadline_s, second.joules, second.disk_mib) == (12.5, math.inf, math.inf, math.inf)
+
+
+@pytest.mark.parametrize("field", ["seconds", "joules", "cpu_seconds"])
+def test_a_limit_of_nothing_is_refused(field: str, write: Callable[..., Path]) -> None:
+    error = refusal(write(FLEET, "fleet.yaml", ("      cpu_seconds: 30\n", f"      {field}: 0\n")))
+    assert f"line 8: field devices[0].budget.{field}" in error.what
+    assert "found '0'" in error.what
