@@ -16,6 +16,12 @@ RAPL = "/sys/class/powercap"
 NANO_RAIL = "sys/bus/i2c/drivers/ina3221x/6-0040/iio:device0/in_power0_input"
 
 
+def draw(root: Path, milliwatts: str) -> None:
+    """Change what the sensor says, at once: a meter's thread may be reading it."""
+    (root / "new").write_text(milliwatts, encoding="ascii")
+    (root / "new").replace(root / NANO_RAIL)
+
+
 def test_the_nanos_rails(tmp_path: Path) -> None:
     tree = plant(tmp_path, sample("jetson-nano-r32"))
     power = read_power(tree)
@@ -77,9 +83,9 @@ def test_the_thread_reads_between_two_questions(tmp_path: Path) -> None:
     """A peak of power that was over before anybody asked is in the energy."""
     tree = plant(tmp_path, sample("jetson-nano-r32"))
     with EnergyMeter(tree, interval_s=0.01) as meter:
-        (tmp_path / NANO_RAIL).write_text("1000000", encoding="ascii")
+        draw(tmp_path, "1000000")
         time.sleep(0.3)
-        (tmp_path / NANO_RAIL).write_text("0", encoding="ascii")
+        draw(tmp_path, "0")
         time.sleep(0.1)
         joules = meter.joules()
     assert joules is not None
@@ -104,9 +110,9 @@ def test_a_sensor_that_fails_for_a_while_is_bridged_and_named(tmp_path: Path) ->
     tree = plant(tmp_path, sample("jetson-nano-r32"))
     with EnergyMeter(tree, interval_s=0.01) as meter:
         start = time.monotonic()
-        (tmp_path / NANO_RAIL).write_text("?", encoding="ascii")
+        draw(tmp_path, "?")
         time.sleep(0.1)
-        (tmp_path / NANO_RAIL).write_text("2132", encoding="ascii")
+        draw(tmp_path, "2132")
         time.sleep(0.05)
         joules = meter.joules()
         seconds = time.monotonic() - start
