@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(args.run(args) or 0)
     except FleetuneError as error:
         _fail(error)
+    except BrokenPipeError:  # such as `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its end
+        sys.exit(141)
     except OSError as error:
         _fail(FileAccessError(str(error), "check the path, its permissions and the room on the disk"))
     except KeyboardInterrupt:

@@ -247,7 +247,8 @@ class Agent:
         if announced.stage == "finished":
             self._drop_closed(announced)
             if self._state.answered(announced.run, job) >= 0:
-                log.info("%s: done; what is private is in %s", job, self._state.store(announced.run, job).folder)
+                folder = self._state.store(announced.run, job).folder
+                log.info("%s: done%s", job, f"; what is private is in {folder}" if folder.is_dir() else "")
             return
         if announced.expires < time.time():
             log.warning("%s: version %d has expired; the clocks of both sides may differ", job, announced.version)
@@ -315,9 +316,10 @@ class Agent:
         }
         self._facts |= {key: value for key, value in metrics.items() if key in _SHOWN}
         log.info(
-            "%s: %s, round %d: %.1f s, %.1f CPU s, peak %.0f MiB",
+            "%s: %s, round %d: %.1f s, %.1f CPU s, peak %.0f MiB%s",
             *(announced.job, announced.stage, announced.round),
             *(metrics["seconds"], metrics["cpu_s"], metrics["peak_mib"]),
+            "; ended early, to stay within its CPU seconds" if guard.stopped_early else "",
         )
         self._queue_update(announced, part.plan, outcome.tensors, metrics)
         self._send_outbox()

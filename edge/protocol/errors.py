@@ -25,7 +25,7 @@ def field_and_reason(error: Exception) -> tuple[str, str]:
 
 def install_hint(extra: str) -> str:
     """How to install an extra."""
-    return f"pip install 'fleetune[{extra}]', or '.[{extra}]' in a clone"
+    return f"pip install '.[{extra}]' in a clone of Fleetune"
 
 
 class FleetuneError(Exception):

@@ -85,9 +85,9 @@ def _repeat(commands: dict[str, list[str]], runs: dict[str, _Runs], place: Path)
 
 def _figures(task: Task, runs: dict[str, _Runs], peers: Sequence[str]) -> list[Figure]:
     ours = runs[OURS]
-    title = f"{task.name}: a mixture's answer to one sample"
+    title = f"{task.name}: a mixture's answer, sample by sample in turns"
     mixture, one = zip(*ours.both_ms, strict=True)
-    found = [figure(title, "ms", mixture, peer=f"{OURS}, one expert: a full pass", peer_values=one, target=_MIXTURE)]
+    found = [figure(title, "ms", mixture, peer="one expert's: a full pass", peer_values=one, target=_MIXTURE)]
     contenders: list[str | None] = [*peers] or [None]
     for peer in contenders:
         theirs = runs[peer] if peer else None

@@ -51,9 +51,9 @@ def register(subparsers: Any) -> None:
 def _run(args: argparse.Namespace) -> None:
     import shutil
 
-    from fleetune.tools.pack.require import require_pack_extra
+    from fleetune.tools.pack.require import require_all_extras
 
-    require_pack_extra()
+    require_all_extras()
 
     from rich.console import Console
     from rich.table import Table
@@ -75,7 +75,8 @@ def _run(args: argparse.Namespace) -> None:
         work = folder / args.name
         shutil.rmtree(work, ignore_errors=True)  # what is left of the run before, its logs among it
         with console.status("starts") as status:
-            document = run(work, quick=args.quick, peers=peers, threads=args.threads, say=status.update)
+            say = status.update if console.is_terminal else console.print  # a pipe or a log gets a line a step
+            document = run(work, quick=args.quick, peers=peers, threads=args.threads, say=say)
     table = Table("figure", "median", "range", "peer", "its median", "ratio", "target", "")
     for item in document.figures:
         table.add_row(
@@ -89,5 +90,7 @@ def _run(args: argparse.Namespace) -> None:
             {None: "", True: "met", False: "missed"}[item.met],
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+    for note in document.notes:
+        console.print(f"note: {note}")
     if args.json is not None:
         write_atomic(args.json, json.dumps(document.as_json(), indent=1).encode())

@@ -9,6 +9,9 @@ from typing import Any
 
 from fleetune.tools.commands.options import add_command
 
+_WRITING = ("rank", "targets", "max_length", "image_size", "weights", "licence")
+"""Options that shape a pack that is written."""
+
 
 def register(subparsers: Any) -> None:
     """Add the command."""
@@ -49,15 +52,20 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--licence", default="unknown", metavar="ID", help="licence of the weights, for the manifest")
     parser.add_argument("--json", action="store_true", help="with --check: print JSON")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, defaults={name: parser.get_default(name) for name in _WRITING})
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fleetune.edge.protocol.errors import AssetError
+    from fleetune.edge.protocol.errors import AssetError, ConfigError
     from fleetune.tools.assets import ASSETS, fetch
     from fleetune.tools.pack.require import require_pack_extra
 
     require_pack_extra()
+    for name in _WRITING if args.check else ():
+        if getattr(args, name) != args.defaults[name]:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for writing a pack", "leave it out: --check asks the pack"
+            )
     if args.backbone in ASSETS:
         asset = ASSETS[args.backbone]
         source, name, licence, origin = fetch(asset.name), asset.name, asset.licence, str(asset.carrier)

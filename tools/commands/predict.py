@@ -57,12 +57,20 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.engine.model import Model
     from fleetune.edge.engine.predictor import Predictor
     from fleetune.edge.pack.pack import Pack
+    from fleetune.edge.protocol.errors import ConfigError
 
+    if args.threads < 0:
+        raise ConfigError(f"--threads: {args.threads} is out of range", "use 1 or more, or 0 for one a core")
     pack = Pack.open(args.pack)
-    name, chosen = Model.read(args.model, pack).choose(args.expert)
+    model = Model.read(args.model, pack)
+    name, chosen = model.choose(args.expert)
     predictor = Predictor(pack, chosen, threads=args.threads)
     right = count = 0
-    for prediction, labels in _labelled(args.data, pack, predictor) if args.data else _typed(predictor):
+    if args.data:
+        predictions: Iterator[tuple[Prediction, Any]] = _labelled(args.data, pack, predictor, model.card.classes)
+    else:
+        predictions = _typed(predictor)
+    for prediction, labels in predictions:
         for row, probabilities in enumerate(prediction.probabilities):
             answer: dict[str, Any] = {
                 "label": int(probabilities.argmax()),
@@ -81,17 +89,31 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _typed(predictor: Predictor) -> Iterator[tuple[Prediction, None]]:
-    """One text a line, answered as it comes."""
-    for line in sys.stdin:
-        if text := line.strip():
-            yield predictor.texts([text]), None
+    """One text a line, answered as it comes; an empty one too, so that answers keep in step with texts."""
+    from fleetune.edge.protocol.errors import DataError
+
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input, line {number}: not UTF-8: {error}", "send text as UTF-8") from error
+        yield predictor.texts([text.strip()]), None
 
 
-def _labelled(data: Path, pack: Pack, predictor: Predictor) -> Iterator[tuple[Prediction, Any]]:
+def _labelled(data: Path, pack: Pack, predictor: Predictor, classes: int) -> Iterator[tuple[Prediction, Any]]:
     """The test samples of a data file."""
     from fleetune.edge.engine.dataset import read_dataset
     from fleetune.edge.engine.prefix import split
+    from fleetune.edge.protocol.errors import DataError
 
-    dataset = read_dataset(data, pack)
-    for some in split(dataset.indices("test"), _AT_ONCE):
+    dataset = read_dataset(data, pack, ("test",))
+    test = dataset.indices("test")
+    wrong = test[dataset.labels[test] >= classes]
+    if len(wrong):
+        raise DataError(
+            f"{dataset.where(*wrong)}: field label: {dataset.labels[wrong[0]]} is out of range: "
+            f"the model has {classes} classes",
+            "number the classes as in training",
+        )
+    for some in split(test, _AT_ONCE):
         yield predictor.samples(dataset, some), dataset.labels[some]

@@ -53,6 +53,9 @@ class Watch:
                 except MessageError:
                     continue  # somebody else's retained message: nothing to show
                 self._presence[presence.name] = presence
+                if presence.state == "idle" and "test" in presence.facts:
+                    place = tuple(presence.facts.get(name) for name in ("job", "stage", "round"))
+                    self._scores.setdefault(place, {})[presence.name] = float(presence.facts["test"])
                 begun = tuple(presence.facts.get(name) for name in ("job", "stage", "round"))
                 if presence.name == "aggregator" and begun not in (self._begun, (None, None, None)):
                     self._begun = begun
@@ -74,9 +77,12 @@ class Watch:
         )
 
     def _accuracy(self) -> str:
-        facts = [presence.facts for device in self._fleet.devices if (presence := self._presence.get(device.id))]
-        scores = [float(some["test"]) for some in facts if "test" in some]
-        return f", mean accuracy {fmean(scores):.3f}" if len(scores) == len(self._fleet.devices) else ""
+        """The mean of the last round that all devices of this job have finished."""
+        whole = [place for place, scores in self._scores.items() if len(scores) == len(self._fleet.devices)]
+        if not whole or whole[-1][0] != self._presence["aggregator"].facts["job"]:
+            return ""
+        _, stage, number = whole[-1]
+        return f", mean accuracy {fmean(self._scores[whole[-1]].values()):.3f} after {stage} {number}"
 
     def render(self) -> Group:
         """The table."""

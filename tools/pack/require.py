@@ -6,6 +6,9 @@ from importlib.util import find_spec
 
 from fleetune.edge.protocol.errors import ConfigError, install_hint
 
+_PACK = ("torch", "transformers", "optimum", "bitsandbytes", "onnx", "rich")
+_SERVER = ("iotcore", "jinja2", "matplotlib")
+
 
 def require_pack_extra() -> None:
     """Check that torch and its companions are installed.
@@ -13,8 +16,19 @@ def require_pack_extra() -> None:
     Raises:
         ConfigError: One of them is missing.
     """
-    missing = [
-        name for name in ("torch", "transformers", "optimum", "bitsandbytes", "onnx", "rich") if not find_spec(name)
-    ]
+    _require(_PACK, "pack")
+
+
+def require_all_extras() -> None:
+    """Check that the embedded broker is installed as well.
+
+    Raises:
+        ConfigError: A package is missing.
+    """
+    _require(_PACK + _SERVER, "all")
+
+
+def _require(packages: tuple[str, ...], extra: str) -> None:
+    missing = [name for name in packages if not find_spec(name)]
     if missing:
-        raise ConfigError(f"this command needs {', '.join(missing)}", f"{install_hint('pack')}, on a workstation")
+        raise ConfigError(f"this command needs {', '.join(missing)}", f"{install_hint(extra)}, on a workstation")
