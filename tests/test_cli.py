@@ -294,7 +294,7 @@ def test_a_pack_that_is_not_whole_exits_13(
     ('{"text": "good film", "label": "good", "split": "train"}', ("label",)),
     ('{"text": "good film", "label": 0, "split": "train", "stars": 5}', ("stars",)),
     ('{"text": "good film", "label": -1, "split": "train"}', ("label", "-1")),
-    (b'{"text": "\xff", "label": 0, "split": "train"}', ()),
+    (b'{"text": "\xff", "label": 0, "split": "train"}', ("UTF-8",)),
 ])  # fmt: skip
 def test_a_bad_line_of_a_data_file_exits_17(bench: Bench, line: str | bytes, named: tuple[str, ...]) -> None:
     lines = bench.data.read_bytes().splitlines()
@@ -442,6 +442,14 @@ def test_an_option_of_pack_out_of_range_exits_10_and_leaves_nothing(
     done = fleetune("pack", backbone, "--out", tmp_path / "out", option, value)
     assert_refused(done, 10, option, value.rpartition(",")[2])
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(("option", "value"), [("--weights", "int8"), ("--rank", "4"), ("--image-size", "56")])
+def test_an_option_of_writing_is_refused_where_a_pack_is_checked(
+    backbone: Path, tmp_path: Path, option: str, value: str
+) -> None:
+    done = fleetune("pack", backbone, "--check", tmp_path / "pack", option, value)
+    assert_refused(done, 10, option)
 
 
 # --- brokers --------------------------------------------------------------------------------------------------------

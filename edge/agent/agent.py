@@ -290,6 +290,7 @@ class Agent:
             return
         return_free_memory()
         start, cpu = time.monotonic(), cpu_seconds()
+        self._facts = {key: value for key, value in self._facts.items() if key not in _SHOWN}  # of the round before
         self._facts |= {"job": announced.job, "stage": announced.stage, "round": announced.round, "progress": 0.0}
         self._publish("working", f"{announced.job}: {announced.stage}, round {announced.round} of {announced.rounds}")
         part = self._take_part(announced)

@@ -31,6 +31,7 @@ class Watch:
         self._topics = Topics(fleet.name)
         self._presence: dict[str, Presence] = {}
         self._begun: tuple[object, ...] = ()
+        self._scores: dict[tuple[object, ...], dict[str, float]] = {}  # job, stage and round → device → accuracy
         topics = [self._topics.presence("+"), self._topics.aggregator_presence]
         nobody = Presence(name="watch", state="offline", boot=0, kit="")
         will = (self._topics.down("watch", "gone"), nobody.name.encode())
