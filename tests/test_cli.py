@@ -452,6 +452,23 @@ def test_an_option_of_writing_is_refused_where_a_pack_is_checked(
     assert_refused(done, 10, option)
 
 
+def test_a_pipe_that_breaks_elsewhere_than_at_the_output_is_an_error() -> None:
+    script = """if True:
+        import argparse
+        from fleetune.tools import cli
+
+        def run(_args): raise BrokenPipeError(32, "Broken pipe")
+
+        parser = argparse.ArgumentParser()
+        parser.set_defaults(run=run)
+        cli.build_parser = lambda: parser
+        cli.main([])
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 21
+    assert "Broken pipe" in done.stderr
+
+
 # --- brokers --------------------------------------------------------------------------------------------------------
 
 

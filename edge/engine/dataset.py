@@ -97,6 +97,26 @@ class Dataset(ABC):
                 "check what is unusual there; if nothing is, training has diverged: lower the learning rate",
             )
 
+    def check_labels(self, indices: NDArray[np.int64], classes: int, whose: str, remedy: str) -> None:
+        """Refuse samples whose label is none of so many classes.
+
+        Args:
+            indices: The samples.
+            classes: How many there are.
+            whose: Who has them, for people.
+            remedy: What to do about it.
+
+        Raises:
+            DataError: Names the samples.
+        """
+        wrong = indices[self.labels[indices] >= classes]
+        if len(wrong):
+            raise DataError(
+                f"{self.where(*wrong)}: field label: {self.labels[wrong].max()} is out of range: "
+                f"{whose} has {classes} classes",
+                remedy,
+            )
+
     @abstractmethod
     def rows(self, tokens: TokenTable, indices: NDArray[np.int64]) -> FloatArray:
         """Token rows or patches [n, t, e] of some samples, t being the longest of them."""

@@ -51,7 +51,7 @@ def register(subparsers: Any) -> None:
 def _run(args: argparse.Namespace) -> None:
     import shutil
 
-    from fleetune.tools.pack.require import require_all_extras
+    from fleetune.tools.require import require_all_extras
 
     require_all_extras()
 

@@ -79,16 +79,14 @@ _TRAINED = (
 
 def _run(args: argparse.Namespace) -> None:
     import json
-    from importlib.util import find_spec
 
-    from fleetune.edge.protocol.errors import ConfigError, install_hint
+    from fleetune.edge.protocol.errors import ConfigError
     from fleetune.edge.protocol.link import BrokerAddress
     from fleetune.tools.assets import fetch
     from fleetune.tools.jobs import check_options
+    from fleetune.tools.require import require_server_extra
 
-    missing = [name for name in ("iotcore", "jinja2", "matplotlib", "rich") if not find_spec(name)]
-    if missing:
-        raise ConfigError(f"the demo needs {', '.join(missing)}", install_hint("all"))
+    require_server_extra()
     if args.samples < 16:
         raise ConfigError(f"--samples: {args.samples} is out of range", "use 16 or more")
     check_options(args)

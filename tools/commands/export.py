@@ -62,7 +62,7 @@ def register(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from fleetune.tools.pack.require import require_pack_extra
+    from fleetune.tools.require import require_pack_extra
 
     require_pack_extra()
 

@@ -58,7 +58,7 @@ def register(subparsers: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from fleetune.edge.protocol.errors import AssetError, ConfigError
     from fleetune.tools.assets import ASSETS, fetch
-    from fleetune.tools.pack.require import require_pack_extra
+    from fleetune.tools.require import require_pack_extra
 
     require_pack_extra()
     for name in _WRITING if args.check else ():

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fleetune.tools.commands.options import add_command, add_pack
+from fleetune.tools.commands.options import add_command, add_pack, add_threads, check_threads
 
 if TYPE_CHECKING:
     from fleetune.edge.engine.predictor import Prediction, Predictor
@@ -47,7 +47,7 @@ def register(subparsers: Any) -> None:
         type=Path,
         help="a data file, of which the test samples are classified (default: texts on standard input)",
     )
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="0 is one a core (default: %(default)s)")
+    add_threads(parser, "answering")
     parser.set_defaults(run=_run)
 
 
@@ -57,10 +57,8 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.engine.model import Model
     from fleetune.edge.engine.predictor import Predictor
     from fleetune.edge.pack.pack import Pack
-    from fleetune.edge.protocol.errors import ConfigError
 
-    if args.threads < 0:
-        raise ConfigError(f"--threads: {args.threads} is out of range", "use 1 or more, or 0 for one a core")
+    check_threads(args.threads)
     pack = Pack.open(args.pack)
     model = Model.read(args.model, pack)
     name, chosen = model.choose(args.expert)
@@ -104,16 +102,9 @@ def _labelled(data: Path, pack: Pack, predictor: Predictor, classes: int) -> Ite
     """The test samples of a data file."""
     from fleetune.edge.engine.dataset import read_dataset
     from fleetune.edge.engine.prefix import split
-    from fleetune.edge.protocol.errors import DataError
 
     dataset = read_dataset(data, pack, ("test",))
     test = dataset.indices("test")
-    wrong = test[dataset.labels[test] >= classes]
-    if len(wrong):
-        raise DataError(
-            f"{dataset.where(*wrong)}: field label: {dataset.labels[wrong[0]]} is out of range: "
-            f"the model has {classes} classes",
-            "number the classes as in training",
-        )
+    dataset.check_labels(test, classes, "the model", "number the classes as in training")
     for some in split(test, _AT_ONCE):
         yield predictor.samples(dataset, some), dataset.labels[some]

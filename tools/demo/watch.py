@@ -54,12 +54,11 @@ class Watch:
                 except MessageError:
                     continue  # somebody else's retained message: nothing to show
                 self._presence[presence.name] = presence
+                place = tuple(presence.facts.get(name) for name in ("job", "stage", "round"))
                 if presence.state == "idle" and "test" in presence.facts:
-                    place = tuple(presence.facts.get(name) for name in ("job", "stage", "round"))
                     self._scores.setdefault(place, {})[presence.name] = float(presence.facts["test"])
-                begun = tuple(presence.facts.get(name) for name in ("job", "stage", "round"))
-                if presence.name == "aggregator" and begun not in (self._begun, (None, None, None)):
-                    self._begun = begun
+                if presence.name == "aggregator" and place not in (self._begun, (None, None, None)):
+                    self._begun = place
                     lines.append(self._round())
         return lines
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from fleetune.edge.protocol.errors import ConfigError, install_hint
 
 _PACK = ("torch", "transformers", "optimum", "bitsandbytes", "onnx", "rich")
-_SERVER = ("iotcore", "jinja2", "matplotlib")
+_SERVER = ("iotcore", "jinja2", "matplotlib", "rich")
 
 
 def require_pack_extra() -> None:
@@ -19,8 +19,17 @@ def require_pack_extra() -> None:
     _require(_PACK, "pack")
 
 
+def require_server_extra() -> None:
+    """Check that the embedded broker, tables and plots are installed, for a command that packs later.
+
+    Raises:
+        ConfigError: One of them is missing.
+    """
+    _require(_SERVER, "all")
+
+
 def require_all_extras() -> None:
-    """Check that the embedded broker is installed as well.
+    """Check that both are installed.
 
     Raises:
         ConfigError: A package is missing.
@@ -29,6 +38,6 @@ def require_all_extras() -> None:
 
 
 def _require(packages: tuple[str, ...], extra: str) -> None:
-    missing = [name for name in packages if not find_spec(name)]
+    missing = [name for name in dict.fromkeys(packages) if not find_spec(name)]
     if missing:
         raise ConfigError(f"this command needs {', '.join(missing)}", f"{install_hint(extra)}, on a workstation")
