@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its end
         sys.exit(141)
     except OSError as error:
-        _fail(FileAccessError(str(error), "check the path, its permissions and the room on the disk"))
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        _fail(FileAccessError(what, "check the path, its permissions and the room on the disk"))
     except KeyboardInterrupt:
         sys.exit(130)
 

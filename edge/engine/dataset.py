@@ -95,6 +95,7 @@ class Dataset(ABC):
             raise DataError(
                 f"{self.where(*wrong)}: {what} is not finite",
                 "check what is unusual there; if nothing is, training has diverged: lower the learning rate",
+                public=f"{what} is not finite",
             )
 
     def check_labels(self, indices: NDArray[np.int64], classes: int, whose: str, remedy: str) -> None:
@@ -115,6 +116,7 @@ class Dataset(ABC):
                 f"{self.where(*wrong)}: field label: {self.labels[wrong].max()} is out of range: "
                 f"{whose} has {classes} classes",
                 remedy,
+                public=f"it has labels beyond the {classes} classes of {whose}",
             )
 
     @abstractmethod

@@ -139,18 +139,6 @@ class Answerer:
         return 1000 * (time.perf_counter() - start)
 
 
-def product() -> dict[str, Any]:
-    """The rate of a plain matrix product, GFLOP/s."""
-    rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((1024, 384), dtype=np.float32), rng.standard_normal((384, 1536), dtype=np.float32)
-    out, times = np.empty((1024, 1536), dtype=np.float32), []
-    for _ in range(30):
-        wall = time.perf_counter()
-        np.matmul(a, b, out=out)
-        times.append(time.perf_counter() - wall)
-    return {"gflops": 2 * 1024 * 384 * 1536 / float(np.median(times)) / 1e9}
-
-
 def _where(spec: Spec) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         return {"ms": Trainer(spec, profile=Path(folder)).kinds(epochs=3)}
@@ -158,7 +146,7 @@ def _where(spec: Spec) -> dict[str, Any]:
 
 def main(spec: Spec) -> None:
     """Answer requests."""
-    answers: dict[str, Callable[[], dict[str, Any]]] = {"peak": lambda: {"peak_mib": peak_mib()}, "product": product}
+    answers: dict[str, Callable[[], dict[str, Any]]] = {"peak": lambda: {"peak_mib": peak_mib()}}
     if spec.trains:
         trainer = Trainer(spec)
         answers |= {"epoch": trainer.epoch, "thousand": trainer.thousand, "where": lambda: _where(spec)}

@@ -18,7 +18,7 @@ from fleetune.tools.bench.idle import idle_mib
 from fleetune.tools.bench.peers import peer_versions, peers_python
 from fleetune.tools.bench.spec import Spec
 from fleetune.tools.bench.tasks import LENGTH, TASKS, Task, pack_for, prepare
-from fleetune.tools.bench.workers import REST_S, Worker, engine_command, peft_command
+from fleetune.tools.bench.workers import REST_S, Worker, engine_command, peft_command, rate_command
 
 ALL, SAME, QLORA = "PEFT fp32, all blocks", "PEFT fp32, same blocks", "PEFT NF4, all blocks"
 QLORA_SAME = "PEFT NF4, same blocks"
@@ -95,7 +95,8 @@ def bench_step(
         runs = {name: _Runs() for name in commands}
         for repeat in range(repeats):
             say(f"{task.name}: repeat {repeat + 1} of {repeats}")
-            _repeat(commands, runs, place, epochs, thousand=task == TASKS[0] and repeat == 0 and not quick)
+            thousand = task == TASKS[0] and repeat == 0 and not quick
+            _repeat(commands, runs, place, epochs, threads=threads, thousand=thousand)
         figures += _figures(task, spec, runs, names)
         if python is not None:
             say(f"{task.name}: losses")
@@ -112,7 +113,7 @@ def bench_step(
 
 
 def _repeat(
-    commands: dict[str, list[str]], runs: dict[str, _Runs], place: Path, epochs: int, *, thousand: bool
+    commands: dict[str, list[str]], runs: dict[str, _Runs], place: Path, epochs: int, *, threads: int, thousand: bool
 ) -> None:
     """Start every contender anew, then let them train in turns; at the end ours may do a thousand steps more."""
     shutil.rmtree(place / "cache", ignore_errors=True)  # so that the first epoch is one
@@ -121,6 +122,7 @@ def _repeat(
         for name, command in commands.items():
             workers[name] = stack.enter_context(Worker(name, command, place / "log.txt"))
             runs[name].start_s.append(workers[name].started_s)
+        product = stack.enter_context(Worker("a matrix product", rate_command(threads), place / "log.txt"))
         for epoch in range(epochs):
             for name, worker in workers.items():
                 time.sleep(REST_S)
@@ -131,7 +133,7 @@ def _repeat(
                     runs[name].later_s.append(found["seconds"])
                     runs[name].later_cpu_s.append(found["cpu_s"])
                     if name == OURS:  # at once: other work on the machine slows both
-                        runs[name].gflops.append(worker.ask("product")["gflops"])
+                        runs[name].gflops.append(product.ask("rate")["gflops"])
         for name, worker in workers.items():
             runs[name].peak_mib.append(worker.ask("peak")["peak_mib"])
         runs[OURS].where_ms.append(workers[OURS].ask("where")["ms"])

@@ -94,11 +94,10 @@ def _run(args: argparse.Namespace) -> None:
     if "fedms" not in jobs:
         raise ConfigError(f"--job: {', '.join(jobs)} without fedms", "add --job fedms: the report is about it")
 
-    from rich.console import Console
-
     from fleetune.tools.demo.folder import RunFolder
     from fleetune.tools.demo.run import DemoOptions, check_report, print_summary, run_demo
     from fleetune.tools.demo.task import Task
+    from fleetune.tools.terminal import open_console
 
     trained = [part for job in jobs for part in ("--job", job)]
     for name in _TRAINED:
@@ -123,7 +122,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     logging.getLogger("fleetune").setLevel(logging.WARNING)  # what goes well is in the table
     folder = RunFolder(args.out)
-    console = Console(stderr=args.json)
+    console = open_console(stderr=args.json)
     try:
         report = run_demo(folder, options, console)
     except KeyboardInterrupt:

@@ -84,12 +84,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _write(args: argparse.Namespace, source: Path, name: str, licence: str, origin: str) -> int:
-    from rich.console import Console
-
     from fleetune.tools.pack.write import write_pack
+    from fleetune.tools.terminal import open_console, show_steps
 
-    console = Console(stderr=True)
-    with console.status("starts") as status:
+    console = open_console(stderr=True)
+    with show_steps(console) as say:
         pack = write_pack(
             source,
             args.out,
@@ -101,7 +100,7 @@ def _write(args: argparse.Namespace, source: Path, name: str, licence: str, orig
             max_length=args.max_length,
             image_size=args.image_size,
             weights=args.weights,
-            on_step=status.update,
+            on_step=say,
         )
     manifest = pack.manifest
     size = sum(file.bytes for file in manifest.files.values()) / 2**20
@@ -113,11 +112,11 @@ def _write(args: argparse.Namespace, source: Path, name: str, licence: str, orig
 
 
 def _check(args: argparse.Namespace, source: Path) -> int:
-    from rich.console import Console
     from rich.table import Table
 
     from fleetune.edge.pack.pack import Pack
     from fleetune.tools.pack.check import TOLERANCE, check_pack
+    from fleetune.tools.terminal import open_console
 
     checks = check_pack(Pack.open(args.check), source)
     passed = all(check.passed for check in checks)
@@ -133,5 +132,8 @@ def _check(args: argparse.Namespace, source: Path) -> int:
         table = Table("compared with torch", "largest error", "", title=f"{args.check} (tolerance {TOLERANCE:g})")
         for check in checks:
             table.add_row(check.what, f"{check.error:.1e}", "ok" if check.passed else "[red]too large[/red]")
-        Console().print(table)
+        console = open_console(stderr=False)
+        console.print(table)
+        verdict = "computes what torch does" if passed else "does not compute what torch does: write it again"
+        console.print(f"{args.check} {verdict}")
     return 0 if passed else 1

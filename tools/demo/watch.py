@@ -15,7 +15,7 @@ from fleetune.edge.protocol.messages import Presence, decode
 from fleetune.edge.protocol.topics import Topics
 from fleetune.profiles.fleet import Fleet
 
-_COLOURS = {"working": "cyan", "online": "green", "idle": "green", "failed": "red", "offline": "dim"}
+_COLOURS = {"working": "cyan", "online": "green", "idle": "green", "declined": "red", "failed": "red", "offline": "dim"}
 
 
 class Watch:

@@ -66,9 +66,9 @@ def _attention(lengths: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
     return token_mask(lengths, longest)[:, 0].astype(np.int64)
 
 
-def batches(data: Dataset, pack: Pack) -> Iterator[Feeds]:
-    """The samples of a data file."""
-    for some in split(np.arange(len(data)), _BATCH):
+def batches(data: Dataset, pack: Pack, indices: NDArray[np.int64]) -> Iterator[Feeds]:
+    """Some samples of a data file."""
+    for some in split(indices, _BATCH):
         if isinstance(data, TextDataset):
             longest = int(data.lengths[some].max())
             yield {"input_ids": data.ids[some, :longest], "attention_mask": _attention(data.lengths[some], longest)}
