@@ -51,8 +51,8 @@ _BROADCAST_EXPIRY = 600
 _CLAIM_AFTER = 0.5
 """Seconds in which the broker shows whether another aggregator is there."""
 
-_RIVAL_PATIENCE = 60.0
-"""Seconds after which a broker has noticed that a client is gone; the keep-alive is 30."""
+_RIVAL_PATIENCE = 30.0
+"""Seconds after which a broker has noticed that a client is gone; the keep-alive is 15."""
 
 _SPEAK_EVERY = 60.0
 """Seconds between two words on what a round waits for."""
@@ -193,6 +193,7 @@ class Aggregator:
             log.info("%s: is done already; name another folder with --state to train anew", job.id)
             return
         self._recover(job)
+        self._registry.expect_anew()
         self._wait_for_devices()
         while (plan := strategy.next(self._closed)) is not None:
             if self._open is None:
@@ -262,10 +263,11 @@ class Aggregator:
 
     def _check_quorum(self) -> None:
         if self._config.devices and len(self._registry.members()) < max(1, self._config.quorum):
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in self._registry.failures().items())
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self._registry.losses().items())
             raise RunFailedError(
                 f"too few devices are left for a quorum of {self._config.quorum} ({reasons})",
-                "mend the devices and start the same command again: the run goes on where it stopped",
+                "mend the devices, start them again, and then the same command: the run goes on where it stopped; "
+                "or start another run, with other options and another folder for --state",
             )
 
     # --- announcing ---------------------------------------------------------------------------------------------
@@ -281,6 +283,7 @@ class Aggregator:
             round=sum(trains(past.stage) for past in self._closed) + trains(plan.stage),
             rounds=rounds,
             backbone=job.backbone,
+            quantisation=job.quantisation,
             settings={**job.settings, "depth": plan.depth},
             expires=time.time() + _ANNOUNCEMENT_EXPIRY,
             payload=payload,

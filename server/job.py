@@ -13,7 +13,8 @@ class Job:
     Attributes:
         id: Its name, a level of its topics.
         method: Name of the method.
-        backbone: Hash of the backbone's weights.
+        backbone: Hash of the backbone's weights before they were quantised.
+        quantisation: How the pack stores them.
         shapes: Full name → shape of every tensor that a device may send; anything else is refused.
         rounds: Rounds of each training stage.
         settings: Hyper-parameters that do not change from round to round.
@@ -24,6 +25,7 @@ class Job:
     id: str
     method: str
     backbone: str
+    quantisation: str
     shapes: Mapping[str, tuple[int, ...]]
     rounds: Mapping[str, int]
     settings: Mapping[str, float | int | str | bool]

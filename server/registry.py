@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
-from fleetune.edge.protocol.messages import Presence
+from fleetune.edge.protocol.messages import Presence, PresenceState
+
+_OUTLIVED: dict[PresenceState, PresenceState] = {"failed": "offline", "declined": "idle"}
+"""What a retained state means to an aggregator that has just come."""
 
 
 class Registry:
@@ -24,43 +27,49 @@ class Registry:
         Args:
             presence: The message.
             retained: Whether the broker kept it from before this side connected. A device that failed then may have
-                been mended since, so it counts as away.
+                been mended since, so it counts as away; what it declined then was another aggregator's.
         """
         if self._expected and presence.name not in self._expected:
             return False
         known = self._presence.get(presence.name)
         if known is not None and presence.state == "offline" and presence.boot != known.boot:
             return False
-        if retained and known is None and presence.state == "failed":
-            presence = msgspec.structs.replace(presence, state="offline")
+        if retained and known is None and presence.state in _OUTLIVED:
+            presence = msgspec.structs.replace(presence, state=_OUTLIVED[presence.state])
         self._presence[presence.name] = presence
         return True
+
+    def expect_anew(self) -> None:
+        """Another job begins; it may suit those who declined the one before."""
+        for name, presence in self._presence.items():
+            if presence.state == "declined":
+                self._presence[name] = msgspec.structs.replace(presence, state="idle")
 
     def knows(self, device: str) -> bool:
         """Whether a device belongs to the fleet."""
         return device in self._expected if self._expected else device in self._presence
 
     def members(self) -> set[str]:
-        """Devices that a round waits for: those expected or seen, less those that failed."""
+        """Devices that a round waits for: those expected or seen, less those that failed or declined."""
         known = set(self._expected) or {
             name for name, presence in self._presence.items() if presence.state != "offline"
         }
-        return {name for name in known if self.failed(name) is None}
+        return {name for name in known if self.lost(name) is None}
 
     def ready(self) -> set[str]:
         """Devices that are connected and have not failed."""
         return {name for name, presence in self._presence.items() if presence.state not in ("offline", "failed")}
 
-    def failed(self, device: str) -> str | None:
-        """Why a device failed, or None if it did not."""
+    def lost(self, device: str) -> str | None:
+        """Why a device failed or declined, or None if it did neither."""
         presence = self._presence.get(device)
-        return presence.detail if presence is not None and presence.state == "failed" else None
+        return presence.detail if presence is not None and presence.state in ("failed", "declined") else None
 
     def describe(self, device: str) -> str:
         """A device and what it does, for people."""
         presence = self._presence.get(device)
         return f"{device} ({f'{presence.state}: {presence.detail}' if presence else 'never seen'})"
 
-    def failures(self) -> dict[str, str]:
-        """Device → why it failed."""
-        return {name: reason for name in sorted(self._presence) if (reason := self.failed(name)) is not None}
+    def losses(self) -> dict[str, str]:
+        """Device → why it failed or declined."""
+        return {name: reason for name in sorted(self._presence) if (reason := self.lost(name)) is not None}

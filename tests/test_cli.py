@@ -92,7 +92,7 @@ class Bench:
 
 
 class Pair:
-    """An agent and an aggregator at the same time: each may wait some seconds for its broker."""
+    """An agent and an aggregator at the same time: an aggregator waits some seconds for its broker."""
 
     def __init__(self, bench: Bench, broker: str) -> None:
         self._processes = {
@@ -105,12 +105,16 @@ class Pair:
             for command in ("agent", "serve")
         }
 
+    def wait(self, command: str) -> subprocess.CompletedProcess[str]:
+        process = self._processes[command]
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
     def finish(self) -> list[subprocess.CompletedProcess[str]]:
-        done = []
-        for process in self._processes.values():
-            out, err = process.communicate(timeout=60)
-            done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-        return done
+        return [self.wait(command) for command in self._processes]
+
+    def waits(self, command: str) -> bool:
+        return self._processes[command].poll() is None
 
     def kill(self) -> None:
         for process in self._processes.values():
@@ -120,7 +124,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def lonely(tiny_bert_pack: Pack, text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    """A pair without a broker. Both try for ten seconds, so they start before the other tests that need a pack."""
+    """A pair without a broker. One tries for ten seconds, so it starts before the other tests that need a pack."""
     pair = Pair(Bench(tmp_path_factory.mktemp("lonely"), tiny_bert_pack.path, text_data), NOBODY)
     yield pair
     pair.kill()
@@ -294,7 +298,7 @@ def test_a_pack_that_is_not_whole_exits_13(
     ('{"text": "good film", "label": "good", "split": "train"}', ("label",)),
     ('{"text": "good film", "label": 0, "split": "train", "stars": 5}', ("stars",)),
     ('{"text": "good film", "label": -1, "split": "train"}', ("label", "-1")),
-    (b'{"text": "\xff", "label": 0, "split": "train"}', ()),
+    (b'{"text": "\xff", "label": 0, "split": "train"}', ("UTF-8",)),
 ])  # fmt: skip
 def test_a_bad_line_of_a_data_file_exits_17(bench: Bench, line: str | bytes, named: tuple[str, ...]) -> None:
     lines = bench.data.read_bytes().splitlines()
@@ -444,12 +448,37 @@ def test_an_option_of_pack_out_of_range_exits_10_and_leaves_nothing(
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize(("option", "value"), [("--weights", "int8"), ("--rank", "4"), ("--image-size", "56")])
+def test_an_option_of_writing_is_refused_where_a_pack_is_checked(
+    backbone: Path, tmp_path: Path, option: str, value: str
+) -> None:
+    done = fleetune("pack", backbone, "--check", tmp_path / "pack", option, value)
+    assert_refused(done, 10, option)
+
+
+def test_a_pipe_that_breaks_elsewhere_than_at_the_output_is_an_error() -> None:
+    script = """if True:
+        import argparse
+        from fleetune.tools import cli
+
+        def run(_args): raise BrokenPipeError(32, "Broken pipe")
+
+        parser = argparse.ArgumentParser()
+        parser.set_defaults(run=run)
+        cli.build_parser = lambda: parser
+        cli.main([])
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 21
+    assert "Broken pipe" in done.stderr
+
+
 # --- brokers --------------------------------------------------------------------------------------------------------
 
 
-def test_a_broker_that_is_not_there_exits_15(lonely: Pair) -> None:
-    for done in lonely.finish():
-        assert_refused(done, 15, f"no broker answers at {NOBODY}")
+def test_a_broker_that_is_not_there_exits_15_but_an_agent_waits_for_it(lonely: Pair) -> None:
+    assert_refused(lonely.wait("serve"), 15, f"no broker answers at {NOBODY}")
+    assert lonely.waits("agent")
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -53,8 +55,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(args.run(args) or 0)
     except FleetuneError as error:
         _fail(error)
+    except BrokenPipeError as error:
+        if not _reader_has_gone():
+            _fail(FileAccessError(str(error), "see what ended the process at the other end"))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its end
+        sys.exit(141)
     except OSError as error:
-        _fail(FileAccessError(str(error), "check the path, its permissions and the room on the disk"))
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        _fail(FileAccessError(what, "check the path, its permissions and the room on the disk"))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -62,6 +70,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _fail(error: FleetuneError) -> NoReturn:
     print(f"error: {error.what}\nremedy: {error.remedy}", file=sys.stderr)  # noqa: T201
     sys.exit(error.exit_code)
+
+
+def _reader_has_gone() -> bool:
+    """Whether it was standard output that broke, such as before `| head`: then nobody wants more."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:

@@ -82,6 +82,7 @@ def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int) ->
             id=method,
             method=method,
             backbone=manifest.backbone.sha256,
+            quantisation=manifest.quantisation.type,
             shapes=shapes,
             rounds=rounds[method],
             settings=common | gate if method == "fedms" else common,

@@ -6,8 +6,10 @@ paho's thread only fills a queue; everything below runs in the main thread, one 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +26,14 @@ from fleetune.edge.methods.base import Device, Method, Metrics, Round, Settings,
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.codec import decode_tensors, encode_tensors
-from fleetune.edge.protocol.errors import BudgetError, FleetuneError, MessageError, PackError, RunFailedError
+from fleetune.edge.protocol.errors import (
+    BrokerProtocolError,
+    BudgetError,
+    FleetuneError,
+    MessageError,
+    PackError,
+    RunFailedError,
+)
 from fleetune.edge.protocol.link import BrokerAddress, Connected, Link, Received
 from fleetune.edge.protocol.messages import (
     Ack,
@@ -132,6 +141,7 @@ class Agent:
         self._backbone = Backbone(self._pack, config.threads)
         self._broadcasts = Broadcasts(self._state)
         self._current: dict[str, tuple[str, int]] = {}  # job → run and version that its newest announcement asks for
+        self._declined: dict[str, tuple[str, int]] = {}  # job → run and version that this device does not answer
         self._part: _Part | None = None
         self._sent: dict[str, float] = {}
         self._facts: Metrics = {}
@@ -153,12 +163,12 @@ class Agent:
         )
 
     def run(self) -> None:
-        """Serve until the process is told to stop.
+        """Serve until the process is told to stop. A job that does not suit the device is declined.
 
         Raises:
-            FleetuneError: The device cannot take part; the aggregator saw why.
+            FleetuneError: The device cannot take part in any job; the aggregator saw why.
         """
-        self._link.connect()
+        self._link.connect(timeout=math.inf)
         try:
             self._costs = self._measured_costs()
             self._publish("online", "waits for a round")
@@ -175,7 +185,7 @@ class Agent:
                 self._send_outbox()
                 self._work()
         except FleetuneError as error:
-            self._publish("failed", str(error))
+            self._publish("failed", error.public)
             raise
         finally:
             self._count_bytes()
@@ -242,35 +252,65 @@ class Agent:
             log.warning("%s: %s (%s)", event.topic, error, error.reason)
 
     def _receive_announcement(self, job: str, raw: bytes) -> None:
-        self._broadcasts.forget(job)
-        self._current.pop(job, None)
-        if not raw:
-            return  # nobody leads it any more
+        self._forget(job)
+        if not raw:  # nobody leads it any more
+            self._await_another_job()
+            return
         announced = open_envelope(raw, Announcement)
         if announced.job != job or announced.fleet != self._config.fleet:
             raise MessageError("the announcement belongs to another topic", "ignore it", reason="wrong-topic")
         if announced.stage == "finished":
+            self._await_another_job()
             self._drop_closed(announced)
             if self._state.answered(announced.run, job) >= 0:
-                log.info("%s: done; what is private is in %s", job, self._state.store(announced.run, job).folder)
+                folder = self._state.store(announced.run, job).folder
+                log.info("%s: done%s", job, f"; what is private is in {folder}" if folder.is_dir() else "")
             return
         if announced.expires < time.time():
             log.warning("%s: version %d has expired; the clocks of both sides may differ", job, announced.version)
             return
+        self._drop_closed(announced)
+        if self._declined.get(job) == (announced.run, announced.version):
+            return
+        with self._declining(job, announced.run, announced.version):
+            self._check_fit(announced)
+            self._current[job] = announced.run, announced.version
+            if announced.version > self._state.answered(announced.run, job):
+                self._broadcasts.want(announced)
+
+    def _forget(self, job: str) -> None:
+        """The newest announcement of a job does not count any more."""
+        self._broadcasts.forget(job)
+        self._current.pop(job, None)
+
+    def _await_another_job(self) -> None:
+        """What did not suit this device is over."""
+        if self._said[0] == "declined":
+            self._publish("idle", "waits for a round")
+
+    @contextmanager
+    def _declining(self, job: str, run: str, version: int) -> Iterator[None]:
+        """Decline a round that this device cannot do: say why, take no part in it, and stay for the next job."""
+        try:
+            yield
+        except BrokerProtocolError:
+            raise
+        except FleetuneError as error:
+            self._declined[job] = run, version
+            self._forget(job)
+            self._part = None
+            log.warning("%s: declined: %s; waits for another job, and needs a start after a change here", job, error)
+            self._publish("declined", error.public)
+
+    def _check_fit(self, announced: Announcement) -> None:
         if announced.method not in METHODS:
             raise MessageError(
                 f"the method {announced.method!r} is unknown", "update Fleetune on this device", reason="unknown-method"
             )
-        self._check_pack(announced)
-        self._current[job] = announced.run, announced.version
-        self._drop_closed(announced)
-        if announced.version > self._state.answered(announced.run, job):
-            self._broadcasts.want(announced)
-
-    def _check_pack(self, announced: Announcement) -> None:
         mine = self._pack.manifest
         for what, theirs, own in (
             ("the backbone", announced.backbone, mine.backbone.sha256),
+            ("weights in the format", announced.quantisation, mine.quantisation.type),
             ("adapters of rank", announced.settings.get("rank"), mine.rank),
             ("adapters on", announced.settings.get("targets"), ",".join(mine.targets)),
         ):
@@ -293,9 +333,15 @@ class Agent:
         if announced is None:
             return
         self._backbone.give_back()
-        start, cpu = time.monotonic(), cpu_seconds()
+        self._facts = {key: value for key, value in self._facts.items() if key not in _SHOWN}  # of the round before
         self._facts |= {"job": announced.job, "stage": announced.stage, "round": announced.round, "progress": 0.0}
         self._publish("working", f"{announced.job}: {announced.stage}, round {announced.round} of {announced.rounds}")
+        with self._declining(announced.job, announced.run, announced.version):
+            self._answer(announced)
+
+    def _answer(self, announced: Announcement) -> None:
+        """Do a round, and queue what goes up."""
+        start, cpu = time.monotonic(), cpu_seconds()
         part = self._take_part(announced)
         preparing = announced.stage == "prepare"
         budget = self._config.budget
@@ -327,9 +373,10 @@ class Agent:
         }
         self._facts |= {key: value for key, value in metrics.items() if key in _SHOWN}
         log.info(
-            "%s: %s, round %d: %.1f s, %.1f CPU s, peak %.0f MiB",
+            "%s: %s, round %d: %.1f s, %.1f CPU s, peak %.0f MiB%s",
             *(announced.job, announced.stage, announced.round),
             *(metrics["seconds"], metrics["cpu_s"], metrics["peak_mib"]),
+            "; ended early, to stay within its CPU seconds" if guard.stopped_early else "",
         )
         self._queue_update(announced, part.plan, outcome.tensors, metrics)
         self._send_outbox()
@@ -497,10 +544,10 @@ class Agent:
         log.warning("%s was refused: %s", ack.update, ack.reason)
         if ack.reason != "stale-round":  # mended and started again, this device shall answer the same round
             self._state.enter(manifest.run).answered.pop(manifest.job, None)
-            raise RunFailedError(
-                f"the aggregator refuses this device's update: {ack.reason}",
-                "see the aggregator's log; mend it and start the agent again",
-            )
+            with self._declining(manifest.job, manifest.run, manifest.version):
+                raise RunFailedError(
+                    f"the aggregator refuses this device's update: {ack.reason}", "see the aggregator's log"
+                )
 
 
 def _in_words(plan: Plan) -> str:

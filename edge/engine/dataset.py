@@ -46,14 +46,17 @@ class Dataset(ABC):
         lengths: Tokens of each sample [n].
     """
 
-    def __init__(self, path: Path, labels: NDArray[np.int64], splits: NDArray[np.uint8]) -> None:
+    def __init__(
+        self, path: Path, labels: NDArray[np.int64], splits: NDArray[np.uint8], needed: tuple[Split, ...]
+    ) -> None:
         self.path = path
         self.sha256 = file_sha256(path)
         self.labels = labels
         self._splits = splits
-        for split in SPLITS:
+        for split in needed:
             if not len(self.indices(split)):
-                raise DataError(f"{path} has no sample of split {split!r}", 'mark samples as "train", "val" and "test"')
+                marks = " and ".join(f'"{name}"' for name in needed)
+                raise DataError(f"{path} has no sample of split {split!r}", f"mark samples as {marks}")
 
     lengths: NDArray[np.int64]
     _noun, _first = "sample", 0
@@ -92,6 +95,28 @@ class Dataset(ABC):
             raise DataError(
                 f"{self.where(*wrong)}: {what} is not finite",
                 "check what is unusual there; if nothing is, training has diverged: lower the learning rate",
+                public=f"{what} is not finite",
+            )
+
+    def check_labels(self, indices: NDArray[np.int64], classes: int, whose: str, remedy: str) -> None:
+        """Refuse samples whose label is none of so many classes.
+
+        Args:
+            indices: The samples.
+            classes: How many there are.
+            whose: Who has them, for people.
+            remedy: What to do about it.
+
+        Raises:
+            DataError: Names the samples.
+        """
+        wrong = indices[self.labels[indices] >= classes]
+        if len(wrong):
+            raise DataError(
+                f"{self.where(*wrong)}: field label: {self.labels[wrong].max()} is out of range: "
+                f"{whose} has {classes} classes",
+                remedy,
+                public=f"it has labels beyond the {classes} classes of {whose}",
             )
 
     @abstractmethod
@@ -119,7 +144,7 @@ class TextDataset(Dataset):
 
     _noun, _first = "line", 1
 
-    def __init__(self, path: Path, pack: Pack) -> None:
+    def __init__(self, path: Path, pack: Pack, needed: tuple[Split, ...] = SPLITS) -> None:
         text = pack.manifest.text
         if text is None:
             raise DataError(f"{path} holds text, but the pack {pack.path} takes pictures", "use a text pack")
@@ -135,6 +160,8 @@ class TextDataset(Dataset):
                     raise DataError(f"{path}, line {number}: the line is empty", "delete it")
                 try:
                     row = msgspec.json.decode(line, type=_Row)
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{path}, line {number}: not UTF-8: {error}", "save the file as UTF-8") from error
                 except UNDECODABLE as error:
                     field, reason = field_and_reason(error)
                     raise DataError(
@@ -151,7 +178,7 @@ class TextDataset(Dataset):
         tokeniser = WordPiece(pack.path / text.vocabulary, lowercase=text.lowercase, max_length=text.max_length)
         self.ids, self.lengths = tokeniser.encode_batch([row.text for row in rows])
         labels = np.array([row.label for row in rows], dtype=np.int64)
-        super().__init__(path, labels, np.array([SPLITS.index(row.split) for row in rows], dtype=np.uint8))
+        super().__init__(path, labels, np.array([SPLITS.index(row.split) for row in rows], dtype=np.uint8), needed)
 
     def rows(self, tokens: TokenTable, indices: NDArray[np.int64]) -> FloatArray:
         """Token rows [n, t, d] of some samples."""
@@ -165,7 +192,7 @@ class ImageDataset(Dataset):
         images: The pictures, mapped.
     """
 
-    def __init__(self, path: Path, pack: Pack) -> None:
+    def __init__(self, path: Path, pack: Pack, needed: tuple[Split, ...] = SPLITS) -> None:
         if pack.manifest.image is None:
             raise DataError(f"{path} holds pictures, but the pack {pack.path} takes text", "use a vision pack")
         self._spec: Image = pack.manifest.image
@@ -203,7 +230,7 @@ class ImageDataset(Dataset):
                 )
         patches = self._spec.size // self._spec.patch
         self.lengths = np.full(len(labels), patches * patches + 1, dtype=np.int64)
-        super().__init__(path, labels, splits)
+        super().__init__(path, labels, splits, needed)
 
     def rows(self, tokens: TokenTable, indices: NDArray[np.int64]) -> FloatArray:
         """Patches [n, t, e] of some samples."""
@@ -211,8 +238,13 @@ class ImageDataset(Dataset):
         return to_patches(self.images[indices], self._spec)
 
 
-def read_dataset(path: Path, pack: Pack) -> Dataset:
+def read_dataset(path: Path, pack: Pack, needed: tuple[Split, ...] = SPLITS) -> Dataset:
     """Read a device's data file; ``.jsonl`` is text, ``.safetensors`` pictures.
+
+    Args:
+        path: The file.
+        pack: Whose samples they are.
+        needed: Splits of which there must be samples.
 
     Raises:
         DataError: The file is missing, too large or does not fit its schema or the pack.
@@ -222,7 +254,7 @@ def read_dataset(path: Path, pack: Pack) -> Dataset:
     if path.stat().st_size > _MAX_FILE:
         raise DataError(f"{path} is larger than 1 GiB", "give the device fewer samples")
     if path.suffix == ".jsonl":
-        return TextDataset(path, pack)
+        return TextDataset(path, pack, needed)
     if path.suffix == ".safetensors":
-        return ImageDataset(path, pack)
+        return ImageDataset(path, pack, needed)
     raise DataError(f"{path} is neither .jsonl nor .safetensors", "give text as JSONL, pictures as safetensors")

@@ -133,6 +133,7 @@ class Expert:
                 raise DataError(
                     f"tensor {name} of shape {array.shape} does not fit the expert",
                     "check that both sides use the same pack and the same number of classes",
+                    public=f"tensor {name} does not fit the expert",
                 )
             target[...] = array
 

@@ -57,6 +57,7 @@ class Gate:
                 raise DataError(
                     f"tensor {name} of shape {array.shape} does not fit the gate",
                     "check that both sides use the same pack and the same rank of the gate",
+                    public=f"tensor {name} does not fit the gate",
                 )
             target[...] = array
 

@@ -16,7 +16,7 @@ from fleetune.edge.engine.cache import PrefixCache
 from fleetune.edge.engine.dataset import Dataset
 from fleetune.edge.engine.expert import Layout
 from fleetune.edge.engine.optimiser import OptimiserName
-from fleetune.edge.protocol.errors import DataError, MessageError
+from fleetune.edge.protocol.errors import MessageError
 from fleetune.edge.protocol.messages import Stage
 from fleetune.edge.resources.costs import Costs
 from fleetune.edge.resources.guard import Guard
@@ -181,13 +181,12 @@ def task_layout(device: Device, settings: Settings) -> Layout:
     Raises:
         DataError: The device has labels that the job does not know.
     """
-    dataset = device.dataset
-    if dataset.classes > settings.classes:
-        raise DataError(
-            f"{dataset.where(int(dataset.labels.argmax()))}: field label: {dataset.classes - 1} is out of range: "
-            f"the job has {settings.classes} classes",
-            f"label samples from 0 to {settings.classes - 1}, or start the job with more classes",
-        )
+    device.dataset.check_labels(
+        np.arange(len(device.dataset)),
+        settings.classes,
+        "the job",
+        f"label samples from 0 to {settings.classes - 1}, or start the job with more classes",
+    )
     return Layout.of(device.backbone.pack.manifest, settings.classes)
 
 

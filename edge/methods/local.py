@@ -194,15 +194,17 @@ def diverged(dataset: Dataset, what: str, step: int, batch: Indices, is_sound: C
         is_sound: Whether the step on some samples is finite.
     """
     wrong = [sample for sample in np.sort(batch) if not is_sound(np.array([sample]))]
+    fact = f"{what} is not finite at step {step + 1} of the round"
     if 0 < 2 * len(wrong) < len(batch) or len(wrong) == 1 < len(batch):
         return DataError(
-            f"{dataset.where(*wrong)}: {what} is not finite at step {step + 1} of the round; "
-            f"that of the batch's other {len(batch) - len(wrong)} samples is",
+            f"{dataset.where(*wrong)}: {fact}; that of the batch's other {len(batch) - len(wrong)} samples is",
             "check what is unusual there; if nothing is, lower the learning rate",
+            public=fact,
         )
     return DataError(
-        f"{what} is not finite at step {step + 1} of the round, for the whole batch ({dataset.where(*np.sort(batch))})",
+        f"{fact}, for the whole batch ({dataset.where(*np.sort(batch))})",
         "lower the learning rate",
+        public=f"{fact}, for the whole batch: lower the learning rate",
     )
 
 

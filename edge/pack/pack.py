@@ -54,8 +54,7 @@ class Pack:
                 raise PackError(
                     f"{file}: the pack has schema {version.schema} (written by Fleetune {version.kit or 'unknown'}), "
                     f"this Fleetune reads schema {SCHEMA}",
-                    f"install {f'fleetune=={version.kit}' if version.kit else 'a newer Fleetune'}, "
-                    "or pack the backbone again",
+                    f"use Fleetune {version.kit or 'in a newer version'}, or pack the backbone again",
                 )
             manifest = msgspec.json.decode(raw, type=Manifest)
         except UNDECODABLE as error:

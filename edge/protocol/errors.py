@@ -25,7 +25,7 @@ def field_and_reason(error: Exception) -> tuple[str, str]:
 
 def install_hint(extra: str) -> str:
     """How to install an extra."""
-    return f"pip install 'fleetune[{extra}]', or '.[{extra}]' in a clone"
+    return f"pip install '.[{extra}]' in a clone of Fleetune"
 
 
 class FleetuneError(Exception):
@@ -45,6 +45,11 @@ class FleetuneError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what} ({self.remedy})"
+
+    @property
+    def public(self) -> str:
+        """What may leave the device: the whole of it, unless a class keeps something back."""
+        return str(self)
 
 
 class ConfigError(FleetuneError):
@@ -90,9 +95,22 @@ class BrokerProtocolError(FleetuneError):
 
 
 class DataError(FleetuneError):
-    """A device's data file does not fit its schema or the pack."""
+    """A device's data file does not fit its schema or the pack.
+
+    Args:
+        public: The reason without file, line or value, for the network; by default only that there is one.
+    """
 
     exit_code = 17
+
+    def __init__(self, what: str, remedy: str, *, public: str = "its data do not fit") -> None:
+        super().__init__(what, remedy)
+        self._public = public
+
+    @property
+    def public(self) -> str:
+        """The reason, without anything of the data."""
+        return f"{self._public} (the device's own log says where)"
 
 
 class RunFolderError(FleetuneError):

@@ -45,7 +45,7 @@ class FolderLock:
     """Keeps a folder for one process, until it closes the lock or ends in whatever way.
 
     Args:
-        folder: Created if it does not exist.
+        folder: Created, for its owner alone, if it does not exist.
         remedy: What to do where another process has it.
 
     Raises:
@@ -53,7 +53,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, *, remedy: str = "stop that one, or name another folder with --state") -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._file = (folder / "lock").open("ab")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

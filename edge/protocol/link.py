@@ -7,7 +7,9 @@ happens in the thread that calls :meth:`Link.events`.
 from __future__ import annotations
 
 import logging
+import math
 import queue
+import random
 import socket
 import threading
 import time
@@ -36,6 +38,15 @@ _SHORT_LIFE = 5.0
 
 _SHORT_LIVES = 5
 """So many of them in a row are no accident."""
+
+_KEEP_ALIVE = 15
+"""Seconds between signs of life; after half as many more a broker says that this side is gone."""
+
+_ANSWER_WITHIN = 10.0
+"""Seconds that a broker may take from the connection to its answer."""
+
+_LONGEST_PAUSE = 30
+"""Seconds between two attempts to connect."""
 
 _WINDOW = 8
 """Messages on their way at once: enough to fill a link, few enough to hold in memory."""
@@ -132,12 +143,15 @@ class Link:
         client.on_subscribe = self._on_subscribe
         client.on_socket_open = _no_delay
         client.will_set(will[0], will[1], qos=1, retain=True)
-        client.reconnect_delay_set(min_delay=1, max_delay=30)
+        client.reconnect_delay_set(min_delay=1, max_delay=_LONGEST_PAUSE)
         client.max_inflight_messages_set(_WINDOW)
         self._client = client
 
     def connect(self, timeout: float = 10.0) -> None:
         """Connect and wait for the broker's answer.
+
+        Args:
+            timeout: Seconds in which a broker must be there; ``math.inf`` to wait for one as long as it takes.
 
         Raises:
             BrokerUnreachableError: Nothing answers in time.
@@ -145,19 +159,23 @@ class Link:
         """
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.MaximumPacketSize = _MAX_PACKET
-        deadline = time.monotonic() + timeout
+        deadline, pause, said = time.monotonic() + timeout, 0.1, False
         while True:
             try:
                 self._client.connect(
-                    self.address.host, self.address.port, keepalive=30, clean_start=True, properties=properties
+                    self.address.host, self.address.port, keepalive=_KEEP_ALIVE, clean_start=True, properties=properties
                 )
                 break
             except (OSError, mqtt.WebsocketConnectionError) as error:
                 if time.monotonic() > deadline:
                     raise self._unreachable(str(error)) from error
-                time.sleep(0.2)
+                pause = min(_LONGEST_PAUSE, 1.5 * pause)
+                if pause > 1 and timeout == math.inf and not said:
+                    said = True
+                    log.warning("%s; waits for one", self._unreachable(str(error)).what)
+                time.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - a fleet that wakes together comes one by one
         self._client.loop_start()
-        if not self._answered.wait(max(1.0, deadline - time.monotonic())):
+        if not self._answered.wait(_ANSWER_WITHIN):
             self.close()
             raise self._unreachable("it accepts connections but does not answer")
         if self._answer is None or self._answer.is_failure:

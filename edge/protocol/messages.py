@@ -28,7 +28,7 @@ Name = Annotated[str, msgspec.Meta(pattern=NAME)]
 UpdateId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,95}\Z")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
-PresenceState = Literal["online", "working", "idle", "failed", "offline"]
+PresenceState = Literal["online", "working", "idle", "declined", "failed", "offline"]
 
 Stage = Literal["prepare", "global", "personal", "train", "evaluate", "finished"]
 
@@ -91,7 +91,8 @@ class Announcement(_Struct, frozen=True):
         stage: What devices do.
         round: Rounds in which devices train, up to this one and with it.
         rounds: All of them in the job; preparation and evaluation do not count.
-        backbone: Hash of the backbone's weights; a device with another one does not take part.
+        backbone: Hash of the backbone's weights before they were quantised; a device with another one declines.
+        quantisation: How the pack stores them; a device with another one declines.
         settings: Hyper-parameters of the method.
         expires: Unix time after which the announcement is void.
         payload: This version's global tensors; absent if there are none yet.
@@ -107,6 +108,7 @@ class Announcement(_Struct, frozen=True):
     round: int
     rounds: int
     backbone: str
+    quantisation: str
     settings: dict[str, float | int | str | bool]
     expires: float
     payload: Payload | None = None
@@ -175,7 +177,8 @@ class Presence(_Struct, frozen=True):
 
     Attributes:
         name: Id of the device, or ``aggregator``.
-        state: ``online``, ``working``, ``idle``, ``failed`` or ``offline``.
+        state: ``online``, ``working``, ``idle``, ``declined`` (here, but the job does not suit it), ``failed`` (it has
+            ended) or ``offline``.
         boot: Counts the starts of the process, so that the Will of an earlier one can be told from this one.
         kit: Version of Fleetune.
         detail: What it is doing, for people.

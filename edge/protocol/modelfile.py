@@ -132,7 +132,7 @@ def _read_card(path: Path, raw: bytes) -> Card:
             raise ModelError(
                 f"{path} has schema {version.schema} (written by Fleetune {version.kit}), "
                 f"this Fleetune reads schema {SCHEMA}",
-                f"install fleetune=={version.kit}",
+                f"use Fleetune {version.kit}",
             )
         return msgspec.json.decode(entry, type=Card)
     except UNDECODABLE as error:

@@ -134,7 +134,7 @@ def test_a_pack_of_other_files_with_the_same_weights_will_do(file: Path, tiny_be
 
 def test_a_newer_schema_names_the_version_to_install(file: Path, tiny_bert_pack: Pack) -> None:
     edit(file, schema=2, kit="9.1", what_nobody_knows_yet=[1])
-    assert "fleetune==9.1" in assert_refused(file, tiny_bert_pack, "schema 2", "Fleetune 9.1")
+    assert "use Fleetune 9.1" in assert_refused(file, tiny_bert_pack, "schema 2", "Fleetune 9.1")
 
 
 @pytest.mark.parametrize(

@@ -94,14 +94,14 @@ def test_a_pack_of_a_newer_fleetune_says_which_one_to_install(copy: Path, more: 
     edit(copy, lambda manifest: manifest.update(schema=2, kit="7.8.9", **more))
     with pytest.raises(PackError, match=r"schema 2 .*7\.8\.9") as caught:
         Pack.open(copy)
-    assert "fleetune==7.8.9" in caught.value.remedy
+    assert "use Fleetune 7.8.9" in caught.value.remedy
 
 
 def test_a_pack_of_a_newer_fleetune_that_does_not_say_which_asks_for_a_newer_one(copy: Path) -> None:
     edit(copy, lambda manifest: (manifest.pop("kit"), manifest.update(schema=9)))
     with pytest.raises(PackError, match=r"schema 9 .*this Fleetune reads schema 1") as caught:
         Pack.open(copy)
-    assert "install a newer Fleetune" in caught.value.remedy
+    assert "use Fleetune in a newer version" in caught.value.remedy
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "graphs/../../outside", "..", "."])

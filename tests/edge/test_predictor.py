@@ -110,7 +110,7 @@ def test_the_command_answers_a_text_a_line_and_scores_a_data_file(
         command, input="the film is good\n\nso is the plot\n", capture_output=True, text=True, check=True
     )
     answers = [json.loads(line) for line in typed.stdout.splitlines()]
-    assert [sorted(answer) for answer in answers] == [["gate", "label", "probabilities"]] * 2
+    assert [sorted(answer) for answer in answers] == [["gate", "label", "probabilities"]] * 3  # the empty line too
     scored = subprocess.run([*command, "--data", str(text_data)], capture_output=True, text=True, check=True)
     answers = [json.loads(line) for line in scored.stdout.splitlines()]
     test = data.indices("test")
@@ -119,3 +119,53 @@ def test_the_command_answers_a_text_a_line_and_scores_a_data_file(
     assert [answer["label"] for answer in answers] == predicted.tolist()
     right = int((predicted == data.labels[test]).sum())
     assert f"mixture: {right} of 6 right" in scored.stderr
+
+
+def predict(pack: Pack, folder: Path, *arguments: str | Path, text: bytes = b"") -> subprocess.CompletedProcess[str]:
+    make_model(pack, "logits").write(folder / "model.safetensors")
+    command = [sys.executable, "-m", "fleetune.tools.cli", "predict", folder / "model.safetensors"]
+    command += ["--pack", pack.path, "--threads", "1", *arguments]
+    done = subprocess.run(command, input=text, capture_output=True, check=False)
+    return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def test_a_data_file_of_test_samples_alone_is_answered(tiny_bert_pack: Pack, tmp_path: Path) -> None:
+    data = tmp_path / "test.jsonl"
+    data.write_text('{"text": "good film", "label": 0, "split": "test"}\n', encoding="utf-8")
+    done = predict(tiny_bert_pack, tmp_path, "--data", data)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_label_that_the_model_does_not_know_is_refused(tiny_bert_pack: Pack, tmp_path: Path) -> None:
+    data = tmp_path / "test.jsonl"
+    row = '{"text": "good film", "label": %d, "split": "test"}\n'
+    data.write_text(row % 0 + row % 7, encoding="utf-8")
+    done = predict(tiny_bert_pack, tmp_path, "--data", data)
+    assert done.returncode == 17
+    assert f"{data}, line 2: field label: 7 is out of range" in done.stderr
+    assert done.stdout == ""
+
+
+def test_text_that_is_not_utf_8_is_refused_with_its_line(tiny_bert_pack: Pack, tmp_path: Path) -> None:
+    done = predict(tiny_bert_pack, tmp_path, text=b"good\ncaf\xe9\n")
+    assert done.returncode == 17
+    assert "standard input, line 2: not UTF-8" in done.stderr
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_threads_out_of_range_are_refused(tiny_bert_pack: Pack, tmp_path: Path) -> None:
+    done = predict(tiny_bert_pack, tmp_path, "--threads", "-1")
+    assert done.returncode == 10
+    assert "--threads: -1" in done.stderr
+
+
+def test_a_reader_that_has_enough_is_no_error(tiny_bert_pack: Pack, tmp_path: Path) -> None:
+    make_model(tiny_bert_pack, "logits").write(tmp_path / "model.safetensors")
+    text = tmp_path / "texts.txt"
+    text.write_text("good film\n" * 500, encoding="utf-8")
+    command = f"'{sys.executable}' -m fleetune.tools.cli predict model.safetensors --pack '{tiny_bert_pack.path}'"
+    script = f"set -o pipefail; {command} --threads 1 < texts.txt | head -1"
+    done = subprocess.run(["/bin/bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 141
+    assert done.stderr == ""

@@ -257,6 +257,7 @@ ANNOUNCEMENT = Announcement(
     round=2,
     rounds=11,
     backbone="cd" * 32,
+    quantisation="nf4",
     settings={"learning_rate": 1e-3, "depth": 2, "mix": "logits", "fast": True},
     expires=1.5e9,
     payload=PAYLOAD,
@@ -299,7 +300,8 @@ def test_canonical_bytes_are_these_whatever_the_order_of_the_settings() -> None:
     assert encode(turned) == (
         b'{"fleet":"lab","run":"5f0c","job":"fedms","version":3,"method":"fedms","stage":"global","round":2,"rounds":11,"backbone":"'
         + b"cd" * 32
-        + b'","settings":{"depth":2,"fast":true,"learning_rate":0.001,"mix":"logits"},"expires":1500000000.0}'
+        + b'","quantisation":"nf4","settings":{"depth":2,"fast":true,"learning_rate":0.001,"mix":"logits"},'
+        + b'"expires":1500000000.0}'
     )
 
 

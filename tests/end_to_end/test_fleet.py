@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import onnxruntime
+import pytest
 
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.pack.pack import Pack
@@ -87,7 +88,7 @@ def test_what_a_finished_run_leaves_is_exported_and_scores_what_was_measured(mak
         assert "100.0%" in export.output
         running = onnxruntime.InferenceSession(out)
         assert running.get_modelmeta().custom_metadata_map["fleetune.run"] == evaluated.run
-        logits = np.concatenate([running.run(["logits"], some)[0] for some in batches(data, pack)])[test]
+        logits = np.concatenate([running.run(["logits"], some)[0] for some in batches(data, pack, test)])
         score = float((logits.argmax(axis=1) == data.labels[test]).mean())
         assert score == evaluated.metrics[f"test_{expert}"]
 
@@ -264,21 +265,59 @@ def test_a_broker_that_restarts_in_the_middle_of_a_round_stops_nobody(make_fleet
     assert [agent.process.poll() for agent in agents] == [None, None]
 
 
-def test_a_device_with_another_pack_says_so_and_can_be_mended(
-    make_fleet: Any, embedded: str, tiny_bert: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--rank", "3", r"adapters of rank 4, the pack .*other has 3"),
+        ("--weights", "int8", r"weights in the format nf4, the pack .*other has int8"),
+    ],
+)
+def test_a_device_with_another_pack_declines_and_can_be_mended(
+    make_fleet: Any, embedded: str, tiny_bert: Path, tmp_path: Path, option: str, value: str, message: str
 ) -> None:
     fleet = make_fleet(embedded)
     serve = fleet.serve(*ROUNDS)
-    fleet.agent("big")
+    big = fleet.agent("big")
     other = tmp_path / "other"
-    assert fleet.start("pack", str(tiny_bert), "--out", str(other), "--rank", "3", "--max-length", "16").wait() == 0
+    write = ("pack", str(tiny_bert), "--out", str(other), "--rank", "4", "--max-length", "16", option, value)
+    assert fleet.start(*write).wait() == 0
     wrong = fleet.agent("small", "--pack", str(other))
-    assert wrong.wait() == 13, wrong.output
-    assert re.search(r"adapters of rank 4, the pack .*other has 3", wrong.output)
     assert serve.wait() == 19
+    assert re.search(message, serve.output)
+    assert "declined" in wrong.output
+    wrong.process.terminate()
+    assert wrong.wait() == 0
     serve = fleet.serve(*ROUNDS)
     fleet.agent("small")
     assert serve.wait() == 0, serve.output
+    assert big.process.poll() is None
+
+
+def test_a_job_that_suits_no_device_does_not_end_them(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    fleet.data["small"].write_text(fleet.data["small"].read_text().replace('"label": 1', '"label": 2'))
+    agents = {device: fleet.agent(device) for device in fleet.data}
+    serve = fleet.serve(*ROUNDS)
+    assert serve.wait() == 19
+    assert "small: it has labels beyond the 2 classes of the job" in serve.output
+    assert str(fleet.data["small"]) not in serve.output  # where, and what it says there, stays on the device
+    assert re.search(rf"{fleet.data['small']}, lines? .*: field label: 2 is out of range", agents["small"].output)
+    assert "or start another run" in serve.output
+    mended = fleet.serve(*ROUNDS, "--classes", "3", "--state", str(fleet.folder / "mended"))
+    assert mended.wait() == 0, mended.output
+    assert [agent.process.poll() for agent in agents.values()] == [None, None]
+
+
+def test_an_agent_waits_for_a_broker_that_comes_later(make_fleet: Any) -> None:
+    port = free_port()
+    fleet = make_fleet(f"mqtt://127.0.0.1:{port}")
+    agents = [fleet.agent(device) for device in fleet.data]
+    for agent in agents:
+        fleet.wait_until(lambda agent=agent: "waits for one" in agent.output)
+    fleet.start("broker", "--port", str(port))
+    serve = fleet.serve(*ROUNDS)
+    assert serve.wait() == 0, serve.output
+    assert [agent.process.poll() for agent in agents] == [None, None]
 
 
 def test_an_abandoned_run_does_not_stand_in_the_way_of_the_next(make_fleet: Any, any_broker: str) -> None:
@@ -347,11 +386,11 @@ def test_a_budget_below_one_block_is_refused_with_what_is_missing(make_fleet: An
     serve = fleet.serve(*ROUNDS)
     fleet.agent("big")
     small = fleet.agent("small")
-    assert small.wait() == 14
-    assert "MiB more than the 20 MiB given" in small.output
-    assert "Traceback" not in small.output
     assert serve.wait() == 19
     assert "small: budget: memory" in serve.output
+    assert "MiB more than the 20 MiB given" in small.output
+    assert "Traceback" not in small.output
+    assert small.process.poll() is None
 
 
 def test_a_device_without_room_for_its_cache_trains_all_the_same_and_says_so(make_fleet: Any, embedded: str) -> None:
@@ -377,17 +416,14 @@ def test_training_that_diverges_fails_the_round_and_both_sides_say_why(make_flee
     fleet = make_fleet(embedded)
     serve = fleet.serve(*ROUNDS, "--learning-rate", "3e38")
     agents = {device: fleet.agent(device) for device in fleet.data}
-    for device, agent in agents.items():
-        assert agent.wait() == 17, agent.output
-        assert "the loss is not finite at step 2 of the round" in agent.output
-        assert f"({fleet.data[device]}, lines " in agent.output
-        assert "Traceback" not in agent.output
     assert serve.wait() == 19
     assert re.search(r"(big|small): the loss is not finite at step 2 of the round", serve.output)
     assert answers(fleet.records()) == [("big", 0), ("small", 0)]  # the preparation
-    agents = {device: fleet.agent(device) for device in fleet.data}  # they do not begin anew what failed
-    for agent in agents.values():
-        fleet.wait_until(lambda agent=agent: "waits for a round" in agent.output)
+    for device, agent in agents.items():
+        fleet.wait_until(lambda agent=agent: "the loss is not finite at step 2 of the round" in agent.output)
+        assert re.search(rf"\({fleet.data[device]}, lines ", agent.output)
+        assert str(fleet.data[device]) not in serve.output
+        assert "Traceback" not in agent.output
     again = fleet.serve(*ROUNDS, "--state", str(fleet.folder / "again"))
     assert again.wait() == 0, again.output
 

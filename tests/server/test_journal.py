@@ -22,15 +22,15 @@ from fleetune.server.journal import FILE, Accepted, Announced, Closed, Finished,
 
 ANNOUNCEMENT = Announcement(
     fleet="lab", run="r", job="fedms", version=1, method="fedms", stage="global", round=1, rounds=5, backbone="b",
-    settings={"depth": 2, "learning_rate": 1e-3, "mix": "logits"}, expires=1e9,
+    quantisation="nf4", settings={"depth": 2, "learning_rate": 1e-3, "mix": "logits"}, expires=1e9,
 )  # fmt: skip
 UPDATE = UpdateManifest(
     fleet="lab", device="nano-1", update="r-fedms-1", run="r", job="fedms", version=1, backbone="b", samples=9,
     metrics={"loss": 0.5, "stopped_early": False},
 )  # fmt: skip
 JOB = Job(
-    id="fedms", method="fedms", backbone="b", shapes={"gate.A": (3, 8), "head.bias": (2,)}, rounds={"global": 6},
-    settings={"depth": 2, "learning_rate": 1.0, "mix": "logits", "fast": False},
+    id="fedms", method="fedms", backbone="b", quantisation="nf4", shapes={"gate.A": (3, 8), "head.bias": (2,)},
+    rounds={"global": 6}, settings={"depth": 2, "learning_rate": 1.0, "mix": "logits", "fast": False},
 )  # fmt: skip
 RECORDS: list[Record] = [
     Started("r", "lab", (JOB,)), Announced(ANNOUNCEMENT),

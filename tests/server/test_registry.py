@@ -56,10 +56,10 @@ def test_a_failed_device_is_no_member_and_says_why(fleet: Registry) -> None:
     fleet.update(presence("b", "failed", detail="too little memory"))
     assert fleet.members() == {"a", "c"}
     assert fleet.ready() == {"a"}
-    assert fleet.failed("b") == "too little memory"
-    assert fleet.failed("a") is None
-    assert fleet.failed("c") is None
-    assert fleet.failures() == {"b": "too little memory"}
+    assert fleet.lost("b") == "too little memory"
+    assert fleet.lost("a") is None
+    assert fleet.lost("c") is None
+    assert fleet.losses() == {"b": "too little memory"}
 
 
 def test_a_device_that_failed_before_the_aggregator_came_is_waited_for(fleet: Registry) -> None:
@@ -79,14 +79,32 @@ def test_a_failure_that_was_seen_stays_when_the_broker_repeats_it(fleet: Registr
 def test_a_device_that_failed_without_saying_why_is_no_member_either(fleet: Registry) -> None:
     fleet.update(presence("b", "failed", detail=""))
     assert fleet.members() == {"a", "c"}
-    assert set(fleet.failures()) == {"b"}
+    assert set(fleet.losses()) == {"b"}
 
 
 def test_a_device_that_starts_again_after_a_failure_is_a_member_again(fleet: Registry) -> None:
     fleet.update(presence("b", "failed", boot=1, detail="broken"))
     fleet.update(presence("b", "online", boot=2))
     assert fleet.members() == FLEET
-    assert fleet.failures() == {}
+    assert fleet.losses() == {}
+
+
+def test_a_device_that_declines_a_job_is_there_but_no_member_until_the_next_job(fleet: Registry) -> None:
+    fleet.update(presence("b", "declined", detail="another pack"))
+    assert fleet.members() == {"a", "c"}
+    assert fleet.ready() == {"b"}
+    assert fleet.losses() == {"b": "another pack"}
+    fleet.expect_anew()
+    assert fleet.members() == FLEET
+    assert fleet.losses() == {}
+
+
+def test_what_a_device_declined_before_the_aggregator_came_was_another_job(fleet: Registry) -> None:
+    fleet.update(presence("b", "declined", detail="another pack"), retained=True)
+    assert fleet.members() == FLEET
+    assert fleet.ready() == {"b"}
+    fleet.update(presence("b", "declined", detail="another pack"))
+    assert fleet.members() == {"a", "c"}
 
 
 def test_a_device_that_is_not_expected_is_ignored(fleet: Registry) -> None:

@@ -19,6 +19,7 @@ def job(method: str, rounds: dict[str, int], max_depth: int = 6, **schedule: Any
         id=method,
         method=method,
         backbone="b",
+        quantisation="nf4",
         shapes={},
         rounds=rounds,
         settings={"max_depth": max_depth},

@@ -101,7 +101,7 @@ def test_a_quick_run_answers_with_two_experts_for_little_more_than_one(minilm: P
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     mixture = json.loads(out.read_text(encoding="utf-8"))["figures"][0]
-    assert mixture["name"] == "MiniLM: a mixture's answer to one sample"
+    assert mixture["name"] == "MiniLM: a mixture's answer, sample by sample in turns"
     assert 1 < mixture["ratio"] < 1.9  # two full passes would be 2
     assert mixture["met"] == (mixture["ratio"] <= 1.35)
 

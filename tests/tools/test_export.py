@@ -255,10 +255,10 @@ def test_a_users_samples_say_how_often_both_agree(tiny_bert_pack: Pack, text_dat
     rounded = export(file, tiny_bert_pack, tmp_path / "2.onnx", to="onnx-int8", data=text_data).data
     assert exact is not None
     assert rounded is not None
-    assert (exact.samples, exact.agreement) == (24, 1.0)
+    assert (exact.samples, exact.agreement) == (6, 1.0)
     assert exact.relative < 1e-5
     assert rounded.difference > 100 * exact.difference
-    assert rounded.agreement > 0.7
+    assert rounded.agreement > 0.6
 
 
 # --- PEFT -----------------------------------------------------------------------------------------------------------
@@ -433,7 +433,7 @@ def test_the_command_writes_the_file_and_a_report(tiny_bert_pack: Pack, text_dat
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["path"], report["bytes"]) == (str(out), out.stat().st_size)
-    assert (report["format"], report["expert"], report["data"]["samples"]) == ("onnx", "global", 24)
+    assert (report["format"], report["expert"], report["data"]["samples"]) == ("onnx", "global", 6)
     assert report["probe"]["difference"] < 1e-4
     again = fleetune("export", file, *options)
     assert again.returncode == 18

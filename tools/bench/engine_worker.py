@@ -111,30 +111,32 @@ class Answerer:
         self._spec, self._pack = spec, Pack.open(Path(spec.pack))
         self._dataset = read_dataset(Path(spec.data), self._pack)
         self._model = _model(self._pack, _initial(self._pack, spec), spec)
+        self._train = self._dataset.indices("train")
 
     def answer(self, who: ExpertName) -> dict[str, Any]:
         """Answer every training sample by itself, after a first one that is timed apart."""
-        start, train = time.perf_counter(), self._dataset.indices("train")
+        start = time.perf_counter()
+        predictor = self._warm(who)
+        first = time.perf_counter() - start
+        times = [self._one_ms(predictor, index) for index in self._train]
+        return {"first_s": first, "median_ms": float(np.median(times))}
+
+    def both(self) -> dict[str, Any]:
+        """The same with the mixture and with one expert, in turns: median milliseconds of each."""
+        names: tuple[ExpertName, ...] = ("mixture", "global")
+        predictors = [self._warm(who) for who in names]
+        times = [[self._one_ms(predictor, index) for predictor in predictors] for index in self._train]
+        return dict(zip(names, np.median(times, axis=0).tolist(), strict=True))
+
+    def _warm(self, who: ExpertName) -> Predictor:
         predictor = Predictor(self._pack, self._model.choose(who)[1], threads=self._spec.threads)
-        predictor.samples(self._dataset, train[:1])
-        first, times = time.perf_counter() - start, []
-        for index in train:
-            start = time.perf_counter()
-            predictor.samples(self._dataset, index.reshape(1))
-            times.append(time.perf_counter() - start)
-        return {"first_s": first, "median_ms": 1000 * float(np.median(times))}
+        predictor.samples(self._dataset, self._train[:1])
+        return predictor
 
-
-def product() -> dict[str, Any]:
-    """The rate of a plain matrix product, GFLOP/s."""
-    rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((1024, 384), dtype=np.float32), rng.standard_normal((384, 1536), dtype=np.float32)
-    out, times = np.empty((1024, 1536), dtype=np.float32), []
-    for _ in range(30):
-        wall = time.perf_counter()
-        np.matmul(a, b, out=out)
-        times.append(time.perf_counter() - wall)
-    return {"gflops": 2 * 1024 * 384 * 1536 / float(np.median(times)) / 1e9}
+    def _one_ms(self, predictor: Predictor, index: np.int64) -> float:
+        start = time.perf_counter()
+        predictor.samples(self._dataset, index.reshape(1))
+        return 1000 * (time.perf_counter() - start)
 
 
 def _where(spec: Spec) -> dict[str, Any]:
@@ -144,13 +146,14 @@ def _where(spec: Spec) -> dict[str, Any]:
 
 def main(spec: Spec) -> None:
     """Answer requests."""
-    answers: dict[str, Callable[[], dict[str, Any]]] = {"peak": lambda: {"peak_mib": peak_mib()}, "product": product}
+    answers: dict[str, Callable[[], dict[str, Any]]] = {"peak": lambda: {"peak_mib": peak_mib()}}
     if spec.trains:
         trainer = Trainer(spec)
         answers |= {"epoch": trainer.epoch, "thousand": trainer.thousand, "where": lambda: _where(spec)}
     else:
         answerer = Answerer(spec)
         answers |= {"mixture": lambda: answerer.answer("mixture"), "one": lambda: answerer.answer("global")}
+        answers["both"] = answerer.both
     print(json.dumps({"ready": True}), flush=True)  # noqa: T201
     for line in sys.stdin:
         print(json.dumps(answers[json.loads(line)["do"]]()), flush=True)  # noqa: T201

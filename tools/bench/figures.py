@@ -44,7 +44,7 @@ class Figure:
         spread: Lowest and highest.
         peer: What it is compared with.
         peer_value: The peer's median.
-        ratio: ``value / peer_value``, or the reverse where more is better.
+        ratio: ``value / peer_value``, or the reverse where more is better: median over pairs measured in one turn.
         target: What the ratio must reach; without a peer, the value.
         met: Whether it does.
     """
@@ -69,12 +69,22 @@ def figure(
     peer_values: Sequence[float] | None = None,
     target: Target | None = None,
 ) -> Figure:
-    """Summarise repeats; the ratio is how many times less ours is if less is asked for, else how many times faster."""
+    """Summarise repeats.
+
+    Args:
+        name: What was measured.
+        unit: Its unit.
+        values: One for each turn.
+        peer: What it is compared with.
+        peer_values: The peer's in the same turns: other work on the machine slows both, so ratios are taken in pairs.
+        target: What is asked for. The ratio is ours to the peer's if less is asked for or nothing is, else the reverse.
+    """
     value = median(values)
     peer_value = median(peer_values) if peer_values else None
     ratio = None
-    if peer_value is not None:
-        ratio = value / peer_value if target is None or target.lower else peer_value / value
+    if peer_values:
+        lower = target is None or target.lower
+        ratio = median(a / b if lower else b / a for a, b in zip(values, peer_values, strict=True))
     judged = value if peer is None else ratio
     return Figure(
         name,

@@ -28,6 +28,8 @@ class _Runs:
     start_s: list[float] = field(default_factory=list)
     mixture_ms: list[float] = field(default_factory=list)
     one_ms: list[float] = field(default_factory=list)
+    both_ms: list[tuple[float, float]] = field(default_factory=list)
+    """With the mixture and with one expert, sample by sample in turns."""
     peak_mib: list[float] = field(default_factory=list)
 
 
@@ -64,7 +66,7 @@ def bench_infer(
 
 
 def _repeat(commands: dict[str, list[str]], runs: dict[str, _Runs], place: Path) -> None:
-    """Start every contender anew; each answers all samples as a mixture, then with one expert, in turns."""
+    """Start every contender anew; in turns, each answers all samples as a mixture, then with one expert."""
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for name, command in commands.items():
@@ -77,13 +79,15 @@ def _repeat(commands: dict[str, list[str]], runs: dict[str, _Runs], place: Path)
                 if request == "mixture":
                     runs[name].start_s.append(worker.started_s + found["first_s"])
                     runs[name].peak_mib.append(worker.ask("peak")["peak_mib"])
+        both = workers[OURS].ask("both")
+        runs[OURS].both_ms.append((both["mixture"], both["global"]))
 
 
 def _figures(task: Task, runs: dict[str, _Runs], peers: Sequence[str]) -> list[Figure]:
     ours = runs[OURS]
-    title = f"{task.name}: a mixture's answer to one sample"
-    single = {"peer": f"{OURS}, one expert: a full pass", "peer_values": ours.one_ms}
-    found = [figure(title, "ms", ours.mixture_ms, target=_MIXTURE, **single)]  # type: ignore[arg-type]
+    title = f"{task.name}: a mixture's answer, sample by sample in turns"
+    mixture, one = zip(*ours.both_ms, strict=True)
+    found = [figure(title, "ms", mixture, peer="one expert's: a full pass", peer_values=one, target=_MIXTURE)]
     contenders: list[str | None] = [*peers] or [None]
     for peer in contenders:
         theirs = runs[peer] if peer else None

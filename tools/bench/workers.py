@@ -25,6 +25,11 @@ def engine_command(place: Path, name: str, spec: Spec) -> list[str]:
     return [sys.executable, "-m", "fleetune.tools.bench.engine_worker", _write(place, name, spec)]
 
 
+def rate_command(threads: int) -> list[str]:
+    """How to start the worker that says how fast the machine multiplies matrices."""
+    return [sys.executable, "-m", "fleetune.tools.bench.rate_worker", str(threads)]
+
+
 def peft_command(place: Path, name: str, spec: Spec, python: Path) -> list[str]:
     """How to start a peer, with the interpreter of its own environment."""
     return [str(python), str(Path(__file__).with_name("peft_worker.py")), _write(place, name, spec)]

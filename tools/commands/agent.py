@@ -7,7 +7,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fleetune.tools.commands.options import add_broker, add_command, add_fleet, add_pack, add_state, check_state
+from fleetune.tools.commands.options import (
+    add_broker,
+    add_command,
+    add_fleet,
+    add_pack,
+    add_state,
+    add_threads,
+    check_state,
+    check_threads,
+)
 
 
 def register(subparsers: Any) -> None:
@@ -33,13 +42,7 @@ def register(subparsers: Any) -> None:
     )
     add_broker(parser)
     add_state(parser)
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=0,
-        metavar="N",
-        help="threads for training; 0 is one a core (default: %(default)s)",
-    )
+    add_threads(parser, "training")
     parser.add_argument(
         "--codec", choices=("f32", "f16"), default="f16", help="number format of updates (default: %(default)s)"
     )
@@ -55,8 +58,7 @@ def register(subparsers: Any) -> None:
 def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError
 
-    if args.threads < 0:
-        raise ConfigError(f"--threads: {args.threads} is out of range", "use 1 or more, or 0 for one a core")
+    check_threads(args.threads)
     # ONNX Runtime computes what takes time; threads of NumPy's own hold 2 MiB. Read once, when NumPy is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

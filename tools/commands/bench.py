@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -51,17 +50,17 @@ def register(subparsers: Any) -> None:
 def _run(args: argparse.Namespace) -> None:
     import shutil
 
-    from fleetune.tools.pack.require import require_pack_extra
+    from fleetune.tools.require import require_all_extras
 
-    require_pack_extra()
+    require_all_extras()
 
-    from rich.console import Console
     from rich.table import Table
 
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.edge.protocol.files import FolderLock, write_atomic
     from fleetune.tools.assets import cache_root
     from fleetune.tools.bench import infer, step
+    from fleetune.tools.terminal import open_console, show_steps
 
     run, known = (step.bench_step, step.PEERS) if args.name == "step" else (infer.bench_infer, infer.PEERS)
     peers = list(known) if args.peers is None else [] if args.peers == "none" else args.peers.split(",")
@@ -69,13 +68,13 @@ def _run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--peers: {', '.join(unknown)} is unknown", f"choose from {', '.join(known)}, or none")
     if args.threads < 1:
         raise ConfigError(f"--threads: {args.threads} is out of range", "use 1 or more")
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     folder = cache_root() / "bench"
     with closing(FolderLock(folder, remedy="wait until it ends: two runs at once would measure each other")):
         work = folder / args.name
         shutil.rmtree(work, ignore_errors=True)  # what is left of the run before, its logs among it
-        with console.status("starts") as status:
-            document = run(work, quick=args.quick, peers=peers, threads=args.threads, say=status.update)
+        with show_steps(console) as say:
+            document = run(work, quick=args.quick, peers=peers, threads=args.threads, say=say)
     table = Table("figure", "median", "range", "peer", "its median", "ratio", "target", "")
     for item in document.figures:
         table.add_row(
@@ -88,6 +87,8 @@ def _run(args: argparse.Namespace) -> None:
             item.target or "",
             {None: "", True: "met", False: "missed"}[item.met],
         )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    open_console(stderr=False).print(table)
+    for note in document.notes:
+        console.print(f"note: {note}")
     if args.json is not None:
         write_atomic(args.json, json.dumps(document.as_json(), indent=1).encode())

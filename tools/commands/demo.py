@@ -79,16 +79,14 @@ _TRAINED = (
 
 def _run(args: argparse.Namespace) -> None:
     import json
-    from importlib.util import find_spec
 
-    from fleetune.edge.protocol.errors import ConfigError, install_hint
+    from fleetune.edge.protocol.errors import ConfigError
     from fleetune.edge.protocol.link import BrokerAddress
     from fleetune.tools.assets import fetch
     from fleetune.tools.jobs import check_options
+    from fleetune.tools.require import require_server_extra
 
-    missing = [name for name in ("iotcore", "jinja2", "matplotlib", "rich") if not find_spec(name)]
-    if missing:
-        raise ConfigError(f"the demo needs {', '.join(missing)}", install_hint("all"))
+    require_server_extra()
     if args.samples < 16:
         raise ConfigError(f"--samples: {args.samples} is out of range", "use 16 or more")
     check_options(args)
@@ -96,11 +94,10 @@ def _run(args: argparse.Namespace) -> None:
     if "fedms" not in jobs:
         raise ConfigError(f"--job: {', '.join(jobs)} without fedms", "add --job fedms: the report is about it")
 
-    from rich.console import Console
-
     from fleetune.tools.demo.folder import RunFolder
     from fleetune.tools.demo.run import DemoOptions, check_report, print_summary, run_demo
     from fleetune.tools.demo.task import Task
+    from fleetune.tools.terminal import open_console
 
     trained = [part for job in jobs for part in ("--job", job)]
     for name in _TRAINED:
@@ -125,7 +122,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     logging.getLogger("fleetune").setLevel(logging.WARNING)  # what goes well is in the table
     folder = RunFolder(args.out)
-    console = Console(stderr=args.json)
+    console = open_console(stderr=args.json)
     try:
         report = run_demo(folder, options, console)
     except KeyboardInterrupt:

@@ -52,7 +52,10 @@ def register(subparsers: Any) -> None:
         help="with onnx-int8: instruction set (default: this machine's)",
     )
     parser.add_argument(
-        "--data", metavar="FILE", type=Path, help="data file; says how often the export and the device's engine agree"
+        "--data",
+        metavar="FILE",
+        type=Path,
+        help="data file; says how often the export and the device's engine agree on its test samples",
     )
     parser.add_argument(
         "--with-backbone", action="store_true", help="with peft: also write the pack's weights in Hugging Face format"
@@ -62,19 +65,18 @@ def register(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from fleetune.tools.pack.require import require_pack_extra
+    from fleetune.tools.require import require_pack_extra
 
     require_pack_extra()
 
     import dataclasses
 
-    from rich.console import Console
-
     from fleetune.edge.pack.pack import Pack
     from fleetune.tools.export.write import export
+    from fleetune.tools.terminal import open_console, show_steps
 
-    console = Console(stderr=True)
-    with console.status("opens the pack") as status:
+    console = open_console(stderr=True)
+    with show_steps(console) as say:
         report = export(
             args.model,
             Pack.open(args.pack),
@@ -84,7 +86,7 @@ def _run(args: argparse.Namespace) -> None:
             preset=args.preset,
             data=args.data,
             with_backbone=args.with_backbone,
-            on_step=status.update,
+            on_step=say,
         )
     if args.json:
         print(json.dumps(dataclasses.asdict(report), indent=2, default=str))  # noqa: T201
@@ -98,6 +100,6 @@ def _run(args: argparse.Namespace) -> None:
     )
     if report.data is not None:
         console.print(
-            f"{args.data}: the same class on {report.data.agreement:.1%} of {report.data.samples} samples, "
+            f"{args.data}: the same class on {report.data.agreement:.1%} of {report.data.samples} test samples, "
             f"logits differ by {report.data.difference:.1e} at most"
         )

@@ -50,6 +50,29 @@ def add_state(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_threads(parser: argparse.ArgumentParser, use: str) -> None:
+    """``--threads``, of ONNX Runtime, for some use."""
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"threads for {use}; 0 is one a core (default: %(default)s)",
+    )
+
+
+def check_threads(threads: int) -> None:
+    """Check ``--threads``.
+
+    Raises:
+        ConfigError: It is negative.
+    """
+    from fleetune.edge.protocol.errors import ConfigError
+
+    if threads < 0:
+        raise ConfigError(f"--threads: {threads} is out of range", "use 1 or more, or 0 for one a core")
+
+
 def check_state(path: Path) -> None:
     """Check ``--state`` before anything is written.
 

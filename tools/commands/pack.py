@@ -9,6 +9,9 @@ from typing import Any
 
 from fleetune.tools.commands.options import add_command
 
+_WRITING = ("rank", "targets", "max_length", "image_size", "weights", "licence")
+"""Options that shape a pack that is written."""
+
 
 def register(subparsers: Any) -> None:
     """Add the command."""
@@ -49,15 +52,20 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--licence", default="unknown", metavar="ID", help="licence of the weights, for the manifest")
     parser.add_argument("--json", action="store_true", help="with --check: print JSON")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, defaults={name: parser.get_default(name) for name in _WRITING})
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fleetune.edge.protocol.errors import AssetError
+    from fleetune.edge.protocol.errors import AssetError, ConfigError
     from fleetune.tools.assets import ASSETS, fetch
-    from fleetune.tools.pack.require import require_pack_extra
+    from fleetune.tools.require import require_pack_extra
 
     require_pack_extra()
+    for name in _WRITING if args.check else ():
+        if getattr(args, name) != args.defaults[name]:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for writing a pack", "leave it out: --check asks the pack"
+            )
     if args.backbone in ASSETS:
         asset = ASSETS[args.backbone]
         source, name, licence, origin = fetch(asset.name), asset.name, asset.licence, str(asset.carrier)
@@ -76,12 +84,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _write(args: argparse.Namespace, source: Path, name: str, licence: str, origin: str) -> int:
-    from rich.console import Console
-
     from fleetune.tools.pack.write import write_pack
+    from fleetune.tools.terminal import open_console, show_steps
 
-    console = Console(stderr=True)
-    with console.status("starts") as status:
+    console = open_console(stderr=True)
+    with show_steps(console) as say:
         pack = write_pack(
             source,
             args.out,
@@ -93,7 +100,7 @@ def _write(args: argparse.Namespace, source: Path, name: str, licence: str, orig
             max_length=args.max_length,
             image_size=args.image_size,
             weights=args.weights,
-            on_step=status.update,
+            on_step=say,
         )
     manifest = pack.manifest
     size = sum(file.bytes for file in manifest.files.values()) / 2**20
@@ -105,11 +112,11 @@ def _write(args: argparse.Namespace, source: Path, name: str, licence: str, orig
 
 
 def _check(args: argparse.Namespace, source: Path) -> int:
-    from rich.console import Console
     from rich.table import Table
 
     from fleetune.edge.pack.pack import Pack
     from fleetune.tools.pack.check import TOLERANCE, check_pack
+    from fleetune.tools.terminal import open_console
 
     checks = check_pack(Pack.open(args.check), source)
     passed = all(check.passed for check in checks)
@@ -125,5 +132,8 @@ def _check(args: argparse.Namespace, source: Path) -> int:
         table = Table("compared with torch", "largest error", "", title=f"{args.check} (tolerance {TOLERANCE:g})")
         for check in checks:
             table.add_row(check.what, f"{check.error:.1e}", "ok" if check.passed else "[red]too large[/red]")
-        Console().print(table)
+        console = open_console(stderr=False)
+        console.print(table)
+        verdict = "computes what torch does" if passed else "does not compute what torch does: write it again"
+        console.print(f"{args.check} {verdict}")
     return 0 if passed else 1

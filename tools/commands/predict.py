@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fleetune.tools.commands.options import add_command, add_pack
+from fleetune.tools.commands.options import add_command, add_pack, add_threads, check_threads
 
 if TYPE_CHECKING:
     from fleetune.edge.engine.predictor import Prediction, Predictor
@@ -47,7 +47,7 @@ def register(subparsers: Any) -> None:
         type=Path,
         help="a data file, of which the test samples are classified (default: texts on standard input)",
     )
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="0 is one a core (default: %(default)s)")
+    add_threads(parser, "answering")
     parser.set_defaults(run=_run)
 
 
@@ -58,11 +58,17 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.engine.predictor import Predictor
     from fleetune.edge.pack.pack import Pack
 
+    check_threads(args.threads)
     pack = Pack.open(args.pack)
-    name, chosen = Model.read(args.model, pack).choose(args.expert)
+    model = Model.read(args.model, pack)
+    name, chosen = model.choose(args.expert)
     predictor = Predictor(pack, chosen, threads=args.threads)
     right = count = 0
-    for prediction, labels in _labelled(args.data, pack, predictor) if args.data else _typed(predictor):
+    if args.data:
+        predictions: Iterator[tuple[Prediction, Any]] = _labelled(args.data, pack, predictor, model.card.classes)
+    else:
+        predictions = _typed(predictor)
+    for prediction, labels in predictions:
         for row, probabilities in enumerate(prediction.probabilities):
             answer: dict[str, Any] = {
                 "label": int(probabilities.argmax()),
@@ -81,17 +87,24 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _typed(predictor: Predictor) -> Iterator[tuple[Prediction, None]]:
-    """One text a line, answered as it comes."""
-    for line in sys.stdin:
-        if text := line.strip():
-            yield predictor.texts([text]), None
+    """One text a line, answered as it comes; an empty one too, so that answers keep in step with texts."""
+    from fleetune.edge.protocol.errors import DataError
+
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input, line {number}: not UTF-8: {error}", "send text as UTF-8") from error
+        yield predictor.texts([text.strip()]), None
 
 
-def _labelled(data: Path, pack: Pack, predictor: Predictor) -> Iterator[tuple[Prediction, Any]]:
+def _labelled(data: Path, pack: Pack, predictor: Predictor, classes: int) -> Iterator[tuple[Prediction, Any]]:
     """The test samples of a data file."""
     from fleetune.edge.engine.dataset import read_dataset
     from fleetune.edge.engine.prefix import split
 
-    dataset = read_dataset(data, pack)
-    for some in split(dataset.indices("test"), _AT_ONCE):
+    dataset = read_dataset(data, pack, ("test",))
+    test = dataset.indices("test")
+    dataset.check_labels(test, classes, "the model", "number the classes as in training")
+    for some in split(test, _AT_ONCE):
         yield predictor.samples(dataset, some), dataset.labels[some]

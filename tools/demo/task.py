@@ -60,8 +60,8 @@ class Task:
 
     def write_pack(self, out: Path) -> None:
         """Fetch the backbone and pack it."""
-        from fleetune.tools.pack.require import require_pack_extra
         from fleetune.tools.pack.write import write_pack
+        from fleetune.tools.require import require_pack_extra
 
         require_pack_extra()
         asset = ASSETS[self.backbone]

@@ -15,7 +15,7 @@ from fleetune.edge.protocol.messages import Presence, decode
 from fleetune.edge.protocol.topics import Topics
 from fleetune.profiles.fleet import Fleet
 
-_COLOURS = {"working": "cyan", "online": "green", "idle": "green", "failed": "red", "offline": "dim"}
+_COLOURS = {"working": "cyan", "online": "green", "idle": "green", "declined": "red", "failed": "red", "offline": "dim"}
 
 
 class Watch:
@@ -31,6 +31,7 @@ class Watch:
         self._topics = Topics(fleet.name)
         self._presence: dict[str, Presence] = {}
         self._begun: tuple[object, ...] = ()
+        self._scores: dict[tuple[object, ...], dict[str, float]] = {}  # job, stage and round → device → accuracy
         topics = [self._topics.presence("+"), self._topics.aggregator_presence]
         nobody = Presence(name="watch", state="offline", boot=0, kit="")
         will = (self._topics.down("watch", "gone"), nobody.name.encode())
@@ -53,9 +54,11 @@ class Watch:
                 except MessageError:
                     continue  # somebody else's retained message: nothing to show
                 self._presence[presence.name] = presence
-                begun = tuple(presence.facts.get(name) for name in ("job", "stage", "round"))
-                if presence.name == "aggregator" and begun not in (self._begun, (None, None, None)):
-                    self._begun = begun
+                place = tuple(presence.facts.get(name) for name in ("job", "stage", "round"))
+                if presence.state == "idle" and "test" in presence.facts:
+                    self._scores.setdefault(place, {})[presence.name] = float(presence.facts["test"])
+                if presence.name == "aggregator" and place not in (self._begun, (None, None, None)):
+                    self._begun = place
                     lines.append(self._round())
         return lines
 
@@ -74,9 +77,12 @@ class Watch:
         )
 
     def _accuracy(self) -> str:
-        facts = [presence.facts for device in self._fleet.devices if (presence := self._presence.get(device.id))]
-        scores = [float(some["test"]) for some in facts if "test" in some]
-        return f", mean accuracy {fmean(scores):.3f}" if len(scores) == len(self._fleet.devices) else ""
+        """The mean of the last round that all devices of this job have finished."""
+        whole = [place for place, scores in self._scores.items() if len(scores) == len(self._fleet.devices)]
+        if not whole or whole[-1][0] != self._presence["aggregator"].facts["job"]:
+            return ""
+        _, stage, number = whole[-1]
+        return f", mean accuracy {fmean(self._scores[whole[-1]].values()):.3f} after {stage} {number}"
 
     def render(self) -> Group:
         """The table."""

@@ -164,10 +164,10 @@ head = load_file("head.safetensors")
 ```
 """
 
-_SAME = "`backbone/` holds the weights that the adapters were trained on: the pack's, dequantised from NF4."
+_SAME = "`backbone/` holds the weights that the adapters were trained on: the pack's, in float32."
 
 _OTHER = """\
-The adapters were trained on the pack's NF4 weights; on the original ones the logits differ a little. With
+The adapters were trained on the pack's quantised weights; on the original ones the logits differ a little. With
 `--with-backbone`, `fleetune export` writes the pack's weights as a Hugging Face folder too."""
 
 _TEXT = """

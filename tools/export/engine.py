@@ -11,7 +11,7 @@ from fleetune.edge.engine.dataset import Dataset, ImageDataset, TextDataset
 from fleetune.edge.engine.expert import Expert
 from fleetune.edge.engine.mixture import Mixture
 from fleetune.edge.engine.predictor import Predictor
-from fleetune.edge.engine.prefix import split
+from fleetune.edge.engine.prefix import split, token_mask
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.pack.patches import cut, normalise
 
@@ -56,18 +56,22 @@ def probe(pack: Pack) -> Feeds:
     assert manifest.text is not None
     longest = manifest.text.max_length
     lengths = np.array([longest, longest // 2 + 1, 3, 1])
-    mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
+    mask = _attention(lengths, longest)
     tokens = rng.integers(0, pack.weights().count("tokens.table"), mask.shape)
     return {"input_ids": tokens * mask, "attention_mask": mask}
 
 
-def batches(data: Dataset, pack: Pack) -> Iterator[Feeds]:
-    """The samples of a data file."""
-    for some in split(np.arange(len(data)), _BATCH):
+def _attention(lengths: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
+    """``attention_mask`` [n, t] of samples."""
+    return token_mask(lengths, longest)[:, 0].astype(np.int64)
+
+
+def batches(data: Dataset, pack: Pack, indices: NDArray[np.int64]) -> Iterator[Feeds]:
+    """Some samples of a data file."""
+    for some in split(indices, _BATCH):
         if isinstance(data, TextDataset):
             longest = int(data.lengths[some].max())
-            mask = (np.arange(longest) < data.lengths[some][:, None]).astype(np.int64)
-            yield {"input_ids": data.ids[some, :longest], "attention_mask": mask}
+            yield {"input_ids": data.ids[some, :longest], "attention_mask": _attention(data.lengths[some], longest)}
         else:
             assert isinstance(data, ImageDataset)
             assert pack.manifest.image is not None

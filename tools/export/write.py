@@ -43,7 +43,7 @@ class Report:
         expert: What it computes.
         preset: Instruction set of an int8 file.
         probe: The export beside the engine on made-up samples.
-        data: The same on samples of the user's, if there are any.
+        data: The same on test samples of the user's, if there are any.
     """
 
     path: Path
@@ -78,7 +78,7 @@ def export(
         to: ``onnx``, ``onnx-int8`` or ``peft``.
         expert: What to export; by default the mixture, or the global expert where there is no other.
         preset: Instruction set of an int8 file; this machine's by default.
-        data: A data file whose samples are compared too.
+        data: A data file whose test samples are compared too: what was trained on says little about new samples.
         with_backbone: Whether a PEFT folder also gets the pack's weights in Hugging Face format.
         on_step: Is told what happens next.
 
@@ -97,7 +97,7 @@ def export(
         raise RunFolderError(f"{out} exists", "name another path with --out, or delete it first")
     on_step("reads the model")
     model = Model.read(file, pack)
-    samples = None if data is None else read_dataset(data, pack)
+    samples = None if data is None else read_dataset(data, pack, needed=("test",))
     name, chosen = model.choose(expert)
     if to == "peft" and isinstance(chosen, Mixture):
         raise ConfigError(
@@ -129,8 +129,9 @@ def export(
                 raise _wrong("are not finite", out)
         on_data = None
         if samples is not None:
-            on_step(f"compares it on {len(samples)} samples")
-            on_data = compare(run, engine, batches(samples, pack))
+            unseen = samples.indices("test")
+            on_step(f"compares it on {len(unseen)} samples")
+            on_data = compare(run, engine, batches(samples, pack, unseen))
         size = sum(path.stat().st_size for path in (made, *made.rglob("*")) if path.is_file())
         made.rename(out)
     return Report(out, size, to, name, preset, made_up, on_data)

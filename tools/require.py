@@ -1,0 +1,43 @@
+"""Says what to install when a command needs more than the plain install."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from fleetune.edge.protocol.errors import ConfigError, install_hint
+
+_PACK = ("torch", "transformers", "optimum", "bitsandbytes", "onnx", "rich")
+_SERVER = ("iotcore", "jinja2", "matplotlib", "rich")
+
+
+def require_pack_extra() -> None:
+    """Check that torch and its companions are installed.
+
+    Raises:
+        ConfigError: One of them is missing.
+    """
+    _require(_PACK, "pack")
+
+
+def require_server_extra() -> None:
+    """Check that the embedded broker, tables and plots are installed, for a command that packs later.
+
+    Raises:
+        ConfigError: One of them is missing.
+    """
+    _require(_SERVER, "all")
+
+
+def require_all_extras() -> None:
+    """Check that both are installed.
+
+    Raises:
+        ConfigError: A package is missing.
+    """
+    _require(_PACK + _SERVER, "all")
+
+
+def _require(packages: tuple[str, ...], extra: str) -> None:
+    missing = [name for name in dict.fromkeys(packages) if not find_spec(name)]
+    if missing:
+        raise ConfigError(f"this command needs {', '.join(missing)}", f"{install_hint(extra)}, on a workstation")
