@@ -110,9 +110,8 @@ class LocalRun:
 
     def _seconds(self, evaluated: int) -> tuple[float, float]:
         """Seconds and CPU seconds that evaluating some samples takes."""
-        tokens = evaluated * float(self.device.dataset.lengths.mean()) * (self._active + self.prefix.recomputed)
-        wall, cpu = self.device.costs.forward_s
-        return tokens * wall, tokens * cpu
+        passes = evaluated * (self._active + self.prefix.recomputed)
+        return self.device.costs.forward_s(passes, self._micro_batch, float(self.device.dataset.lengths.mean()))
 
     def _ease(self, expert: Expert, wanted_mib: float) -> bool:
         """Do with so much less memory; False if there is nothing to give back."""

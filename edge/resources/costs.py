@@ -6,7 +6,8 @@ of terms in depth D, tokens T = micro-batch × length, and pairs of tokens P = m
     c₀ + c₁ D + c₂ T + c₃ D T + c₄ P + c₅ D P
 
 which are weights, hidden states, activations and attention. Samples go through the frozen blocks before: that has a
-peak of its own, a₀ + a₁ length + a₂ T + a₃ P, and the larger one counts. Least squares finds the coefficients from
+peak of its own, a₀ + a₁ length + a₂ T + a₃ P, and the larger one counts. A frozen block takes time to dequantise, once
+a chunk of samples, and for each micro-batch, token and pair of tokens. Least squares finds the coefficients from
 trials at the ends and in the middle of the grid, each weighted by the inverse of what it measured, so that relative
 errors count.
 """
@@ -24,9 +25,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetune.edge.engine.prefix import CHUNK
 from fleetune.edge.pack.manifest import Manifest
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import BudgetError
+from fleetune.edge.resources.powermode import read_power_mode
 from fleetune.edge.resources.trial import Request, Trial, run_trial
 
 Features = NDArray[np.float64]
@@ -44,6 +47,7 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         onnxruntime: Version of ONNX Runtime.
         machine: Processor architecture.
         threads: Threads of the trials.
+        power_mode: What the processor was allowed, as :func:`read_power_mode` says it.
         trials: What was measured.
     """
 
@@ -52,6 +56,7 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     onnxruntime: str
     machine: str
     threads: int
+    power_mode: str
     trials: tuple[Trial, ...]
 
     @functools.cached_property
@@ -74,12 +79,11 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         features = _features(depth, micro_batch, length)
         return float(features @ self._wall[recompute]), float(features @ self._cpu[recompute])
 
-    @functools.cached_property
-    def forward_s(self) -> tuple[float, float]:
-        """Seconds and CPU seconds of one block's forward pass, a token (medians over the trials)."""
-        seconds = [(trial.forward_s, trial.forward_cpu_s) for trial in self.trials]
-        wall, cpu = np.median(seconds, axis=0).tolist()
-        return wall, cpu
+    def forward_s(self, samples: float, micro_batch: int, length: float) -> tuple[float, float]:
+        """Predicted seconds and CPU seconds of one block's forward pass over some samples, in micro-batches."""
+        features = _forward_features(samples, micro_batch, length)
+        wall, cpu = self._forward
+        return float(features @ wall), float(features @ cpu)
 
     @functools.cached_property
     def watts(self) -> float | None:
@@ -91,6 +95,13 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     def _frozen(self) -> Features:
         rows = [_frozen_features(trial.micro_batch, trial.length) for trial in self.trials]
         return _solve(rows, [(trial.frozen_mib - trial.base_mib, trial.frozen_mib) for trial in self.trials])
+
+    @functools.cached_property
+    def _forward(self) -> tuple[Features, Features]:
+        rows = [_forward_features(CHUNK, trial.micro_batch, trial.length) for trial in self.trials]
+        wall = [(trial.forward_s, trial.forward_s) for trial in self.trials]
+        cpu = [(trial.forward_cpu_s, trial.forward_cpu_s) for trial in self.trials]
+        return _solve(rows, wall), _solve(rows, cpu)
 
     @functools.cached_property
     def _memory(self) -> dict[bool, Features]:
@@ -114,14 +125,31 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     def _for_each_policy(self, fit: Callable[[list[Trial]], Features]) -> dict[bool, Features]:
         return {policy: fit([trial for trial in self.trials if trial.recompute is policy]) for policy in (False, True)}
 
-    def stale(self, pack: Pack, *, threads: int, length: int) -> str:
-        """Why these costs are not for this pack, these versions and this machine, or samples this long; else empty."""
-        mine = {"pack": self.pack, "kit": self.kit, "onnxruntime": self.onnxruntime, "machine": self.machine}
-        now = _environment(pack)
-        for name, was in mine.items():
-            if was != now[name]:
-                return f"measured with {name} {was}, this is {now[name]}"
-        if self.threads != threads:
+    def covers(self, depth: int, micro_batch: int, length: int, *, recompute: bool) -> bool:
+        """Whether something at least as large was measured under this policy; the model says nothing beyond."""
+        return any(
+            trial.recompute is recompute
+            and trial.depth >= depth
+            and trial.micro_batch * trial.length >= micro_batch * length
+            and trial.micro_batch * trial.length**2 >= micro_batch * length**2
+            for trial in self.trials
+        )
+
+    def stale(self, pack: Pack, *, length: int, threads: int | None = None, here: bool = True) -> str:
+        """Why these costs do not count for a pack, or for samples this long; empty if they do.
+
+        Args:
+            pack: The pack.
+            length: Tokens of the longest sample.
+            threads: Threads of ONNX Runtime; None for those of the trials.
+            here: Whether this is the device, whose runtime and power mode have to be those of the trials.
+        """
+        now = {"pack": pack.sha256, "kit": version("fleetune")} | (_here() if here else {})
+        for name, value in now.items():
+            was = getattr(self, name)
+            if was != value:
+                return f"measured with {name.replace('_', ' ')} {was}, this is {value}"
+        if threads is not None and self.threads != threads:
             return f"measured with {self.threads} threads, not {threads}"
         return f"measured up to {self.length} tokens, a sample has {length}" if self.length < length else ""
 
@@ -133,6 +161,11 @@ def _features(depth: float, micro_batch: float, length: float) -> Features:
 
 def _frozen_features(micro_batch: float, length: float) -> Features:
     return np.array([1.0, length, micro_batch * length, micro_batch * length**2])
+
+
+def _forward_features(samples: float, micro_batch: int, length: float) -> Features:
+    parts = samples / micro_batch
+    return np.array([samples / CHUNK, parts, samples * length, samples * length**2])
 
 
 def _fit_time(trials: list[Trial], seconds: list[float]) -> Features:
@@ -150,12 +183,11 @@ def _solve(rows: list[Features], values: list[tuple[float, float]]) -> Features:
     return found
 
 
-def _environment(pack: Pack) -> dict[str, str]:
+def _here() -> dict[str, str]:
     return {
-        "pack": pack.sha256,
-        "kit": version("fleetune"),
         "onnxruntime": version("onnxruntime"),
         "machine": platform.machine(),
+        "power_mode": read_power_mode(),
     }
 
 
@@ -217,4 +249,4 @@ def measure(
                     "give it more memory, or use a smaller backbone",
                 )
             on_trial(done, len(requests))
-    return Costs(**_environment(pack), threads=threads, trials=tuple(trials))
+    return Costs(pack=pack.sha256, kit=version("fleetune"), threads=threads, trials=tuple(trials), **_here())

@@ -53,7 +53,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def candidates(costs: Costs, workload: Workload, base_mib: float | None = None) -> list[Plan]:
-    """Every plan that the job allows, with its predicted costs.
+    """Every plan that the job allows and the trials cover, with its predicted costs.
 
     Args:
         costs: What training costs here.
@@ -65,16 +65,22 @@ def candidates(costs: Costs, workload: Workload, base_mib: float | None = None) 
     for depth in range(1, workload.max_depth + 1):
         for micro_batch, padded in workload.padded.items():
             for recompute in (False, True):
+                if not costs.covers(depth, micro_batch, workload.longest, recompute=recompute):
+                    continue
                 full, rest = divmod(workload.train, workload.batch)
                 runs = full * math.ceil(workload.batch / micro_batch) + math.ceil(rest / micro_batch)
                 step, step_cpu = costs.step_s(depth, workload.train / runs, padded, recompute=recompute)
                 peak = base + costs.growth_mib(depth, micro_batch, workload.longest, recompute=recompute)
                 without = peak + _memory_without_cache(costs, workload, depth, micro_batch, recompute=recompute)
-                evaluated = workload.evaluate * depth * workload.length
-                for cache, mib, frozen in _caches(workload, depth, padded):
+                for cache, mib, sorted_, shuffled in _caches(workload, depth):
                     seconds, cpu = (
-                        workload.epochs * runs * a_step + (evaluated + frozen) * a_token
-                        for a_step, a_token in zip((step, step_cpu), costs.forward_s, strict=True)
+                        workload.epochs * runs * a_step + one + other
+                        for a_step, one, other in zip(
+                            (step, step_cpu),
+                            costs.forward_s(workload.evaluate * depth + sorted_, micro_batch, workload.length),
+                            costs.forward_s(shuffled, micro_batch, padded),
+                            strict=True,
+                        )
                     )
                     memory = without if cache == "none" else peak
                     joules = None if costs.watts is None else costs.watts * seconds
@@ -82,17 +88,18 @@ def candidates(costs: Costs, workload: Workload, base_mib: float | None = None) 
     return found
 
 
-def _caches(workload: Workload, depth: int, padded: float) -> Iterator[tuple[CacheCodec, float, float]]:
-    """Every cache: its codec, its MiB, and the tokens that go through a frozen block in a round, block by block."""
-    once = (workload.train + workload.evaluate) * workload.length
-    always = workload.epochs * workload.train * padded + workload.evaluate * workload.length
+def _caches(workload: Workload, depth: int) -> Iterator[tuple[CacheCodec, float, float, float]]:
+    """Every cache: its codec, its MiB, and how often a sample goes through a frozen block in a round, block by block:
+    among samples of like length, and among those of a batch.
+    """
+    once = workload.train + workload.evaluate
     between, below = workload.max_depth - depth, _EMBEDDING + workload.blocks - depth
     for codec, mib in workload.entry_mib.items():
         # The blocks between the job's boundary and this device's own carry others' adapters, so they run once a round:
         # from an entry at the job's boundary if there is room for two, else from the samples.
-        yield codec, 2 * mib, once * between
-        yield codec, mib, once * below if between else 0.0
-    yield "none", 0.0, always * below
+        yield codec, 2 * mib, once * between, 0.0
+        yield codec, mib, once * below if between else 0.0, 0.0
+    yield "none", 0.0, workload.evaluate * below, workload.epochs * workload.train * below
 
 
 def _memory_without_cache(costs: Costs, workload: Workload, depth: int, micro_batch: int, *, recompute: bool) -> float:

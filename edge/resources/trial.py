@@ -54,7 +54,7 @@ class Trial(msgspec.Struct, frozen=True):
         peak_mib: Its peak after the steps.
         step_s: Seconds of one forward and backward pass of a micro-batch (median).
         step_cpu_s: Its CPU seconds (median).
-        forward_s: Seconds of one block's forward pass in a chunk, a token.
+        forward_s: Seconds of one block's forward pass over a chunk of samples, in micro-batches.
         forward_cpu_s: CPU seconds of the same.
         watts: Power during the steps; None without a sensor.
     """
@@ -137,11 +137,10 @@ def _measure(request: Request) -> Trial:
     shape = (request.micro_batch, request.length, pack.manifest.sample_width)
     parts = [part(request.length) for _ in range(chunk)]
     parts = [(backbone.embed(rng.standard_normal(shape, dtype=np.float32)), mask) for _, mask in parts]
+    forward_chunk(backbone, range(1), expert, parts[:1])  # the first one makes ready, and takes longer
     watch = Stopwatch()
     forward_chunk(backbone, range(_CHUNK_BLOCKS), expert, parts)
-    forward_s, forward_cpu_s = (
-        seconds / (_CHUNK_BLOCKS * chunk * request.micro_batch * request.length) for seconds in watch.read()
-    )
+    forward_s, forward_cpu_s = (seconds / _CHUNK_BLOCKS for seconds in watch.read())
     del parts
     frozen_mib = peak_mib()
     backbone.give_back()

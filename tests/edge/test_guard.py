@@ -83,7 +83,9 @@ def trial(depth: int, micro_batch: int, length: int, recompute: bool) -> Trial:
 
 
 GRID = [(depth, micro, length) for depth in (1, 3) for micro in (1, 8) for length in (4, 8, 16)]
-COSTS = Costs("p", "1", "1", "x", 1, tuple(trial(*cell, recompute) for cell in GRID for recompute in (False, True)))
+COSTS = Costs(
+    "p", "1", "1", "x", 1, "1 core", tuple(trial(*cell, recompute) for cell in GRID for recompute in (False, True))
+)
 SETTINGS: dict[str, Any] = {
     "rank": 4, "targets": "query,value", "classes": 2, "seed": 0, "max_depth": 3, "depth": 3, "epochs": 2, "batch": 4,
     "optimiser": "adam", "learning_rate": 1e-2, "weight_decay": 0.01,

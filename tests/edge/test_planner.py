@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,13 @@ from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.cache import PrefixCache
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.engine.expert import Expert, Layout
+from fleetune.edge.engine.prefix import CHUNK
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import BudgetError
 from fleetune.edge.resources.costs import Costs
 from fleetune.edge.resources.limits import MEMORY_MARGIN, TIME_MARGIN, Budget
 from fleetune.edge.resources.planner import Plan, candidates, choose
+from fleetune.edge.resources.powermode import read_power_mode
 from fleetune.edge.resources.trial import Trial
 from fleetune.edge.resources.workload import Workload, padded_length
 
@@ -66,6 +69,9 @@ def seconds_of(c: Coefficients, depth: int, micro_batch: float) -> float:
     return formula(c, depth, micro_batch, LENGTH)
 
 
+CELLS = [*itertools.product((1, BLOCKS), (2, 16), (LONGEST // 4, LONGEST)), (BLOCKS // 2, 16, LONGEST // 2)]
+
+
 def costs_of(
     memory: tuple[Coefficients, Coefficients] = (KEEP_MIB, RECOMPUTE_MIB),
     seconds: tuple[Coefficients, Coefficients] = (KEEP_S, RECOMPUTE_S),
@@ -81,13 +87,11 @@ def costs_of(
             peak_mib=BASE_MIB + formula(memory[recompute], depth, micro_batch, length),
             step_s=formula(seconds[recompute], depth, micro_batch, length) / 2,
             step_cpu_s=formula(seconds[recompute], depth, micro_batch, length),
-            forward_s=TOKEN_S * factor / 2,
-            forward_cpu_s=TOKEN_S * factor,
+            forward_s=CHUNK * length * TOKEN_S / 2,
+            forward_cpu_s=CHUNK * length * TOKEN_S,
         )
         for recompute in (False, True)
-        for depth, factor in ((1, 0.5), (BLOCKS, 1.5))
-        for micro_batch in (2, 16)
-        for length in (LONGEST // 4, LONGEST)
+        for depth, micro_batch, length in CELLS
     ]
     return Costs(
         pack="pack",
@@ -95,6 +99,7 @@ def costs_of(
         onnxruntime="1",
         machine="arm",
         threads=1,
+        power_mode="4 cores",
         trials=tuple(trials),
     )
 
@@ -132,8 +137,10 @@ def test_the_model_recovers_the_formula_away_from_the_trials(
         assert found == pytest.approx((wanted / 2, wanted), abs=1e-4)
 
 
-def test_the_forward_pass_is_the_median_of_the_trials() -> None:
-    assert COSTS.forward_s == pytest.approx((TOKEN_S / 2, TOKEN_S))
+@pytest.mark.parametrize(("samples", "micro_batch", "length"), [(32, 4, 8), (7, 1, 30), (1000, 16, 5)])
+def test_a_forward_pass_costs_its_tokens(samples: int, micro_batch: int, length: int) -> None:
+    wanted = samples * length * TOKEN_S
+    assert COSTS.forward_s(samples, micro_batch, length) == pytest.approx((wanted / 2, wanted))
 
 
 def test_a_round_costs_its_steps_the_frozen_blocks_of_the_job_and_its_evaluation() -> None:
@@ -165,7 +172,11 @@ def test_costs_are_only_for_their_own_pack_threads_and_length(tiny_bert_pack: Pa
     from importlib.metadata import version
 
     costs = Costs(
-        tiny_bert_pack.sha256, version("fleetune"), version("onnxruntime"), platform.machine(), 2, COSTS.trials
+        tiny_bert_pack.sha256,
+        *(version("fleetune"), version("onnxruntime"), platform.machine()),
+        threads=2,
+        power_mode=read_power_mode(),
+        trials=COSTS.trials,
     )
     assert not costs.stale(tiny_bert_pack, threads=2, length=LONGEST)
     assert not costs.stale(tiny_bert_pack, threads=2, length=LONGEST - 1)
@@ -173,6 +184,11 @@ def test_costs_are_only_for_their_own_pack_threads_and_length(tiny_bert_pack: Pa
     assert costs.stale(tiny_bert_pack, threads=1, length=LONGEST) == "measured with 2 threads, not 1"
     other = msgspec.structs.replace(costs, onnxruntime="1.0")
     assert "onnxruntime 1.0" in other.stale(tiny_bert_pack, threads=2, length=LONGEST)
+    assert not other.stale(tiny_bert_pack, length=LONGEST, here=False)
+    slower = msgspec.structs.replace(costs, power_mode="1 core, 918 MHz")
+    assert "power mode 1 core, 918 MHz, this is" in slower.stale(tiny_bert_pack, threads=2, length=LONGEST)
+    older = msgspec.structs.replace(costs, kit="0.0.1")
+    assert "kit 0.0.1" in older.stale(tiny_bert_pack, length=LONGEST, here=False)
     assert "pack" in COSTS.stale(tiny_bert_pack, threads=1, length=LONGEST)
 
 

@@ -31,7 +31,7 @@ TRIAL = Trial(
     forward_s=0.005,
     forward_cpu_s=0.01,
 )
-COSTS = Costs(pack="p", kit="1", onnxruntime="1", machine="arm", threads=1, trials=(TRIAL,))
+COSTS = Costs(pack="p", kit="1", onnxruntime="1", machine="arm", threads=1, power_mode="1 core", trials=(TRIAL,))
 
 
 @pytest.fixture

@@ -64,7 +64,8 @@ def _run(args: argparse.Namespace) -> None:
 
     import msgspec
 
-    from fleetune.edge.agent.agent import Agent, AgentConfig
+    from fleetune.edge.agent.agent import Agent
+    from fleetune.edge.agent.config import AgentConfig
     from fleetune.edge.protocol.link import BrokerAddress
     from fleetune.edge.resources.costs import Costs
     from fleetune.profiles.fleet import read_fleet
@@ -75,10 +76,10 @@ def _run(args: argparse.Namespace) -> None:
     except ConfigError as error:
         raise ConfigError(f"--id: {args.fleet}: {error.what}", error.remedy) from error
     check_state(args.state)
-    costs = None
+    costs: tuple[Costs, ...] = ()
     if args.costs is not None:
         try:
-            costs = msgspec.json.decode(args.costs.read_bytes(), type=Costs)
+            costs = (msgspec.json.decode(args.costs.read_bytes(), type=Costs),)
         except (OSError, *UNDECODABLE) as error:
             raise ConfigError(f"--costs: {args.costs}: {error}", "leave the option out to measure again") from error
     config = AgentConfig(
