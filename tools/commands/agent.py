@@ -52,6 +52,13 @@ def register(subparsers: Any) -> None:
         type=Path,
         help="costs measured on this machine before (an agent's costs.json); measured at the first start if absent",
     )
+    parser.add_argument(
+        "--sensors",
+        metavar="DIR",
+        type=Path,
+        default=Path("/"),
+        help="folder whose sys/class/thermal says how hot it is, to rehearse heat (default: the board's own, /)",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -93,5 +100,6 @@ def _run(args: argparse.Namespace) -> None:
         threads=args.threads,
         codec=args.codec,
         costs=costs,
+        sensors=args.sensors,
     )
     Agent(config).run()
