@@ -103,7 +103,7 @@ def read_fleet(path: Path) -> Fleet:
                 f"{document.where(f'{field}.id')}: {entry.id!r} is there twice", "give every device an id of its own"
             )
         try:
-            profile = read_profile(entry.profile)
+            profile = read_profile(entry.profile, beside=path.parent)
         except ConfigError as error:
             raise ConfigError(f"{document.where(f'{field}.profile')}: {error.what}", error.remedy) from error
         memory = entry.budget.memory

@@ -1,4 +1,4 @@
-"""A board's declared limits."""
+"""A board's declared limits, and beside them what was measured on one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Annotated, Literal
 import msgspec
 
 from fleetune.edge.protocol.errors import ConfigError
-from fleetune.profiles.yamlfile import Document, Size, read_yaml
+from fleetune.profiles.measured import Measured
+from fleetune.profiles.yamlfile import Document, Size, read_yaml, write_yaml
 
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 _REMEDY = "see docs/profiles.md for the fields and an example"
-_SOURCELESS = ("schema", "name", "board", "tier", "sources")
+_SOURCELESS = ("schema", "name", "board", "tier", "sources", "measured")
 
 
 class Processor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,6 +78,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         power_modes: Its modes; empty where it has none.
         thermal: When it slows down and when it stops.
         rtc: What keeps the time while the power is off: nothing, a battery that has to be bought, or one on board.
+        device_trees: What the names of such boards in their device trees begin with.
+        measured: What `fleetune profile` measured on one such board; no shipped profile has any.
     """
 
     schema: Literal[1]
@@ -89,6 +92,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     power_modes: tuple[PowerMode, ...] = ()
     thermal: Thermal | None = None
     rtc: Literal["none", "needs-battery", "battery"] | None = None
+    device_trees: tuple[str, ...] = ()
+    measured: tuple[Measured, ...] = ()
 
 
 def profile_names() -> list[str]:
@@ -100,15 +105,19 @@ def profile_names() -> list[str]:
     )
 
 
-def read_profile(name: str) -> Profile:
+def read_profile(name: str, beside: Path = Path()) -> Profile:
     """Read a shipped profile by its name, or any file by its path (with a ``/`` or ``.yaml`` in it).
+
+    Args:
+        name: The name or the path.
+        beside: Folder that a relative path begins at.
 
     Raises:
         ConfigError: There is no such profile, it does not fit the schema, it contradicts itself, or a value has no
             source.
     """
     if "/" in name or name.endswith(".yaml"):
-        return _read(Path(name))
+        return _read(beside / name)
     if name in profile_names():
         with resources.as_file(resources.files("fleetune.profiles") / f"{name}.yaml") as file:
             return _read(file)
@@ -120,7 +129,35 @@ def _read(path: Path) -> Profile:
     _check_power_modes(document)
     _check_thermal(document)
     _check_sources(document)
+    _check_measured(document)
     return document.value
+
+
+def write_profile(path: Path, profile: Profile) -> None:
+    """Write a profile, atomically."""
+    head = "Declared limits of the board, each with its source; and under `measured`, what one device measured."
+    write_yaml(path, profile, head)
+
+
+def detect_profile(device_tree: str | None, memory_mib: float | None, machine: str) -> Profile | None:
+    """The shipped profile of a board; None if it cannot be told.
+
+    Args:
+        device_tree: The board's name in its device tree.
+        memory_mib: Memory that its kernel manages: less than the board has, as firmware keeps some.
+        machine: Instruction set, as `uname -m` says it.
+    """
+    if device_tree is None:
+        return read_profile("x86-64") if machine == "x86_64" else None
+    shipped = [read_profile(name) for name in profile_names()]
+    fits = [
+        profile
+        for profile in shipped
+        if profile.memory is not None
+        and any(device_tree.startswith(name) for name in profile.device_trees)
+        and (memory_mib is None or memory_mib <= profile.memory.mib)
+    ]
+    return min(fits, key=lambda profile: profile.memory.mib if profile.memory else 0.0, default=None)
 
 
 def _check_power_modes(document: Document[Profile]) -> None:
@@ -160,6 +197,24 @@ def _check_thermal(document: Document[Profile]) -> None:
             f"{thermal.shuts_down_c:.10g} °C",
             "a board slows down before it switches off: correct one of them",
         )
+
+
+def _check_measured(document: Document[Profile]) -> None:
+    profile = document.value
+    for index, measured in enumerate(profile.measured):
+        field = f"measured[{index}]"
+        if profile.memory is not None and measured.memory_mib > profile.memory.mib:
+            raise ConfigError(
+                f"{document.where(f'{field}.memory_mib')}: {measured.memory_mib:g} MiB are more than the board's "
+                f"{profile.memory}",
+                "it was measured on another board: name that one with `fleetune profile --board`",
+            )
+        if found := measured.contradiction:
+            raise ConfigError(f"{document.where(f'{field}.{found[0]}')}: {found[1]}", "measure again")
+        if any(measured.replaces(other) for other in profile.measured[:index]):
+            raise ConfigError(
+                f"{document.where(field)}: the same pack, threads and power mode are there twice", "delete the older"
+            )
 
 
 def _check_sources(document: Document[Profile]) -> None:

@@ -11,6 +11,7 @@ import msgspec
 import yaml
 
 from fleetune.edge.protocol.errors import ConfigError, field_and_reason
+from fleetune.edge.protocol.files import write_atomic
 
 _MAX_FILE = 1 << 20
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
@@ -96,6 +97,32 @@ def read_yaml(path: Path, kind: type[T], remedy: str) -> Document[T]:
         node = _find(tree, field)
         value = f", found {node.value!r}" if isinstance(node, yaml.ScalarNode) else ""
         raise ConfigError(f"{_where(path, tree, field)}: {reason}{value}", remedy) from error
+
+
+def write_yaml(path: Path, value: msgspec.Struct, head: str) -> None:
+    """Write a struct, atomically; what is absent or empty is left out.
+
+    Args:
+        path: The file.
+        value: What to write.
+        head: A comment for its first line.
+    """
+    text: str = yaml.safe_dump(
+        _plain(msgspec.to_builtins(value, enc_hook=str)),
+        sort_keys=False,
+        default_flow_style=None,
+        allow_unicode=True,
+        width=1000,
+    )
+    write_atomic(path, f"# {head}\n{text}".encode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(some) for key, some in value.items() if some is not None and some not in ((), [])}
+    if isinstance(value, list | tuple):
+        return [_plain(some) for some in value]
+    return str(value) if isinstance(value, str) else float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _convert(kind: type, value: Any) -> object:

@@ -20,6 +20,7 @@ import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -55,9 +56,9 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     kit: str
     onnxruntime: str
     machine: str
-    threads: int
+    threads: Annotated[int, msgspec.Meta(ge=0)]
     power_mode: str
-    trials: tuple[Trial, ...]
+    trials: Annotated[tuple[Trial, ...], msgspec.Meta(min_length=1)]
 
     @functools.cached_property
     def base_mib(self) -> float:

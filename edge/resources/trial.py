@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -41,7 +42,11 @@ class Request(msgspec.Struct, frozen=True):
     steps: int = 4
 
 
-class Trial(msgspec.Struct, frozen=True):
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+_Amount = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What was measured.
 
     Attributes:
@@ -59,18 +64,18 @@ class Trial(msgspec.Struct, frozen=True):
         watts: Power during the steps; None without a sensor.
     """
 
-    depth: int
-    micro_batch: int
-    length: int
+    depth: _Count
+    micro_batch: _Count
+    length: _Count
     recompute: bool
-    base_mib: float
-    frozen_mib: float
-    peak_mib: float
-    step_s: float
-    step_cpu_s: float
-    forward_s: float
-    forward_cpu_s: float
-    watts: float | None = None
+    base_mib: _Amount
+    frozen_mib: _Amount
+    peak_mib: _Amount
+    step_s: _Amount
+    step_cpu_s: _Amount
+    forward_s: _Amount
+    forward_cpu_s: _Amount
+    watts: _Amount | None = None
 
 
 def run_trial(request: Request, *, limit_mib: float | None = None, timeout: float = 300.0) -> Trial | Killed:

@@ -66,7 +66,7 @@ sources: {}
 
 DOCUMENTS = re.compile(
     "data sheet|product brief|technical specifications|Developer Guide|Raspberry Pi documentation"
-    r"|device tree \S+\.dtsi|configuration file \S+\.conf|source file \S+\.def"
+    r"|device tree \S+\.dtsi?|configuration file \S+\.conf|source file \S+\.def"
 )
 
 
@@ -155,7 +155,9 @@ def test_the_generic_profile_declares_nothing() -> None:
 def test_every_shipped_source_names_its_maker_and_a_document() -> None:
     for name in profile_names():
         for field, source in read_profile(name).sources.items():
-            assert source.startswith(("NVIDIA, ", "Raspberry Pi Ltd, ", "GCC, ")), f"{name}: {field}: {source}"
+            assert source.startswith(("NVIDIA, ", "Raspberry Pi Ltd, ", "GCC, ", "Linux, ")), (
+                f"{name}: {field}: {source}"
+            )
             assert DOCUMENTS.search(source), f"{name}: {field}: {source}"
 
 
@@ -230,7 +232,7 @@ def test_an_unknown_profile_lists_the_known_ones() -> None:
     ("memory: 512MiB", "memory: 512MB", "line 5: field memory: .*unit.*'512MB'"),
     ("memory: 512MiB", "memory: 0MiB", "line 5: field memory: .*above zero, found '0MiB'"),
     ("name: bench\n", "", "name"),
-    ("sources:\n", "measured: 1\nsources:\n", "line 18: field measured: there is no such field"),
+    ("sources:\n", "weight: 1\nsources:\n", "line 18: field weight: there is no such field"),
     ("max_mhz: 1200\n", "max_mhz: 0\n", "line 10: field processor.max_mhz: .*'0'"),
     ("watts: 10", "watts: -10", r"line 12: field power_modes\[0\].watts: .*'-10'"),
     ("id: 1", "id: one", r"line 13: field power_modes\[1\].id: .*'one'"),
@@ -323,7 +325,7 @@ def test_a_device_that_the_fleet_does_not_have_lists_those_it_has(write: Callabl
     ("cpu_seconds: 30", "cpu_seconds: half", r"line 8: field devices\[0\]\.budget\.cpu_seconds: .*'half'"),
     ("cpu_seconds: 30", "cpu_seconds: 30\n      disk: 500", r"line 9: field devices\[0\]\.budget\.disk: .*unit.*'500'"),
     ("cpu_seconds: 30", "cpu_seconds: 30\n      disk: 0MiB", r"line 9: field devices\[0\]\.budget\.disk: .*above zero"),
-    ("      cpu_seconds: 30\n", "", r"line [67]: field devices\[0\]\.budget: .*cpu_seconds"),
+    ("      memory: 900MiB\n", "", r"line [67]: field devices\[0\]\.budget: .*memory"),
     ("cpu_seconds: 30", "cpu_seconds: 30\n      gpu: 1", r"line 9: field devices\[0\]\.budget\.gpu: .*no such field"),
     ("id: pi-1", "id: nano-1", r"line 9: field devices\[1\]\.id: 'nano-1' is there twice"),
     ("id: pi-1", "id: 7", r"line 9: field devices\[1\]\.id: .*'7'"),
