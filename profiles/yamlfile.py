@@ -45,6 +45,18 @@ class Size(str):
         return size
 
 
+def read_size(option: str, value: str) -> Size:
+    """A size from the command line.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        return Size(value)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {value!r}: {error}", "write it as 1536MiB or 2GiB") from error
+
+
 @dataclass(frozen=True)
 class Document(Generic[T]):
     """A file that fits its schema.

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from fleetune.edge.protocol.errors import FileAccessError, FleetuneError
 
-COMMANDS = ("demo", "pack", "serve", "agent", "predict", "export", "broker", "assets", "bench")
+COMMANDS = ("demo", "pack", "serve", "agent", "profile", "plan", "predict", "export", "broker", "assets", "bench")
 """Modules of ``fleetune.tools.commands``, in the order in which the help lists them."""
 
 _EPILOGUE = """\

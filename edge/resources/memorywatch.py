@@ -8,9 +8,6 @@ from fleetune.edge.resources.probes.pressure import PressureGauge
 from fleetune.edge.resources.probes.tree import Tree
 from fleetune.edge.resources.process import resident_mib
 
-RESERVE_MIB = 48.0
-"""What is left alone around this process: for the kernel, and for a neighbour that grows during a step."""
-
 WAITING = 0.2
 """Share of the time in which tasks wait for memory, above which this process gives some back."""
 
@@ -35,14 +32,14 @@ class MemoryWatch:
 
     def excess_mib(self) -> float:
         """MiB that this process has too many; 0 or less if all is well."""
-        over = max(resident_mib() - self._limit, RESERVE_MIB - self._headroom.read_mib())
+        over = max(resident_mib() - self._limit, -self._headroom.spare_mib())
         pressure = self._gauge.read()
         waits = pressure is not None and pressure.some_share > WAITING
         return max(over, _STEP_MIB) if waits else over
 
     def afforded_mib(self) -> float:
         """MiB that this process may have in all, as things are now."""
-        return resident_mib() + self._headroom.read_mib() - RESERVE_MIB
+        return resident_mib() + self._headroom.spare_mib()
 
     def close(self) -> None:
         """Let go of the kernel's files."""

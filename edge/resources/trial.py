@@ -17,6 +17,7 @@ from fleetune.edge.protocol.errors import BudgetError
 from fleetune.edge.resources.confine import Killed, enter, run_confined
 
 _CHUNK_BLOCKS = 2
+_CHUNKS = 3
 _MODULE = "fleetune.edge.resources.trial"
 
 
@@ -117,6 +118,8 @@ def _measure(request: Request) -> Trial:
     from fleetune.edge.engine.prefix import CHUNK
     from fleetune.edge.engine.suffix import Part, Suffix, forward_chunk
     from fleetune.edge.pack.pack import Pack
+    from fleetune.edge.resources.probes.power import EnergyMeter
+    from fleetune.edge.resources.probes.tree import Tree
     from fleetune.edge.resources.process import Stopwatch, peak_mib
 
     pack = Pack.open(Path(request.pack), verify=False)
@@ -143,9 +146,12 @@ def _measure(request: Request) -> Trial:
     parts = [part(request.length) for _ in range(chunk)]
     parts = [(backbone.embed(rng.standard_normal(shape, dtype=np.float32)), mask) for _, mask in parts]
     forward_chunk(backbone, range(1), expert, parts[:1])  # the first one makes ready, and takes longer
-    watch = Stopwatch()
-    forward_chunk(backbone, range(_CHUNK_BLOCKS), expert, parts)
-    forward_s, forward_cpu_s = (seconds / _CHUNK_BLOCKS for seconds in watch.read())
+    times = []
+    for _ in range(_CHUNKS):
+        watch = Stopwatch()
+        forward_chunk(backbone, range(_CHUNK_BLOCKS), expert, parts)
+        times.append(watch.read())
+    forward_s, forward_cpu_s = (np.median(times, axis=0) / _CHUNK_BLOCKS).tolist()
     del parts
     frozen_mib = peak_mib()
     backbone.give_back()
@@ -154,10 +160,13 @@ def _measure(request: Request) -> Trial:
     for length in [max(1, request.length * some // 8) for some in eighths]:
         step(part(length))
     usual, times = part(request.length), []
-    for _ in range(request.steps):
-        watch = Stopwatch()
-        step(usual)
-        times.append(watch.read())
+    with EnergyMeter(Tree()) as meter:
+        whole = Stopwatch()
+        for _ in range(request.steps):
+            watch = Stopwatch()
+            step(usual)
+            times.append(watch.read())
+        joules, seconds = meter.joules(), whole.read()[0]
     step_s, step_cpu_s = np.median(times, axis=0).tolist()
     return Trial(
         depth=request.depth,
@@ -166,11 +175,12 @@ def _measure(request: Request) -> Trial:
         recompute=request.recompute,
         base_mib=base,
         frozen_mib=frozen_mib,
-        peak_mib=peak_mib(),
+        peak_mib=max(frozen_mib, peak_mib()),  # the kernel counts a little behind
         step_s=step_s,
         step_cpu_s=step_cpu_s,
         forward_s=forward_s,
         forward_cpu_s=forward_cpu_s,
+        watts=joules / seconds if joules else None,
     )
 
 

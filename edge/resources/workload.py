@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetune.edge.engine.dataset import Dataset
+from fleetune.edge.engine.dataset import SPLITS, Dataset
 from fleetune.edge.engine.entry import Entry
 from fleetune.edge.engine.prefix import CHUNK, split
 from fleetune.edge.engine.tokens import CODECS, CodecName
@@ -51,21 +51,35 @@ class Workload(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, dataset: Dataset, manifest: Manifest, *, epochs: int, batch: int, max_depth: int) -> Workload:
         """What a round asks of a device with these samples and this pack."""
-        lengths = dataset.lengths[dataset.indices("train")]
-        width = manifest.width
-        entries = {codec: Entry.blank("0" * 64, codec, manifest.blocks, dataset.lengths, width) for codec in CODECS}
+        train, *others = (dataset.lengths[dataset.indices(split)] for split in SPLITS)
+        return cls.of_lengths(train, np.concatenate(others), manifest, epochs=epochs, batch=batch, max_depth=max_depth)
+
+    @classmethod
+    def of_lengths(
+        cls,
+        train: NDArray[np.int64],
+        others: NDArray[np.int64],
+        manifest: Manifest,
+        *,
+        epochs: int,
+        batch: int,
+        max_depth: int,
+    ) -> Workload:
+        """The same, from the tokens of each training sample [n] and of each sample that is evaluated [m]."""
+        lengths, width = np.concatenate([train, others]), manifest.width
+        entries = {codec: Entry.blank("0" * 64, codec, manifest.blocks, lengths, width) for codec in CODECS}
         return cls(
-            train=len(lengths),
-            evaluate=len(dataset.indices("val")) + len(dataset.indices("test")),
+            train=len(train),
+            evaluate=len(others),
             epochs=epochs,
             batch=batch,
             max_depth=max_depth,
-            length=float(dataset.lengths.mean()),
-            longest=int(dataset.lengths.max()),
-            padded={size: padded_length(lengths, batch, size) for size in MICRO_BATCHES if size <= batch},
+            length=float(lengths.mean()),
+            longest=int(lengths.max()),
+            padded={size: padded_length(train, batch, size) for size in MICRO_BATCHES if size <= batch},
             blocks=manifest.blocks,
             entry_mib={codec: entry.size / _MIB for codec, entry in entries.items()},
-            batch_mib=min(batch, CHUNK) * int(lengths.max()) * width * 4 / _MIB,
+            batch_mib=min(batch, CHUNK) * int(train.max()) * width * 4 / _MIB,
         )
 
 

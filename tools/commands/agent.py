@@ -50,7 +50,8 @@ def register(subparsers: Any) -> None:
         "--costs",
         metavar="FILE",
         type=Path,
-        help="costs measured on this machine before (an agent's costs.json); measured at the first start if absent",
+        help="costs measured on this machine before (an agent's costs.json); by default those of the device's profile, "
+        "and where they do not count, those that are measured at the first start",
     )
     parser.add_argument(
         "--sensors",
@@ -83,10 +84,10 @@ def _run(args: argparse.Namespace) -> None:
     except ConfigError as error:
         raise ConfigError(f"--id: {args.fleet}: {error.what}", error.remedy) from error
     check_state(args.state)
-    costs: tuple[Costs, ...] = ()
+    costs = tuple(measured.costs for measured in device.profile.measured)
     if args.costs is not None:
         try:
-            costs = (msgspec.json.decode(args.costs.read_bytes(), type=Costs),)
+            costs = (msgspec.json.decode(args.costs.read_bytes(), type=Costs), *costs)
         except (OSError, *UNDECODABLE) as error:
             raise ConfigError(f"--costs: {args.costs}: {error}", "leave the option out to measure again") from error
     config = AgentConfig(
