@@ -10,11 +10,12 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from fleetune.edge.protocol.errors import FileAccessError, FleetuneError
+if TYPE_CHECKING:
+    from fleetune.edge.protocol.errors import FleetuneError
 
-COMMANDS = ("demo", "pack", "serve", "agent", "predict", "export", "broker", "assets", "bench")
+COMMANDS = ("demo", "pack", "serve", "agent", "predict", "export", "broker", "doctor", "assets", "bench")
 """Modules of ``fleetune.tools.commands``, in the order in which the help lists them."""
 
 _EPILOGUE = """\
@@ -51,12 +52,17 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(args.run(args) or 0)
-    except FleetuneError as error:
-        _fail(error)
-    except OSError as error:
-        _fail(FileAccessError(str(error), "check the path, its permissions and the room on the disk"))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        # Not at the top: `fleetune doctor` must start where msgspec, which this imports, crashes.
+        from fleetune.edge.protocol.errors import FileAccessError, FleetuneError
+
+        if isinstance(error, OSError):
+            _fail(FileAccessError(str(error), "check the path, its permissions and the room on the disk"))
+        if isinstance(error, FleetuneError):
+            _fail(error)
+        raise
 
 
 def _fail(error: FleetuneError) -> NoReturn:
