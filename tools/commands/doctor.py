@@ -18,17 +18,19 @@ def register(subparsers: Any) -> None:
         "doctor",
         summary="say what is wrong with this device, and how to mend it",
         description=(
-            "Check this device: board, Python, glibc, wheels (each one computes), memory, disk, clock, heat, and on\n"
-            "request a training step and the way to the broker and back. One line for each: ok, note (it works, but\n"
-            "know this) or failure, with its fix. Leaves with the exit code of the first failure, 0 if there is none.\n"
-            "Needs only the plain install. A board on which that does not install runs the first three checks with\n"
-            "any Python from 3.6 on: python3 tools/doctor/host.py. docs/doctor.md explains every check."
+            "Check this device: board, Python, glibc, wheels (each one computes), memory,\n"
+            "disk, clock, heat, and on request a training step and the way to the broker\n"
+            "and back. One line for each: ok, note (it works, but know this) or failure,\n"
+            "with its fix. Leaves with the exit code of the first failure, 0 without one.\n"
+            "Needs only the plain install; where that cannot be installed, the first three\n"
+            "checks run alone, with any Python from 3.6 on: python3 tools/doctor/host.py.\n"
+            "docs/doctor.md explains every check."
         ),
         examples=(
             "  fleetune doctor --state /var/lib/fleetune\n"
-            "  fleetune doctor --pack packs/minilm                       also trains one step\n"
+            "  fleetune doctor --pack packs/minilm                 also trains one step\n"
             "  fleetune doctor --broker mqtt://192.168.1.10 --fleet lab --id nano-1\n"
-            "  ssh nano-1 fleetune doctor --json > nano-1.json           one document, for fleets\n"
+            "  ssh nano-1 fleetune doctor --json > nano-1.json     one document, for fleets\n"
         ),
     )
     parser.add_argument(

@@ -80,5 +80,6 @@ def _confinement(tree: Tree) -> list[Note]:
     try:
         LimitedGroup(_TRIAL_MIB, tree=tree).close()
     except FileAccessError as error:
-        return [Note(f"trials run under a limit of their own, as a control group is not to be had: {error.what}")]
+        words = f"trials run under a limit of their own, as a control group is not to be had: {error.what}"
+        return [Note(words, error.remedy)]
     return []
