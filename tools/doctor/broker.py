@@ -73,15 +73,16 @@ def check_broker(trip: RoundTrip) -> Check:
 
 def _check_trips(link: Link, trip: RoundTrip) -> Check:
     small = _send(link, trip.topic, _SMALL)
-    if isinstance(small, Refused):
+    if isinstance(small, Refused | Disconnected):
+        why = small.reason if isinstance(small, Refused) else "it hung up"
         return Check(
             "broker",
             "failure",
-            f"{trip.broker} refuses to publish on {trip.topic}: {small.reason}",
+            f"{trip.broker} refuses to publish on {trip.topic}: {why}",
             f"let the device publish and subscribe there in the broker's ACL (Mosquitto: topic readwrite {trip.topic})",
             PUBLISH_DENIED,
         )
-    if not isinstance(small, float):
+    if small is None:
         return Check(
             "broker",
             "failure",
