@@ -44,11 +44,13 @@ def test_too_little_is_a_failure_however_much_swap_there_is(tmp_path: Path) -> N
     assert check(tmp_path / "enough", NANO, meminfo(MINIMUM_MIB)).verdict == "note"
 
 
-def test_a_control_groups_limit_counts_and_its_fix_is_another(tmp_path: Path) -> None:
-    limits = {f"{SERVICE}/memory.limit_in_bytes": str(100 << 20), f"{SERVICE}/memory.usage_in_bytes": str(20 << 20)}
-    found = check(tmp_path, NANO, limits)
+@pytest.mark.parametrize(("limit", "used"), [(100, 20), (1000, 900)])
+def test_a_control_groups_limit_counts_and_its_fix_is_another(limit: int, used: int, tmp_path: Path) -> None:
+    sizes = {"limit_in_bytes": limit, "usage_in_bytes": used}
+    files = {f"{SERVICE}/memory.{name}": str(size << 20) for name, size in sizes.items()}
+    found = check(tmp_path, NANO, files | {f"{SERVICE}/memory.stat": "total_inactive_file 0\n"})
     assert (found.verdict, found.code) == ("failure", MEMORY)
-    assert "100 the control group's limit" in found.found
+    assert f"{limit} the control group's limit" in found.found
     assert "MemoryMax=" in found.fix
 
 
