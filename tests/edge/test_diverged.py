@@ -26,7 +26,7 @@ from fleetune.edge.resources.guard import Guard
 from fleetune.edge.resources.planner import Plan
 from fleetune.edge.resources.trial import Trial
 
-COSTS = Costs("p", "1", "1", "x", 1, (Trial(1, 2, 8, False, 50.0, 50.0, 60.0, 0.01, 0.01, 1e-6, 1e-6),))
+COSTS = Costs("p", "1", "1", "x", 1, "1 core", (Trial(1, 2, 8, False, 50.0, 50.0, 60.0, 0.01, 0.01, 1e-6, 1e-6),))
 ROUND = Round("global", 1, {}, {}, {}, Guard())
 SETTINGS = {
     "rank": 4, "targets": "query,value,fc1", "classes": 2, "seed": 0, "max_depth": 2, "depth": 2, "epochs": 2,

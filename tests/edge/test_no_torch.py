@@ -82,7 +82,7 @@ device = Device(
     dataset=data,
     cache=PrefixCache(pathlib.Path(sys.argv[3]), backbone, data, micro_batch=4),
     plan=Plan(2, 4, False, "f16", 1.0, 60.0, 1.0, 1.0, None, "job"),
-    costs=Costs("p", "1", "1", "x", 1, (trial,)),
+    costs=Costs("p", "1", "1", "x", 1, "1 core", (trial,)),
     store=JobStore(pathlib.Path(sys.argv[3]), "r", "j"),
     progress=lambda share, loss: None,
 )

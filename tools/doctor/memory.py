@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fleetune.edge.protocol.errors import FileAccessError
-from fleetune.edge.resources.headroom import Headroom
+from fleetune.edge.resources.headroom import RESERVE_MIB, Headroom
 from fleetune.edge.resources.probes.limitedgroup import LimitedGroup
 from fleetune.edge.resources.probes.machine import Machine
 from fleetune.edge.resources.probes.memory import Memory
@@ -33,7 +33,7 @@ def check_memory(machine: Machine, tree: Tree) -> Check:
         return Check("memory", "failure", error.what, error.remedy, MEMORY)
     memory = machine.memory
     limit = machine.cgroup.limit_mib if machine.cgroup else None
-    found = f"{left:.0f} MiB can be had of {memory.total_mib or 0:.0f} ({memory.available_mib or 0:.0f} available"
+    found = f"{max(0.0, left):.0f} MiB can be had of {memory.total_mib or 0:.0f} ({memory.available_mib or 0:.0f} available"
     found += ", no limit by a control group)" if limit is None else f", {limit:.0f} the control group's limit)"
     if left >= MINIMUM_MIB:
         return noted("memory", found, [*_swap(memory), *_when_it_ends(tree), *_confinement(tree)])
@@ -42,7 +42,7 @@ def check_memory(machine: Machine, tree: Tree) -> Check:
         "failure",
         f"{found}: too little for training, which takes about {MINIMUM_MIB} MiB",
         "raise the control group's limit (systemd: MemoryMax=, Docker: --memory)"
-        if (memory.available_mib or 0) >= MINIMUM_MIB
+        if (memory.available_mib or 0) - RESERVE_MIB >= MINIMUM_MIB
         else "stop other programs, such as the desktop: sudo systemctl set-default multi-user.target",
         MEMORY,
     )
