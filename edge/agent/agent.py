@@ -231,8 +231,8 @@ class Agent:
         self._current.pop(job, None)
 
     def _await_another_job(self) -> None:
-        """What did not suit this device is over."""
-        if self._said[0] == "declined":
+        """What did not suit this device, or not yet, is over."""
+        if self._said[0] == "declined" or self._said[1].startswith(_WAITS):
             self._publish("idle", "waits for a round")
 
     @contextmanager

@@ -33,7 +33,8 @@ def check_memory(machine: Machine, tree: Tree) -> Check:
         return Check("memory", "failure", error.what, error.remedy, MEMORY)
     memory = machine.memory
     limit = machine.cgroup.limit_mib if machine.cgroup else None
-    found = f"{max(0.0, left):.0f} MiB can be had of {memory.total_mib or 0:.0f} ({memory.available_mib or 0:.0f} available"
+    total, available = memory.total_mib or 0.0, memory.available_mib or 0.0
+    found = f"{max(0.0, left):.0f} MiB can be had of {total:.0f} ({available:.0f} available"
     found += ", no limit by a control group)" if limit is None else f", {limit:.0f} the control group's limit)"
     if left >= MINIMUM_MIB:
         return noted("memory", found, [*_swap(memory), *_when_it_ends(tree), *_confinement(tree)])
@@ -42,7 +43,7 @@ def check_memory(machine: Machine, tree: Tree) -> Check:
         "failure",
         f"{found}: too little for training, which takes about {MINIMUM_MIB} MiB",
         "raise the control group's limit (systemd: MemoryMax=, Docker: --memory)"
-        if (memory.available_mib or 0) - RESERVE_MIB >= MINIMUM_MIB
+        if available - RESERVE_MIB >= MINIMUM_MIB
         else "stop other programs, such as the desktop: sudo systemctl set-default multi-user.target",
         MEMORY,
     )
