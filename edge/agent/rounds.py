@@ -119,7 +119,6 @@ class Rounds:
         """
         if hot := self._heat.reason():
             return hot
-        self._backbone.give_back()
         try:
             self._take_part(announced, self._afforded())
         except BudgetError as error:
@@ -154,6 +153,7 @@ class Rounds:
             )
         )
         plan, (seconds, cpu_s) = part.plan, watch.read()
+        self._backbone.give_back()  # until the next round others may have it
         metrics: Metrics = {
             **outcome.metrics,
             "depth": outcome.depth,

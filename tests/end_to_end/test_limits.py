@@ -10,10 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from fleetune.edge.protocol.errors import FileAccessError
+from fleetune.edge.protocol.messages import encode
+from fleetune.edge.resources.costs import Costs
 from fleetune.edge.resources.probes.limitedgroup import LimitedGroup
+from fleetune.profiles.measured import Measured
+from fleetune.profiles.profile import read_profile, write_profile
 from fleetune.server.journal import Accepted
 
 ROUNDS = ("--global-rounds", "2", "--personal-rounds", "1", "--sal-start", "3")
@@ -78,6 +83,38 @@ def test_a_device_that_throttles_waits_until_it_is_cooler_and_says_so(
     assert [r.manifest.device for r in fleet.records() if isinstance(r, Accepted)] == ["big"]
     (zone / "temp").write_text("91000\n")
     assert serve.wait() == 0, serve.output
+
+
+def test_costs_of_another_power_mode_are_measured_again(make_fleet: Any, embedded: str, tmp_path: Path) -> None:
+    fleet = make_fleet(embedded)
+    known = msgspec.json.decode(fleet.costs.read_bytes(), type=Costs)
+    other = tmp_path / "costs.json"
+    other.write_bytes(encode(msgspec.structs.replace(known, power_mode="9 cores, 918 MHz")))
+    small = fleet.agent("small", "--costs", str(other))
+    fleet.wait_until(lambda: "waits for a round" in small.output)
+    assert "measured with power mode 9 cores, 918 MHz, this is " in small.output
+    found = msgspec.json.decode((fleet.folder / "small" / "costs.json").read_bytes(), type=Costs)
+    assert found.power_mode == known.power_mode
+    again = fleet.agent("big")
+    fleet.wait_until(lambda: "waits for a round" in again.output)
+    assert "measures what training costs" not in again.output
+
+
+def test_a_device_takes_its_costs_from_its_profile(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    costs = msgspec.json.decode(fleet.costs.read_bytes(), type=Costs)
+    measured = Measured(
+        taken="2026-01-31T12:00:00Z", device="a board", kernel="6", memory_mib=4000, backbone="tiny", costs=costs
+    )
+    profile = msgspec.structs.replace(read_profile("raspberry-pi-5"), name="cam", measured=(measured,))
+    write_profile(fleet.folder / "cam.yaml", profile)
+    fleet.write({"big": ("1GiB", 100.0), "small": ("1GiB", 100.0)}, profile="./cam.yaml")
+    empty = fleet.folder / "none.json"
+    empty.write_bytes(encode(msgspec.structs.replace(costs, kit="0.0.1")))
+    small = fleet.agent("small", "--costs", str(empty))
+    fleet.wait_until(lambda: "waits for a round" in small.output)
+    assert "measured with kit 0.0.1" in small.output
+    assert "measures what training costs" not in small.output
 
 
 def test_a_round_waits_for_memory_that_others_hold_and_says_how_much(

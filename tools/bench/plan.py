@@ -181,7 +181,7 @@ def _rounds(
         for depth in range(1, pack.manifest.blocks + 1)
     }
     rng = np.random.default_rng(0)
-    budgets = rng.uniform(1.02 * least, 1.1 * most, count)
+    budgets = rng.uniform(1.03 * least, 1.1 * most, count)
     kills, shallower, over, swapped = 0, list[float](), list[float](), psutil.swap_memory().used
     for number, budget in enumerate(budgets.tolist()):
         say(f"{task.name}: round {number + 1} of {count}, {budget:.0f} MiB")
@@ -251,7 +251,7 @@ def _neighbour(task: Task, spec: Spec, place: Path, count: int, say: Callable[[s
     limit = _NEIGHBOUR_MIB + 220.0
     for number in range(count):
         say(f"{task.name}: a neighbour, {number + 1} of {count}")
-        found, killed = _one_round(spec, place, limit, limit, epochs=20, meanwhile=_take)
+        found, killed = _one_round(spec, place, limit, limit, epochs=80, meanwhile=_take)
         updates.append(float(bool(found and found.get("tensors"))))
         eased.append(float(found["eased"]) if found else 0.0)
         kills.append(float(killed))

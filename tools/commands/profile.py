@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.profiles.profile import read_profile
     from fleetune.profiles.yamlfile import read_size
-    from fleetune.tools.profile.summary import fit, table, text
+    from fleetune.tools.profile.summary import fit, table, text, threads_in_words
     from fleetune.tools.require import require_server_extra
 
     check_threads(args.threads)
@@ -102,8 +103,8 @@ def _run(args: argparse.Namespace) -> None:
         print(json.dumps(document, indent=2))  # noqa: T201
         return
     print(  # noqa: T201
-        f"{path}: {title}, {len(costs.trials)} trials, {costs.threads or 'as many threads as cores'}"
-        f"{' threads' if costs.threads else ''}, a process of {costs.base_mib:.0f} MiB before it trains\n"
+        f"{path}: {title}, {threads_in_words(costs)}, {len(costs.trials)} trials, a process of {costs.base_mib:.0f} MiB "
+        "before it trains\n"
         f"the model is off by {errors.peak[0]:.1%} of the peak and {errors.step[0]:.1%} of a step's time (median), "
         f"{errors.peak[1]:.1%} and {errors.step[1]:.1%} at most\n\n"
         f"samples of {costs.length} tokens, by micro-batch{'' if budget is None else f'; [above {budget:.0f} MiB]'}\n"
@@ -125,13 +126,15 @@ def _measure(args: argparse.Namespace, pack: Pack) -> Profile:
     from fleetune.profiles.profile import write_profile
     from fleetune.tools.text import Bar
 
-    longest = args.length or pack.manifest.longest
+    longest = pack.manifest.longest if args.length is None else args.length
     if not 1 <= longest <= pack.manifest.longest:
         raise ConfigError(f"--length: {longest} is out of range", f"the pack takes 1 to {pack.manifest.longest} tokens")
     if args.data is not None:
         longest = int(read_dataset(args.data, pack, needed=()).lengths.max())
     machine = probe()
     profile = _board(args, machine)
+    for note in machine.skipped:
+        print(f"could not be read: {note}", file=sys.stderr)  # noqa: T201
     memory_mib = machine.memory.total_mib or 0.0
     if profile.memory is not None and memory_mib > profile.memory.mib:
         raise ConfigError(

@@ -18,6 +18,7 @@ from fleetune.edge.resources.limits import LIMITS, Budget
 from fleetune.edge.resources.planner import Option, Plan, choose, options
 from fleetune.edge.resources.workload import Workload
 from fleetune.profiles.profile import Profile
+from fleetune.tools.profile.summary import threads_in_words
 from fleetune.tools.text import columns
 
 
@@ -126,8 +127,7 @@ def _plan(
 def in_words(answer: Answer, *, every: bool) -> str:
     """The plan, and below it for each depth the option that comes closest, or every option."""
     plan = answer.plan
-    threads = f"{answer.costs.threads} threads" if answer.costs.threads else "as many threads as cores"
-    lines = [f"{answer.device}, {answer.costs.power_mode}, {threads}"]
+    lines = [f"{answer.device}, {answer.costs.power_mode}, {threads_in_words(answer.costs)}"]
     if plan is not None:
         given = ", ".join(
             f"{limit.amount(limit.need(plan))} of {limit.amount(limit.given(answer.budget))}"

@@ -87,5 +87,10 @@ def text(cells: list[Cell], budget_mib: float | None) -> str:
     return columns(rows)
 
 
+def threads_in_words(costs: Costs) -> str:
+    """How many threads the trials had."""
+    return {0: "a thread for each core", 1: "1 thread"}.get(costs.threads, f"{costs.threads} threads")
+
+
 def _mib(peak: float, budget_mib: float | None) -> str:
     return f"[{peak:.0f}]" if budget_mib is not None and peak > budget_mib else f"{peak:.0f}"
