@@ -103,8 +103,8 @@ def _run(args: argparse.Namespace) -> None:
         print(json.dumps(document, indent=2))  # noqa: T201
         return
     print(  # noqa: T201
-        f"{path}: {title}, {threads_in_words(costs)}, {len(costs.trials)} trials, a process of {costs.base_mib:.0f} MiB "
-        "before it trains\n"
+        f"{path}: {title}, {threads_in_words(costs)}, {len(costs.trials)} trials; before training a process takes "
+        f"{costs.base_mib:.0f} MiB\n"
         f"the model is off by {errors.peak[0]:.1%} of the peak and {errors.step[0]:.1%} of a step's time (median), "
         f"{errors.peak[1]:.1%} and {errors.step[1]:.1%} at most\n\n"
         f"samples of {costs.length} tokens, by micro-batch{'' if budget is None else f'; [above {budget:.0f} MiB]'}\n"
