@@ -106,14 +106,7 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
 
     @functools.cached_property
     def _memory(self) -> dict[bool, Features]:
-        def fit(trials: list[Trial]) -> Features:
-            seen = [trial for trial in trials if trial.peak_mib > trial.frozen_mib + _HIDDEN_MIB] or trials
-            return _solve(
-                [_features(trial.depth, trial.micro_batch, trial.length) for trial in seen],
-                [(trial.peak_mib - trial.base_mib, trial.peak_mib) for trial in seen],
-            )
-
-        return self._for_each_policy(fit)
+        return self._for_each_policy(_fit_memory)
 
     @functools.cached_property
     def _cpu(self) -> dict[bool, Features]:
@@ -167,6 +160,25 @@ def _frozen_features(micro_batch: float, length: float) -> Features:
 def _forward_features(samples: float, micro_batch: int, length: float) -> Features:
     parts = samples / micro_batch
     return np.array([samples / CHUNK, parts, samples * length, samples * length**2])
+
+
+def _fit_memory(trials: list[Trial]) -> Features:
+    """Where steps hide below the frozen blocks' peak, that is a bound: it counts where a fit would lie above it."""
+    counted = [trial for trial in trials if trial.peak_mib > trial.frozen_mib + _HIDDEN_MIB]
+    while True:
+        found = _solve(
+            [_features(trial.depth, trial.micro_batch, trial.length) for trial in counted or trials],
+            [(trial.peak_mib - trial.base_mib, trial.peak_mib) for trial in counted or trials],
+        )
+        above = [
+            trial
+            for trial in trials
+            if trial not in counted
+            and _features(trial.depth, trial.micro_batch, trial.length) @ found > trial.peak_mib - trial.base_mib
+        ]
+        if not counted or not above:
+            return found
+        counted = counted + above
 
 
 def _fit_time(trials: list[Trial], seconds: list[float]) -> Features:
