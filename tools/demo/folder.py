@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +171,7 @@ def prepare(
             pack,
             threads=1,
             longest=max(int(dataset.lengths.max()) for dataset in datasets.values()),
-            at_once=min(len(files), os.cpu_count() or 1),
+            at_once=len(files),  # as many as will share the machine
             on_trial=lambda done, total: say(f"measures what training costs on this machine ({done} of {total})"),
         )
         write_atomic(folder.costs, encode(costs))
