@@ -10,17 +10,33 @@ import msgspec
 
 from fleetune.edge.protocol.errors import ConfigError
 from fleetune.edge.protocol.topics import check_name
-from fleetune.edge.resources.planner import Budget
+from fleetune.edge.resources.limits import Budget
 from fleetune.profiles.profile import Profile, read_profile
 from fleetune.profiles.yamlfile import Size, read_yaml
 
 _REMEDY = "see docs/fleet-file.md for the fields and an example"
 
 
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
 class _Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory: Size
-    cpu_seconds: Annotated[float, msgspec.Meta(gt=0)]
+    cpu_seconds: _Positive | None = None
+    seconds: _Positive | None = None
+    joules: _Positive | None = None
     disk: Size | None = None
+
+    def as_budget(self) -> Budget:
+        """What is not limited is infinite."""
+        unlimited = math.inf
+        return Budget(
+            memory_mib=self.memory.mib,
+            cpu_s=self.cpu_seconds or unlimited,
+            disk_mib=self.disk.mib if self.disk else unlimited,
+            deadline_s=self.seconds or unlimited,
+            joules=self.joules or unlimited,
+        )
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,16 +103,16 @@ def read_fleet(path: Path) -> Fleet:
                 f"{document.where(f'{field}.id')}: {entry.id!r} is there twice", "give every device an id of its own"
             )
         try:
-            profile = read_profile(entry.profile)
+            profile = read_profile(entry.profile, beside=path.parent)
         except ConfigError as error:
             raise ConfigError(f"{document.where(f'{field}.profile')}: {error.what}", error.remedy) from error
-        memory, cpu_s, disk = entry.budget.memory, entry.budget.cpu_seconds, entry.budget.disk
-        if memory.mib > profile.memory.mib:
+        memory = entry.budget.memory
+        if profile.memory is not None and memory.mib > profile.memory.mib:
             raise ConfigError(
                 f"{document.where(f'{field}.budget.memory')}: {memory} is not within the board's {profile.memory}",
                 "leave room for the system and the board's other work",
             )
-        devices[entry.id] = FleetDevice(entry.id, profile, Budget(memory.mib, cpu_s, disk.mib if disk else math.inf))
+        devices[entry.id] = FleetDevice(entry.id, profile, entry.budget.as_budget())
     if not devices:
         raise ConfigError(f"{document.where('devices')}: the list is empty", "add a device")
     return Fleet(document.value.fleet, tuple(devices.values()))

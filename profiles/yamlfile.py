@@ -11,6 +11,7 @@ import msgspec
 import yaml
 
 from fleetune.edge.protocol.errors import ConfigError, field_and_reason
+from fleetune.edge.protocol.files import write_atomic
 
 _MAX_FILE = 1 << 20
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
@@ -42,6 +43,18 @@ class Size(str):
         size = super().__new__(cls, match[0])
         size.mib = float(match[1]) * (1024 if match[2] == "GiB" else 1)
         return size
+
+
+def read_size(option: str, value: str) -> Size:
+    """A size from the command line.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        return Size(value)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {value!r}: {error}", "write it as 1536MiB or 2GiB") from error
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,32 @@ def read_yaml(path: Path, kind: type[T], remedy: str) -> Document[T]:
         raise ConfigError(f"{_where(path, tree, field)}: {reason}{value}", remedy) from error
 
 
+def write_yaml(path: Path, value: msgspec.Struct, head: str) -> None:
+    """Write a struct, atomically; what is absent or empty is left out.
+
+    Args:
+        path: The file.
+        value: What to write.
+        head: A comment for its first line.
+    """
+    text: str = yaml.safe_dump(
+        _plain(msgspec.to_builtins(value, enc_hook=str)),
+        sort_keys=False,
+        default_flow_style=None,
+        allow_unicode=True,
+        width=1000,
+    )
+    write_atomic(path, f"# {head}\n{text}".encode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(some) for key, some in value.items() if some is not None and some not in ((), [])}
+    if isinstance(value, list | tuple):
+        return [_plain(some) for some in value]
+    return str(value) if isinstance(value, str) else float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def _convert(kind: type, value: Any) -> object:
     if kind is Size:
         return Size(value)
@@ -131,13 +170,14 @@ def _refuse_twins(node: yaml.Node | None, path: Path, remedy: str) -> None:
 
 
 def _find(node: yaml.Node | None, field: str) -> yaml.Node | None:
-    """The node of a field such as ``devices[0].id``, or the nearest one above it."""
-    for name, number in _STEP.findall(field):
+    """The node of a field such as ``devices[0].id``, or the nearest one above it. A key may hold dots itself."""
+    for step in _STEP.finditer(field):
         following = None
         if isinstance(node, yaml.MappingNode):
-            following = next((value for key, value in node.value if key.value == name), None)
-        elif isinstance(node, yaml.SequenceNode) and number and int(number) < len(node.value):
-            following = node.value[int(number)]
+            values = {key.value: value for key, value in node.value if isinstance(key, yaml.ScalarNode)}
+            following = values.get(field[step.start() :], values.get(step[1]))
+        elif isinstance(node, yaml.SequenceNode) and step[2] and int(step[2]) < len(node.value):
+            following = node.value[int(step[2])]
         if following is None:
             break
         node = following

@@ -12,11 +12,25 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from fleetune.edge.protocol.errors import FileAccessError, FleetuneError
+if TYPE_CHECKING:
+    from fleetune.edge.protocol.errors import FleetuneError
 
-COMMANDS = ("demo", "pack", "serve", "agent", "predict", "export", "broker", "assets", "bench")
+COMMANDS = (
+    "demo",
+    "pack",
+    "serve",
+    "agent",
+    "doctor",
+    "profile",
+    "plan",
+    "predict",
+    "export",
+    "broker",
+    "assets",
+    "bench",
+)
 """Modules of ``fleetune.tools.commands``, in the order in which the help lists them."""
 
 _EPILOGUE = """\
@@ -53,18 +67,28 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(args.run(args) or 0)
-    except FleetuneError as error:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        _leave(error)
+        raise
+
+
+def _leave(error: Exception) -> None:
+    """End with an error's own code; return if nobody foresaw it."""
+    # Not at the top: `fleetune doctor` must start where msgspec, which this imports, crashes.
+    from fleetune.edge.protocol.errors import FileAccessError, FleetuneError
+
+    if isinstance(error, FleetuneError):
         _fail(error)
-    except BrokenPipeError as error:
+    if isinstance(error, BrokenPipeError):
         if not _reader_has_gone():
             _fail(FileAccessError(str(error), "see what ended the process at the other end"))
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its end
         sys.exit(141)
-    except OSError as error:
+    if isinstance(error, OSError):
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         _fail(FileAccessError(what, "check the path, its permissions and the room on the disk"))
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _fail(error: FleetuneError) -> NoReturn:

@@ -8,21 +8,17 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-
-import msgspec
 
 from fleetune.edge.agent.broadcasts import Broadcasts
+from fleetune.edge.agent.config import AgentConfig
+from fleetune.edge.agent.rounds import Rounds, in_words
 from fleetune.edge.agent.state import State
-from fleetune.edge.engine.backbone import Backbone
-from fleetune.edge.engine.cache import PrefixCache, room
 from fleetune.edge.engine.dataset import Dataset, read_dataset
 from fleetune.edge.methods import METHODS
-from fleetune.edge.methods.base import Device, Method, Metrics, Round, Settings, Tensors, read_settings
+from fleetune.edge.methods.base import Metrics, Outcome, Tensors
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.codec import decode_tensors, encode_tensors
@@ -34,7 +30,7 @@ from fleetune.edge.protocol.errors import (
     PackError,
     RunFailedError,
 )
-from fleetune.edge.protocol.link import BrokerAddress, Connected, Link, Received
+from fleetune.edge.protocol.link import Connected, Link, Received
 from fleetune.edge.protocol.messages import (
     Ack,
     Announcement,
@@ -49,10 +45,7 @@ from fleetune.edge.protocol.messages import (
     seal,
 )
 from fleetune.edge.protocol.topics import Topics, check_name, read_number
-from fleetune.edge.resources.costs import Costs, measure
-from fleetune.edge.resources.guard import Guard
-from fleetune.edge.resources.planner import Budget, Plan, Workload, choose
-from fleetune.edge.resources.process import cpu_seconds, machine_memory_mib, peak_mib, return_free_memory
+from fleetune.edge.resources.process import machine_memory_mib
 
 log = logging.getLogger(__name__)
 
@@ -61,50 +54,13 @@ _RESEND_AFTER = 5.0
 
 _PROGRESS_EVERY = 0.5
 
-_MIB = 1 << 20
+_LOOK_EVERY = 5.0
+"""Seconds after which an agent looks again whether it may train."""
+
+_WAITS = "waits: "
 
 _SHOWN = ("loss", "test", "depth", "cpu_s", "peak_mib", "cache_missing_mib")
 """Metrics that the presence shows too."""
-
-
-@dataclass(frozen=True)
-class AgentConfig:
-    """What an agent is started with.
-
-    Attributes:
-        device: Its id.
-        fleet: The fleet it belongs to.
-        broker: Where the broker listens.
-        pack: The pack's folder.
-        data: The device's data file.
-        state: Its state folder.
-        budget: What it may spend.
-        threads: Threads of ONNX Runtime; 0 means one for each core.
-        codec: Number format of what goes up.
-        costs: Measured costs to start from; measured if absent.
-    """
-
-    device: str
-    fleet: str
-    broker: BrokerAddress
-    pack: Path
-    data: Path
-    state: Path
-    budget: Budget
-    threads: int = 0
-    codec: str = "f16"
-    costs: Costs | None = None
-
-
-@dataclass(frozen=True)
-class _Part:
-    """This device's part in a job."""
-
-    run: str
-    job: str
-    plan: Plan
-    cache: PrefixCache
-    method: Method
 
 
 class Agent:
@@ -135,18 +91,16 @@ class Agent:
         counters.boot += 1
         self._state.save_counters()
         self._earlier = (counters.bytes_up, counters.bytes_down)
-        self._backbone = Backbone(self._pack, config.threads)
+        self._rounds = Rounds(config, self._pack, self._data, self._state, say=self._measures, progress=self._trains)
         self._broadcasts = Broadcasts(self._state)
         self._current: dict[str, tuple[str, int]] = {}  # job → run and version that its newest announcement asks for
         self._declined: dict[str, tuple[str, int]] = {}  # job → run and version that this device does not answer
-        self._part: _Part | None = None
         self._sent: dict[str, float] = {}
         self._facts: Metrics = {}
         self._said: tuple[PresenceState, str] = ("online", "starts")
-        self._costs: Costs | None = None
-        self._base_mib: float | None = None
+        self._shown = 0.0
+        self._look_again = 0.0
         me = config.device
-        self._cache_folder = config.state / "cache"
         self._link = Link(
             config.broker,
             f"{config.fleet}-{me}",
@@ -166,7 +120,7 @@ class Agent:
         """
         self._link.connect(timeout=math.inf)
         try:
-            self._costs = self._measured_costs()
+            self._rounds.measure()
             self._publish("online", "waits for a round")
             log.info("%s of the fleet %s waits for a round", self._config.device, self._config.fleet)
             while True:
@@ -190,6 +144,7 @@ class Agent:
                 self._publish("offline", "stopped")
             self._link.close()
             self._state.close()
+            self._rounds.close()
             log.info("stopped")
 
     # --- presence -----------------------------------------------------------------------------------------------
@@ -216,17 +171,14 @@ class Agent:
         counters.bytes_up = self._earlier[0] + self._link.bytes_out
         counters.bytes_down = self._earlier[1] + self._link.bytes_in
 
-    def _progress(self) -> Callable[[float, float], None]:
-        last = 0.0
+    def _measures(self, what: str) -> None:
+        self._publish("working", what)
 
-        def tell(share: float, loss: float) -> None:
-            nonlocal last
-            self._facts |= {"progress": round(share, 3), "loss": round(loss, 4)}
-            if time.monotonic() - last > _PROGRESS_EVERY:
-                last = time.monotonic()
-                self._publish("working", "trains")
-
-        return tell
+    def _trains(self, share: float, loss: float) -> None:
+        self._facts |= {"progress": round(share, 3), "loss": round(loss, 4)}
+        if time.monotonic() - self._shown > _PROGRESS_EVERY:
+            self._shown = time.monotonic()
+            self._publish("working", "trains")
 
     # --- what comes in ------------------------------------------------------------------------------------------
 
@@ -279,8 +231,8 @@ class Agent:
         self._current.pop(job, None)
 
     def _await_another_job(self) -> None:
-        """What did not suit this device is over."""
-        if self._said[0] == "declined":
+        """What did not suit this device, or not yet, is over."""
+        if self._said[0] == "declined" or self._said[1].startswith(_WAITS):
             self._publish("idle", "waits for a round")
 
     @contextmanager
@@ -293,7 +245,7 @@ class Agent:
         except FleetuneError as error:
             self._declined[job] = run, version
             self._forget(job)
-            self._part = None
+            self._rounds.forget()
             log.warning("%s: declined: %s; waits for another job, and needs a start after a change here", job, error)
             self._publish("declined", error.public)
 
@@ -324,49 +276,36 @@ class Agent:
     # --- a round ------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        announced = self._broadcasts.take()
-        if announced is None:
+        announced = self._broadcasts.ready()
+        if announced is None or time.monotonic() < self._look_again:
             return
-        return_free_memory()
-        self._facts = {key: value for key, value in self._facts.items() if key not in _SHOWN}  # of the round before
-        self._facts |= {"job": announced.job, "stage": announced.stage, "round": announced.round, "progress": 0.0}
-        self._publish("working", f"{announced.job}: {announced.stage}, round {announced.round} of {announced.rounds}")
         with self._declining(announced.job, announced.run, announced.version):
+            if hindrance := self._rounds.hindrance(announced):
+                self._wait(announced, hindrance)
+                return
+            self._broadcasts.forget(announced.job)
             self._answer(announced)
+
+    def _wait(self, announced: Announcement, hindrance: str) -> None:
+        """A round has to wait: the aggregator sees why, and its deadline goes on."""
+        self._look_again = time.monotonic() + _LOOK_EVERY
+        if not self._said[1].startswith(_WAITS):
+            log.warning("%s: round %d waits: %s", announced.job, announced.round, hindrance)
+        if self._said[1] != _WAITS + hindrance:
+            self._publish("idle", _WAITS + hindrance)
 
     def _answer(self, announced: Announcement) -> None:
         """Do a round, and queue what goes up."""
-        start, cpu = time.monotonic(), cpu_seconds()
-        part = self._take_part(announced)
-        preparing = announced.stage == "prepare"
-        guard = Guard(None if preparing else self._config.budget.cpu_s)
-        outcome = part.method.run(
-            Round(
-                stage=announced.stage,
-                number=announced.round,
-                settings=announced.settings,
-                tensors=self._tensors(announced.payload),
-                frozen=self._tensors(announced.frozen.payload if announced.frozen else None),
-                guard=guard,
-            )
-        )
-        metrics: Metrics = {
-            **outcome.metrics,
-            "depth": outcome.depth,
-            "cpu_s": round(cpu_seconds() - cpu, 3),
-            "seconds": round(time.monotonic() - start, 3),
-            "peak_mib": round(peak_mib(), 1),
-            "stopped_early": guard.stopped_early,
-            "cache_missing_mib": round(part.plan.missing_mib or part.cache.missing / _MIB, 3),
-        }
-        self._facts |= {key: value for key, value in metrics.items() if key in _SHOWN}
-        log.info(
-            "%s: %s, round %d: %.1f s, %.1f CPU s, peak %.0f MiB%s",
-            *(announced.job, announced.stage, announced.round),
-            *(metrics["seconds"], metrics["cpu_s"], metrics["peak_mib"]),
-            "; ended early, to stay within its CPU seconds" if guard.stopped_early else "",
-        )
-        self._queue_update(announced, part.plan, outcome.tensors, metrics)
+        plan = self._rounds.plan
+        assert plan is not None
+        self._facts = {key: value for key, value in self._facts.items() if key not in _SHOWN}  # of the round before
+        self._facts |= {"job": announced.job, "stage": announced.stage, "round": announced.round, "progress": 0.0}
+        self._facts |= {"plan": in_words(plan), "bound_by": plan.bound_by}
+        self._publish("working", f"{announced.job}: {announced.stage}, round {announced.round} of {announced.rounds}")
+        frozen = announced.frozen.payload if announced.frozen else None
+        outcome = self._rounds.run(announced, self._tensors(announced.payload), self._tensors(frozen))
+        self._facts |= {key: value for key, value in outcome.metrics.items() if key in _SHOWN}
+        self._queue_update(announced, outcome)
         self._send_outbox()
         self._publish("idle", "waits for the next round")
 
@@ -378,93 +317,17 @@ class Agent:
             raise MessageError("a payload vanished from the state folder", "check the disk", reason="payload-lost")
         return decode_tensors(data, payload.codec)
 
-    def _measured_costs(self) -> Costs:
-        length, threads = int(self._data.lengths.max()), self._config.threads
-        for costs in (self._config.costs, self._state.costs()):
-            if costs is not None and costs.fit(self._pack, threads=threads, length=length):
-                self._state.save_costs(costs)
-                return costs
-        self._publish("working", "measures what it can afford")
-        log.info("measures what training costs here, once for this pack")
-        costs = measure(self._pack, self._config.data, threads=threads, lengths=self._data.lengths)
-        self._state.save_costs(costs)
-        return costs
-
-    def _take_part(self, announced: Announcement) -> _Part:
-        part = self._part
-        if part is None or (part.run, part.job) != (announced.run, announced.job):
-            assert self._costs is not None
-            self._state.enter(announced.run)
-            plan = self._plan(announced, self._costs)
-            cache = PrefixCache(
-                self._cache_folder,
-                self._backbone,
-                self._data,
-                micro_batch=plan.micro_batch,
-                codec=plan.cache,
-                limit=int(plan.cache_mib * _MIB),
-            )
-            device = Device(
-                id=self._config.device,
-                backbone=self._backbone,
-                dataset=self._data,
-                cache=cache,
-                plan=plan,
-                costs=self._costs,
-                store=self._state.store(announced.run, announced.job),
-                progress=self._progress(),
-            )
-            part = self._part = _Part(announced.run, announced.job, plan, cache, METHODS[announced.method](device))
-            self._facts |= {"plan": _in_words(plan), "bound_by": plan.bound_by}
-        return part
-
-    def _plan(self, announced: Announcement, costs: Costs) -> Plan:
-        names = set(Settings.__struct_fields__)
-        common = {name: value for name, value in announced.settings.items() if name in names}
-        settings = read_settings(Round(announced.stage, announced.round, common, {}, {}, Guard()), Settings)
-        workload = Workload.of(
-            self._data,
-            self._pack.manifest,
-            epochs=settings.epochs,
-            batch=settings.batch,
-            max_depth=min(settings.max_depth, self._pack.manifest.blocks),
-        )
-        if self._base_mib is None:
-            costs.growth_mib(1, 1, recompute=False)  # planning loads more of NumPy: that belongs to the base
-            self._base_mib = peak_mib()
-        budget = self._config.budget
-        disk_mib = min(budget.disk_mib, room(self._cache_folder) / _MIB)
-        plan = choose(costs, workload, msgspec.structs.replace(budget, disk_mib=disk_mib), self._base_mib)
-        log.info(
-            "%s: plans %s; expects a peak of %.0f MiB, %.1f CPU s a round (bound by %s)",
-            *(announced.job, _in_words(plan), plan.peak_mib, plan.cpu_s, plan.bound_by),
-        )
-        if plan.missing_mib:
-            log.warning(
-                "%s: no room for the prefix cache in %s, which lacks %.2f MiB: the frozen blocks run for every batch",
-                *(announced.job, self._cache_folder, plan.missing_mib),
-            )
-        return plan
-
     # --- what goes out ------------------------------------------------------------------------------------------
 
-    def _queue_update(self, announced: Announcement, plan: Plan, tensors: Tensors, metrics: Metrics) -> None:
+    def _queue_update(self, announced: Announcement, outcome: Outcome) -> None:
         self._count_bytes()
         counters = self._state.counters
-        metrics = metrics | {
+        metrics = outcome.metrics | {
             "bytes_up": counters.bytes_up,
             "bytes_down": counters.bytes_down,
             "boot": counters.boot,
-            "plan_depth": plan.depth,
-            "plan_micro_batch": plan.micro_batch,
-            "plan_recompute": plan.recompute,
-            "plan_cache": plan.cache,
-            "plan_cache_mib": round(plan.cache_mib, 3),
-            "plan_peak_mib": plan.peak_mib,
-            "plan_cpu_s": plan.cpu_s,
-            "plan_bound_by": plan.bound_by,
         }
-        data = encode_tensors(tensors, self._config.codec) if tensors else b""
+        data = encode_tensors(outcome.tensors, self._config.codec) if outcome.tensors else b""
         manifest = UpdateManifest(
             fleet=self._config.fleet,
             device=self._config.device,
@@ -529,8 +392,3 @@ class Agent:
                 raise RunFailedError(
                     f"the aggregator refuses this device's update: {ack.reason}", "see the aggregator's log"
                 )
-
-
-def _in_words(plan: Plan) -> str:
-    cache = "no cache" if plan.cache == "none" else f"{plan.cache} cache"
-    return f"depth {plan.depth}, {'recompute' if plan.recompute else 'fused'}, micro-batch {plan.micro_batch}, {cache}"

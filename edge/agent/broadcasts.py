@@ -65,7 +65,6 @@ class Broadcasts:
                 if assembly.overdue():
                     yield Need(job=job, version=version, bitmap=assembly.missing_bitmap())
 
-    def take(self) -> Announcement | None:
-        """A round whose tensors are all here, if there is one; it is then no longer waited for."""
-        job = next((job for job, wanted in self._wanted.items() if not wanted.downloads), None)
-        return None if job is None else self._wanted.pop(job).announced
+    def ready(self) -> Announcement | None:
+        """A round whose tensors are all here, if there is one; it stays until it is forgotten."""
+        return next((wanted.announced for wanted in self._wanted.values() if not wanted.downloads), None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetune.edge.engine.runtime import open_session
+from fleetune.edge.engine.runtime import arena_shrinks, open_session, return_free_memory
 from fleetune.edge.pack.pack import Pack
 
 if TYPE_CHECKING:
@@ -44,8 +44,14 @@ class Backbone:
         self._positions = self._weights.outer("positions.table")
 
     def hold(self, blocks: range) -> None:
-        """Keep these blocks dequantised (float32) from their next use on, and let go of all others."""
+        """Keep these blocks dequantised (float32) from their next use on, and let go of all others.
+
+        Of the graphs of a training step, only that of these blocks stays open.
+        """
         self._scratch = None
+        for stem in [stem for stem in self._sessions if stem.startswith("suffix_")]:
+            if stem != f"suffix_{len(blocks)}":
+                del self._sessions[stem]
         self._held = {block: self._held.get(block) for block in blocks}
 
     def _block_weights(self, block: int) -> dict[str, FloatArray]:
@@ -74,6 +80,17 @@ class Backbone:
     def profiles(self) -> list[Path]:
         """End the record of each graph that ran, and return its file: a JSON list of events."""
         return [Path(session.end_profiling()) for session, _, _ in self._sessions.values()]
+
+    def give_back(self) -> None:
+        """Return memory that nothing uses to the system: the arena's, and the C library's where it can (glibc)."""
+        if self._sessions:
+            run = arena_shrinks()
+            session, inputs, outputs = self._session("pool")
+            tokens = self.pack.manifest.longest
+            hidden = np.zeros((1, tokens, self.pack.manifest.width), dtype=np.float32)
+            feeds = {"h": hidden, "mask": np.ones((1, 1, tokens), dtype=np.float32), **self._outer}
+            session.run(outputs, {name: feeds[name] for name in inputs}, run)
+        return_free_memory()
 
     # --- around the blocks --------------------------------------------------------------------------------------
 

@@ -19,6 +19,10 @@ class Optimiser(Protocol):
         """Update ``parameters`` in place."""
         ...
 
+    def narrow(self, size: int) -> None:
+        """Go on with the last ``size`` parameters only."""
+        ...
+
 
 class Adam:
     """Adam with decoupled weight decay (Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2).
@@ -60,6 +64,11 @@ class Adam:
         update *= self._rate
         parameters -= update
 
+    def narrow(self, size: int) -> None:
+        """Go on with the last ``size`` parameters only."""
+        vectors = self._first, self._second, self._update, self._root
+        self._first, self._second, self._update, self._root = (vector[-size:] for vector in vectors)
+
 
 class Sgd:
     """Stochastic gradient descent with momentum and decoupled weight decay (Loshchilov and Hutter 2019, algorithm 1).
@@ -85,6 +94,10 @@ class Sgd:
         if self._decay:
             parameters *= 1 - self._rate * self._decay
         parameters -= self._update
+
+    def narrow(self, size: int) -> None:
+        """Go on with the last ``size`` parameters only."""
+        self._velocity, self._update = self._velocity[-size:], self._update[-size:]
 
 
 OPTIMISERS: dict[OptimiserName, Callable[..., Optimiser]] = {"adam": Adam, "sgd": Sgd}

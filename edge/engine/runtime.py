@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,22 @@ def _share_arena() -> None:
     )
     limit, power_of_two, default = 0, 0, -1
     onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(limit, power_of_two, default, default))
+
+
+def arena_shrinks() -> onnxruntime.RunOptions:
+    """Options of a run at whose end the arena gives back what is free."""
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
+def return_free_memory() -> None:
+    """Give memory that the C library's allocator keeps for later back to the system, where it can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def open_session(

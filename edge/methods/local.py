@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 
@@ -12,11 +13,14 @@ from fleetune.edge.engine.batch import batch_gradient
 from fleetune.edge.engine.dataset import Dataset
 from fleetune.edge.engine.expert import Expert
 from fleetune.edge.engine.optimiser import OPTIMISERS
-from fleetune.edge.engine.prefix import CHUNK, Prefix, split
+from fleetune.edge.engine.prefix import CHUNK, ComputedPrefix, Prefix, split
 from fleetune.edge.engine.suffix import Suffix
-from fleetune.edge.methods.base import Device, Settings
+from fleetune.edge.methods.base import Device, Round, Settings
+from fleetune.edge.methods.unfinished import Unfinished
 from fleetune.edge.protocol.errors import DataError
-from fleetune.edge.resources.guard import Guard
+from fleetune.edge.resources.guard import Verdict
+
+log = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -34,25 +38,31 @@ class LocalRun:
     def __init__(self, device: Device, settings: Settings, expert: Expert) -> None:
         self.device, self.settings = device, settings
         self.depth = min(device.plan.depth, settings.depth)
+        self._active, self._micro_batch = self.depth, device.plan.micro_batch
         self.prefix: Prefix = device.cache.prefix(device.backbone.blocks - self.depth, expert)
+        device.backbone.give_back()  # what computing the prefix took
         self.suffix = Suffix(device.backbone, self.depth, recompute=device.plan.recompute)
 
     def train(
         self,
         expert: Expert,
+        announced: Round,
         rng: np.random.Generator,
-        guard: Guard,
         *,
         evaluated: int,
         on_batch: Callable[[Indices, FloatArray], None] = lambda _indices, _features: None,
     ) -> float:
         """Train the active blocks and the head in place.
 
+        When memory becomes short, the guard asks for less before a step: what is trained so far is stored, then
+        micro-batches become smaller, then the lowest active block is frozen, one after the other; when nothing is left
+        to give back, training ends with what it has. A process that is killed nevertheless goes on from there.
+
         Args:
             expert: What is trained.
+            announced: The round, with its guard.
             rng: Order of the samples.
-            guard: Ends the round before the budget is spent.
-            evaluated: Samples still to be evaluated in this round, for which CPU seconds are kept back.
+            evaluated: Samples still to be evaluated in this round, for which time is kept back.
             on_batch: Sees the sample numbers and features of each batch after its optimiser step.
 
         Returns:
@@ -64,20 +74,30 @@ class LocalRun:
         """
         settings, dataset = self.settings, self.device.dataset
         train = dataset.indices("train")
-        tail = expert.layout.tail(self.depth)
+        tail = expert.layout.tail(self._active)
         optimiser = OPTIMISERS[settings.optimiser](
             tail.stop - tail.start, settings.learning_rate, weight_decay=settings.weight_decay
         )
         gradient = Expert(expert.layout)
-        blocks = self.depth + self.prefix.recomputed
-        reserve = evaluated * blocks * float(dataset.lengths.mean()) * self.device.costs.forward_cpu_s
+        unfinished = Unfinished(self.device.store, announced.number)
+        begun = unfinished.load(expert)
         steps = settings.epochs * -(-len(train) // settings.batch)
         total, seen = 0.0, 0
         for step, batch in enumerate(self._batches(train, rng)):
-            if guard.must_stop(reserve):
+            if step < begun:
+                continue
+            verdict = announced.guard.before_step(self._seconds(evaluated))
+            if verdict is Verdict.EASE:
+                unfinished.save(expert, step)
+                if not self._ease(expert, announced.guard.wanted_mib):
+                    announced.guard.give_up()
+                    break
+                tail = expert.layout.tail(self._active)
+                optimiser.narrow(tail.stop - tail.start)
+            elif verdict is Verdict.STOP:
                 break
             loss, features = batch_gradient(
-                self.suffix, self.prefix, dataset.labels, batch, self.device.plan.micro_batch, expert, gradient
+                self.suffix, self.prefix, dataset.labels, batch, self._micro_batch, expert, gradient
             )
             if not is_finite(loss, gradient.vector[tail]):
                 raise diverged(dataset, "the loss", step, batch, lambda one: self._is_sound(one, expert))
@@ -87,6 +107,44 @@ class LocalRun:
             seen += len(batch)
             self.device.progress((step + 1) / steps, total / seen)
         return total / max(seen, 1)
+
+    def _seconds(self, evaluated: int) -> tuple[float, float]:
+        """Seconds and CPU seconds that evaluating some samples takes."""
+        passes = evaluated * (self._active + self.prefix.recomputed)
+        return self.device.costs.forward_s(passes, self._micro_batch, float(self.device.dataset.lengths.mean()))
+
+    def _ease(self, expert: Expert, wanted_mib: float) -> bool:
+        """Do with so much less memory; False if there is nothing to give back."""
+        longest, recompute = int(self.device.dataset.lengths.max()), self.suffix.recompute
+
+        def growth() -> float:
+            return self.device.costs.growth_mib(self._active, self._micro_batch, longest, recompute=recompute)
+
+        before, was = growth(), (self._active, self._micro_batch)
+        while before - growth() < wanted_mib:
+            if self._micro_batch > 1:
+                self._micro_batch //= 2
+            elif self._active > 1:
+                self._active -= 1
+            else:
+                break
+        if (self._active, self._micro_batch) == was:
+            return False
+        log.warning(
+            "memory is short by %.0f MiB: goes on with micro-batch %d and %d of %d active blocks",
+            *(wanted_mib, self._micro_batch, self._active, self.depth),
+        )
+        backbone = self.device.backbone
+        if self._active < was[0]:
+            self.prefix = ComputedPrefix(
+                *(backbone, self.device.dataset, expert.copy(), backbone.blocks - self._active),
+                micro_batch=self._micro_batch,
+                below=self.prefix,
+            )
+        del self.suffix
+        self.suffix = Suffix(backbone, self._active, recompute=recompute)
+        backbone.give_back()
+        return True
 
     def _is_sound(self, batch: Indices, expert: Expert) -> bool:
         gradient = Expert(expert.layout)
@@ -111,7 +169,7 @@ class LocalRun:
         out = np.empty((len(indices), expert.layout.width), dtype=np.float32)
         order = np.argsort(self.prefix.lengths[indices], kind="stable")
         for chunk in split(order, CHUNK):
-            rows = split(chunk, self.device.plan.micro_batch)
+            rows = split(chunk, self._micro_batch)
             parts = self.prefix.chunk([indices[some] for some in rows])
             for some, features in zip(rows, self.suffix.features(parts, expert), strict=True):
                 out[some] = features

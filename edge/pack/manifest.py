@@ -124,6 +124,19 @@ class Manifest(_Struct, frozen=True):
     image: Image | None = None
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        if self.text is not None:
+            return self.text.max_length
+        assert self.image is not None
+        return 1 + (self.image.size // self.image.patch) ** 2
+
+    @property
+    def sample_width(self) -> int:
+        """Numbers a token of what is embedded: a token's row or a patch."""
+        return self.width if self.image is None else 3 * self.image.patch**2
+
+    @property
     def graphs(self) -> tuple[str, ...]:
         """Stems of this pack's graph files."""
         training = (f"suffix_{depth}" for depth in range(1, self.blocks + 1))

@@ -107,7 +107,18 @@ class Received:
     retained: bool = False
 
 
-Event = Connected | Disconnected | Received
+@dataclass(frozen=True)
+class Refused:
+    """The broker acknowledged a message and dropped it.
+
+    Attributes:
+        reason: In the words of MQTT 5, such as ``Not authorized``.
+    """
+
+    reason: str
+
+
+Event = Connected | Disconnected | Received | Refused
 
 
 class Link:
@@ -117,11 +128,11 @@ class Link:
         address: The broker.
         client_id: Unique at the broker.
         subscriptions: Topic filters, subscribed again after every reconnect.
-        will: Topic and payload that the broker publishes, retained, when this side dies.
+        will: Topic and payload that the broker publishes, retained, when this side dies; None for nothing.
     """
 
     def __init__(
-        self, address: BrokerAddress, client_id: str, *, subscriptions: Iterable[str], will: tuple[str, bytes]
+        self, address: BrokerAddress, client_id: str, *, subscriptions: Iterable[str], will: tuple[str, bytes] | None
     ) -> None:
         self.address = address
         self._client_id = client_id
@@ -141,8 +152,10 @@ class Link:
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
         client.on_subscribe = self._on_subscribe
+        client.on_publish = self._on_publish
         client.on_socket_open = _no_delay
-        client.will_set(will[0], will[1], qos=1, retain=True)
+        if will is not None:
+            client.will_set(will[0], will[1], qos=1, retain=True)
         client.reconnect_delay_set(min_delay=1, max_delay=_LONGEST_PAUSE)
         client.max_inflight_messages_set(_WINDOW)
         self._client = client
@@ -314,6 +327,10 @@ class Link:
                     "device's id belongs to one agent; else read the broker's log",
                 )
             )
+
+    def _on_publish(self, _c: mqtt.Client, _u: Any, _mid: int, reason: ReasonCode, _p: Any) -> None:
+        if reason.is_failure:
+            self._events.put(Refused(str(reason)))
 
     def _on_message(self, _c: mqtt.Client, _u: Any, message: mqtt.MQTTMessage) -> None:
         self.bytes_in += len(message.payload)

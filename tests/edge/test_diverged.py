@@ -26,7 +26,8 @@ from fleetune.edge.resources.guard import Guard
 from fleetune.edge.resources.planner import Plan
 from fleetune.edge.resources.trial import Trial
 
-COSTS = Costs("p", "1", "1", "x", 1, 8, 8, (Trial(1, 2, False, 50.0, 60.0, 0.01, 1e-6),))
+COSTS = Costs("p", "1", "1", "x", 1, "1 core", (Trial(1, 2, 8, False, 50.0, 50.0, 60.0, 0.01, 0.01, 1e-6, 1e-6),))
+ROUND = Round("global", 1, {}, {}, {}, Guard())
 SETTINGS = {
     "rank": 4, "targets": "query,value,fc1", "classes": 2, "seed": 0, "max_depth": 2, "depth": 2, "epochs": 2,
     "batch": 6, "optimiser": "adam", "learning_rate": 5e-3, "weight_decay": 0.0,
@@ -47,7 +48,7 @@ def make(text_data: Path, tmp_path: Path) -> Callable[..., Device]:
             backbone=backbone,
             dataset=data,
             cache=PrefixCache(tmp_path / "cache", backbone, data, micro_batch=4, codec=codec),
-            plan=Plan(2, 4, recompute, codec, 1.0, 60.0, 1.0),
+            plan=Plan(2, 4, recompute, codec, 1.0, 60.0, 1.0, 1.0, None),
             costs=COSTS,
             store=JobStore(tmp_path / "private", "r1", "job"),
             progress=lambda _share, _loss: None,
@@ -65,8 +66,8 @@ def train(device: Device, expert: Expert, **changes: Any) -> list[np.ndarray[Any
     before = [expert.vector.copy()]
     LocalRun(device, settings(**changes), expert).train(
         expert,
+        ROUND,
         np.random.default_rng(0),
-        Guard(),
         evaluated=0,
         on_batch=lambda _indices, _features: before.append(expert.vector.copy()),
     )
@@ -87,8 +88,8 @@ def test_the_one_sample_whose_loss_is_not_finite_is_named(
     with pytest.raises(DataError) as caught:
         run.train(
             expert,
+            ROUND,
             np.random.default_rng(1),
-            Guard(),
             evaluated=0,
             on_batch=lambda _indices, _features: seen.append(expert.vector.copy()),
         )

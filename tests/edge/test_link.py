@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from shutil import which
 
 import pytest
 
 from fleetune.edge.protocol.errors import BrokerProtocolError, BrokerUnreachableError
-from fleetune.edge.protocol.link import BrokerAddress, Connected, Disconnected, Event, Link, Received
+from fleetune.edge.protocol.link import BrokerAddress, Connected, Disconnected, Event, Link, Received, Refused
 from fleetune.server.broker import embedded_broker, free_port
 
 WILL = ("t/will", b"gone")
@@ -89,25 +91,40 @@ def test_the_link_restores_itself_and_its_subscriptions() -> None:
         link.close()
 
 
-def test_the_brokers_packet_limit_is_obeyed(tmp_path: Path) -> None:
-    from shutil import which
-
+@contextmanager
+def mosquitto(folder: Path, *lines: str) -> Iterator[BrokerAddress]:
     program = which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin")
     if program is None:
         pytest.skip("Mosquitto is not installed (apt-get install mosquitto)")
     port = free_port()
-    config = tmp_path / "mosquitto.conf"
-    config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nmax_packet_size 2000\n")
+    config = folder / "mosquitto.conf"
+    own = (f"listener {port} 127.0.0.1", "allow_anonymous true", "user root")  # who may read pytest's folders
+    config.write_text("\n".join([*own, *lines]) + "\n")
     process = subprocess.Popen([program, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        link = connect(BrokerAddress("127.0.0.1", port), "sender")
+        yield BrokerAddress("127.0.0.1", port)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_the_brokers_packet_limit_is_obeyed(tmp_path: Path) -> None:
+    with mosquitto(tmp_path, "max_packet_size 2000") as address:
+        link = connect(address, "sender")
         with pytest.raises(BrokerProtocolError, match="maximum packet size of 2000"):
             link.publish("t", bytes(4000))
         link.publish_many([("t", bytes(1000))], timeout=5)
         link.close()
-    finally:
-        process.terminate()
-        process.wait()
+
+
+def test_a_message_that_the_broker_acknowledged_and_dropped_is_told(tmp_path: Path) -> None:
+    (tmp_path / "acl").write_text("topic read t/#\ntopic write t/mine\n")
+    with mosquitto(tmp_path, f"acl_file {tmp_path / 'acl'}") as address:
+        link = connect(address, "sender")
+        link.publish("t/mine", b"")
+        assert link.publish_many([("t/theirs", b"")], timeout=5)  # acknowledged, and that is all that MQTT 3.1.1 knows
+        assert collect(link, Refused) == [Refused("Not authorized")]
+        link.close()
 
 
 def test_two_clients_of_one_name_do_not_fight_for_ever(broker: BrokerAddress) -> None:

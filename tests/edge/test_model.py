@@ -32,6 +32,8 @@ from fleetune.edge.resources.trial import Trial
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
+COSTS = Costs("p", "1", "1", "x", 1, "1 core", (Trial(1, 2, 8, False, 50.0, 50.0, 60.0, 0.01, 0.01, 1e-6, 1e-6),))
+
 
 def random_model(pack: Pack, seed: int = 0) -> Model:
     rng = np.random.default_rng(seed)
@@ -247,8 +249,8 @@ class Trainer:
             backbone=backbone,
             dataset=dataset,
             cache=PrefixCache(folder / "cache", backbone, dataset, micro_batch=4),
-            plan=Plan(2, 4, False, "f16", 1.0, 60.0, 1.0, "job"),
-            costs=Costs("p", "1", "1", "x", 1, 8, 8, (Trial(1, 2, False, 50.0, 60.0, 0.01, 1e-6),)),
+            plan=Plan(2, 4, False, "f16", 1.0, 60.0, 1.0, 1.0, None, "job"),
+            costs=COSTS,
             store=self.state.store("r1", "fedms"),
             progress=lambda _share, _loss: None,
         )

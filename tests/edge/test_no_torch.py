@@ -59,11 +59,12 @@ answer({"modules": names, "profiles": [read_profile(name).name for name in profi
 TRAIN = """\
 import pathlib
 import numpy as np
+from fleetune.edge.agent.state import JobStore
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.cache import PrefixCache
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.engine.expert import Expert, Layout
-from fleetune.edge.methods.base import Device, Settings
+from fleetune.edge.methods.base import Device, Round, Settings
 from fleetune.edge.methods.local import LocalRun
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.resources.costs import Costs
@@ -74,15 +75,15 @@ from fleetune.edge.resources.trial import Trial
 pack = Pack.open(pathlib.Path(sys.argv[1]))
 data = read_dataset(pathlib.Path(sys.argv[2]), pack)
 backbone = Backbone(pack, threads=1)
-trial = Trial(1, 2, False, 50.0, 60.0, 0.01, 1e-6)
+trial = Trial(1, 2, 8, False, 50.0, 50.0, 60.0, 0.01, 0.01, 1e-6, 1e-6)
 device = Device(
     id="cam-01",
     backbone=backbone,
     dataset=data,
     cache=PrefixCache(pathlib.Path(sys.argv[3]), backbone, data, micro_batch=4),
-    plan=Plan(2, 4, False, "f16", 1.0, 60.0, 1.0, "job"),
-    costs=Costs("p", "1", "1", "x", 1, 8, 8, (trial,)),
-    store=None,
+    plan=Plan(2, 4, False, "f16", 1.0, 60.0, 1.0, 1.0, None, "job"),
+    costs=Costs("p", "1", "1", "x", 1, "1 core", (trial,)),
+    store=JobStore(pathlib.Path(sys.argv[3]), "r", "j"),
     progress=lambda share, loss: None,
 )
 settings = Settings(
@@ -92,7 +93,8 @@ settings = Settings(
 expert = Expert.initial(Layout.of(pack.manifest, 2), seed=0)
 before = expert.vector.copy()
 run = LocalRun(device, settings, expert)
-losses = [run.train(expert, np.random.default_rng(0), Guard(), evaluated=0) for _ in range(8)]
+announced = Round("global", 1, {}, {}, {}, Guard())
+losses = [run.train(expert, announced, np.random.default_rng(0), evaluated=0) for _ in range(8)]
 changed = [name for name, view in expert.layout.views(before).items() if (view != expert.tensors[name]).any()]
 answer({"losses": losses, "changed": changed})
 """
@@ -130,11 +132,13 @@ def test_training_works_without_them(
     assert "head.weight" in found["changed"]
 
 
-def test_a_trial_works_without_them(tiny_bert_pack: Pack, text_data: Path) -> None:
+def test_a_trial_works_without_them(tiny_bert_pack: Pack) -> None:
     """A trial is a process of its own on a device; here it runs as one, behind the same blocker."""
-    request = Request(str(tiny_bert_pack.path), str(text_data), 2, 4, 12, 8, recompute=True, threads=1)
+    request = Request(str(tiny_bert_pack.path), 2, 4, 12, recompute=True, threads=1)
     script = """\
     import contextlib, io, runpy
+    request, sys.argv[1:] = sys.argv[1], []
+    sys.stdin = io.TextIOWrapper(io.BytesIO(request.encode()))
     out = io.TextIOWrapper(io.BytesIO())
     with contextlib.redirect_stdout(out):
         runpy.run_module("fleetune.edge.resources.trial", run_name="__main__")
@@ -142,5 +146,5 @@ def test_a_trial_works_without_them(tiny_bert_pack: Pack, text_data: Path) -> No
     """
     trial = msgspec.convert(run(script, msgspec.json.encode(request).decode()), Trial)
     assert (trial.depth, trial.micro_batch, trial.recompute) == (2, 4, True)
-    assert trial.step_cpu_s > 0
+    assert trial.step_cpu_s > 0 < trial.step_s
     assert trial.peak_mib >= trial.base_mib > 0

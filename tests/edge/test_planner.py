@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,22 +17,18 @@ from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.cache import PrefixCache
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.engine.expert import Expert, Layout
+from fleetune.edge.engine.prefix import CHUNK
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import BudgetError
 from fleetune.edge.resources.costs import Costs
-from fleetune.edge.resources.planner import (
-    CPU_MARGIN,
-    MEMORY_MARGIN,
-    Budget,
-    Plan,
-    Workload,
-    candidates,
-    choose,
-    padded_length,
-)
+from fleetune.edge.resources.limits import MEMORY_MARGIN, TIME_MARGIN, Budget
+from fleetune.edge.resources.planner import Plan, candidates, choose
+from fleetune.edge.resources.powermode import read_power_mode
 from fleetune.edge.resources.trial import Trial
+from fleetune.edge.resources.workload import Workload, padded_length
 
 Coefficients = tuple[float, float, float, float]
+"""Of a constant, a block, a sample, a sample and block; attention takes a hundredth of a sample's at its longest."""
 BLOCKS = 6
 BASE_MIB = 50.0
 KEEP_MIB, RECOMPUTE_MIB = (10.0, 12.0, 3.0, 2.0), (20.0, 0.5, 3.0, 0.25)
@@ -50,15 +47,29 @@ def workload(
 ) -> Workload:
     """Samples of one length: nothing is padded."""
     padded = {size: float(LENGTH) for size in (1, 2, 4, 8, 16, 32, 64) if size <= batch}
-    return Workload(train, evaluate, epochs, batch, max_depth, LENGTH, padded, BLOCKS, ENTRY_MIB, BATCH_MIB)
+    return Workload(train, evaluate, epochs, batch, max_depth, LENGTH, LONGEST, padded, BLOCKS, ENTRY_MIB, BATCH_MIB)
 
 
 JOB = workload()
 PLENTY = 1e9
 
 
-def bilinear(c: Coefficients, depth: int, micro_batch: int) -> float:
-    return c[0] + c[1] * depth + c[2] * micro_batch + c[3] * depth * micro_batch
+def formula(c: Coefficients, depth: float, micro_batch: float, length: float) -> float:
+    linear, attention = micro_batch * length / LENGTH, micro_batch * (length / LONGEST) ** 2 / 100
+    return c[0] + c[1] * depth + (c[2] + c[3] * depth) * (linear + attention)
+
+
+def memory_of(c: Coefficients, depth: int, micro_batch: int) -> float:
+    """At the longest sample."""
+    return formula(c, depth, micro_batch, LONGEST)
+
+
+def seconds_of(c: Coefficients, depth: int, micro_batch: float) -> float:
+    """At samples that are all of one length."""
+    return formula(c, depth, micro_batch, LENGTH)
+
+
+CELLS = [*itertools.product((1, BLOCKS), (2, 16), (LONGEST // 4, LONGEST)), (BLOCKS // 2, 16, LONGEST // 2)]
 
 
 def costs_of(
@@ -69,15 +80,18 @@ def costs_of(
         Trial(
             depth=depth,
             micro_batch=micro_batch,
+            length=length,
             recompute=recompute,
             base_mib=BASE_MIB,
-            peak_mib=BASE_MIB + bilinear(memory[recompute], depth, micro_batch),
-            step_cpu_s=bilinear(seconds[recompute], depth, micro_batch),
-            forward_cpu_s=TOKEN_S * factor,
+            frozen_mib=BASE_MIB,
+            peak_mib=BASE_MIB + formula(memory[recompute], depth, micro_batch, length),
+            step_s=formula(seconds[recompute], depth, micro_batch, length) / 2,
+            step_cpu_s=formula(seconds[recompute], depth, micro_batch, length),
+            forward_s=CHUNK * length * TOKEN_S / 2,
+            forward_cpu_s=CHUNK * length * TOKEN_S,
         )
         for recompute in (False, True)
-        for depth, factor in ((1, 0.5), (BLOCKS, 1.5))
-        for micro_batch in (2, 16)
+        for depth, micro_batch, length in CELLS
     ]
     return Costs(
         pack="pack",
@@ -85,8 +99,7 @@ def costs_of(
         onnxruntime="1",
         machine="arm",
         threads=1,
-        length=LONGEST,
-        typical=LENGTH,
+        power_mode="4 cores",
         trials=tuple(trials),
     )
 
@@ -105,27 +118,29 @@ def plan_of(
 
 
 amounts = st.floats(0, 100)
-coefficients = st.tuples(amounts, amounts, amounts, amounts)
+coefficients = st.tuples(st.floats(0.01, 100), amounts, amounts, amounts)
 
 
 # --- the model ----------------------------------------------------------------------------------------------
 
 
-@given(coefficients, coefficients, st.integers(1, 12), st.integers(1, 64))
+@given(coefficients, coefficients, st.integers(1, 12), st.integers(1, 64), st.integers(1, LONGEST))
 def test_the_model_recovers_the_formula_away_from_the_trials(
-    keep: Coefficients, recompute: Coefficients, depth: int, micro_batch: int
+    keep: Coefficients, recompute: Coefficients, depth: int, micro_batch: int, length: int
 ) -> None:
     costs = costs_of(memory=(keep, recompute), seconds=(recompute, keep))
     for policy, memory, seconds in ((False, keep, recompute), (True, recompute, keep)):
-        wanted = bilinear(memory, depth, micro_batch)
-        assert costs.growth_mib(depth, micro_batch, recompute=policy) == pytest.approx(wanted, abs=1e-6)
-        wanted = bilinear(seconds, depth, micro_batch)
-        tokens = micro_batch * LENGTH
-        assert costs.step_cpu_s(depth, tokens, recompute=policy) == pytest.approx(wanted, abs=1e-6)
+        wanted = formula(memory, depth, micro_batch, length)
+        assert costs.growth_mib(depth, micro_batch, length, recompute=policy) == pytest.approx(wanted, abs=1e-4)
+        wanted = formula(seconds, depth, micro_batch, length)
+        found = costs.step_s(depth, micro_batch, length, recompute=policy)
+        assert found == pytest.approx((wanted / 2, wanted), abs=1e-4)
 
 
-def test_the_forward_pass_is_the_median_of_the_trials() -> None:
-    assert COSTS.forward_cpu_s == pytest.approx(TOKEN_S)
+@pytest.mark.parametrize(("samples", "micro_batch", "length"), [(32, 4, 8), (7, 1, 30), (1000, 16, 5)])
+def test_a_forward_pass_costs_its_tokens(samples: int, micro_batch: int, length: int) -> None:
+    wanted = samples * length * TOKEN_S
+    assert COSTS.forward_s(samples, micro_batch, length) == pytest.approx((wanted / 2, wanted))
 
 
 def test_a_round_costs_its_steps_the_frozen_blocks_of_the_job_and_its_evaluation() -> None:
@@ -134,15 +149,15 @@ def test_a_round_costs_its_steps_the_frozen_blocks_of_the_job_and_its_evaluation
     steps = 3 * 13  # 104 samples in micro-batches of 8
     frozen = (104 + 40) * 2 * FORWARD_S
     evaluation = 40 * 4 * FORWARD_S
-    assert plan.cpu_s == pytest.approx(steps * bilinear(KEEP_S, 4, 8) + frozen + evaluation, abs=0.01)
-    assert plan.peak_mib == pytest.approx(BASE_MIB + bilinear(KEEP_MIB, 4, 8), abs=0.06)
+    assert plan.cpu_s == pytest.approx(steps * seconds_of(KEEP_S, 4, 8) + frozen + evaluation, abs=0.01)
+    assert plan.peak_mib == pytest.approx(BASE_MIB + memory_of(KEEP_MIB, 4, 8), abs=0.06)
 
 
 def test_micro_batches_that_do_not_divide_the_batch_are_counted() -> None:
     job = workload(train=100, evaluate=0, epochs=1, batch=10, max_depth=1)
     plan = plan_of(job, 1, 4, recompute=True)
     in_a_batch = [4, 4, 2]
-    assert plan.cpu_s >= 10 * sum(bilinear(RECOMPUTE_S, 1, size) for size in in_a_batch) - 0.005
+    assert plan.cpu_s >= 10 * sum(seconds_of(RECOMPUTE_S, 1, size) for size in in_a_batch) - 0.005
 
 
 def test_no_candidate_is_deeper_than_the_job_or_larger_than_its_batch() -> None:
@@ -158,19 +173,23 @@ def test_costs_are_only_for_their_own_pack_threads_and_length(tiny_bert_pack: Pa
 
     costs = Costs(
         tiny_bert_pack.sha256,
-        version("fleetune"),
-        version("onnxruntime"),
-        platform.machine(),
-        2,
-        32,
-        20,
-        COSTS.trials,
+        *(version("fleetune"), version("onnxruntime"), platform.machine()),
+        threads=2,
+        power_mode=read_power_mode(),
+        trials=COSTS.trials,
     )
-    assert costs.fit(tiny_bert_pack, threads=2, length=32)
-    assert costs.fit(tiny_bert_pack, threads=2, length=31)
-    assert not costs.fit(tiny_bert_pack, threads=2, length=33)
-    assert not costs.fit(tiny_bert_pack, threads=1, length=32)
-    assert not COSTS.fit(tiny_bert_pack, threads=1, length=32)
+    assert not costs.stale(tiny_bert_pack, threads=2, length=LONGEST)
+    assert not costs.stale(tiny_bert_pack, threads=2, length=LONGEST - 1)
+    assert costs.stale(tiny_bert_pack, threads=2, length=LONGEST + 1) == "measured up to 32 tokens, a sample has 33"
+    assert costs.stale(tiny_bert_pack, threads=1, length=LONGEST) == "measured with 2 threads, not 1"
+    other = msgspec.structs.replace(costs, onnxruntime="1.0")
+    assert "onnxruntime 1.0" in other.stale(tiny_bert_pack, threads=2, length=LONGEST)
+    assert not other.stale(tiny_bert_pack, length=LONGEST, here=False)
+    slower = msgspec.structs.replace(costs, power_mode="1 core, 918 MHz")
+    assert "power mode 1 core, 918 MHz, this is" in slower.stale(tiny_bert_pack, threads=2, length=LONGEST)
+    older = msgspec.structs.replace(costs, kit="0.0.1")
+    assert "kit 0.0.1" in older.stale(tiny_bert_pack, length=LONGEST, here=False)
+    assert "pack" in COSTS.stale(tiny_bert_pack, threads=1, length=LONGEST)
 
 
 def test_padding_is_counted_as_training_pads() -> None:
@@ -211,16 +230,16 @@ def test_a_plan_stays_inside_both_budgets_with_a_margin(memory: float, cpu: floa
     plan = attempt(Budget(memory, cpu))
     if plan is not None:
         assert plan.peak_mib * (1 + MEMORY_MARGIN) <= memory
-        assert plan.cpu_s * (1 + CPU_MARGIN) <= cpu
+        assert plan.cpu_s * (1 + TIME_MARGIN) <= cpu
     assert MEMORY_MARGIN >= 0.05
-    assert CPU_MARGIN >= 0.05
+    assert TIME_MARGIN >= 0.05
 
 
 @given(memories, seconds)
 def test_no_fitting_plan_is_deeper_or_as_deep_and_cheaper(memory: float, cpu: float) -> None:
     plan = attempt(Budget(memory, cpu))
     for other in candidates(COSTS, JOB):
-        fits = other.peak_mib * (1 + MEMORY_MARGIN) <= memory and other.cpu_s * (1 + CPU_MARGIN) <= cpu
+        fits = other.peak_mib * (1 + MEMORY_MARGIN) <= memory and other.cpu_s * (1 + TIME_MARGIN) <= cpu
         if fits and other.cache == "f16":
             assert plan is not None
             assert plan.cache == "f16"
@@ -240,7 +259,7 @@ def test_with_plenty_the_plan_is_the_deepest_and_quickest() -> None:
 
 
 def test_recomputing_is_chosen_when_memory_bites() -> None:
-    roomy = (BASE_MIB + bilinear(KEEP_MIB, BLOCKS, 1)) * (1 + MEMORY_MARGIN)
+    roomy = (BASE_MIB + memory_of(KEEP_MIB, BLOCKS, 1)) * (1 + MEMORY_MARGIN)
     assert not choose(COSTS, JOB, Budget(roomy + 1, PLENTY)).recompute
     plan = choose(COSTS, JOB, Budget(roomy - 1, PLENTY))
     assert (plan.depth, plan.recompute) == (BLOCKS, True)
@@ -250,14 +269,14 @@ def test_smaller_micro_batches_are_chosen_when_memory_bites() -> None:
     assert choose(COSTS, JOB, Budget(PLENTY, PLENTY)).micro_batch == 16
     assert (
         choose(
-            COSTS, JOB, Budget((BASE_MIB + bilinear(KEEP_MIB, BLOCKS, 4)) * (1 + MEMORY_MARGIN) + 1, PLENTY)
+            COSTS, JOB, Budget((BASE_MIB + memory_of(KEEP_MIB, BLOCKS, 4)) * (1 + MEMORY_MARGIN) + 1, PLENTY)
         ).micro_batch
         == 4
     )
 
 
 def test_the_limit_that_stands_in_the_way_is_named() -> None:
-    cheapest = {d: min(p.cpu_s for p in candidates(COSTS, JOB) if p.depth == d) * (1 + CPU_MARGIN) for d in (3, 4)}
+    cheapest = {d: min(p.cpu_s for p in candidates(COSTS, JOB) if p.depth == d) * (1 + TIME_MARGIN) for d in (3, 4)}
     by_time = choose(COSTS, JOB, Budget(PLENTY, (cheapest[3] + cheapest[4]) / 2))
     assert (by_time.depth, by_time.bound_by) == (3, "cpu")
     smallest = {
@@ -271,7 +290,7 @@ def test_two_limits_that_bind_only_together_are_both_named() -> None:
     # Deeper plans fit the memory when recomputing and fit the time when keeping, but never both.
     deep = [p for p in candidates(COSTS, JOB) if p.depth == 2]
     memory = min(p.peak_mib for p in deep if not p.recompute) * (1 + MEMORY_MARGIN) - 0.5
-    cpu = min(p.cpu_s for p in deep) * (1 + CPU_MARGIN) + 0.01
+    cpu = min(p.cpu_s for p in deep) * (1 + TIME_MARGIN) + 0.01
     plan = choose(COSTS, JOB, Budget(memory, cpu))
     assert (plan.depth, plan.bound_by) == (1, "memory+cpu")
 
@@ -305,7 +324,7 @@ def test_without_a_cache_a_batchs_hidden_states_and_a_frozen_blocks_weights_take
 
     assert more(2, recompute=True) == pytest.approx(BATCH_MIB)  # its weights go through one buffer anyway
     assert more(BLOCKS, recompute=False) == pytest.approx(BATCH_MIB)  # no block is frozen
-    a_block = bilinear(KEEP_MIB, 3, 8) - bilinear(KEEP_MIB, 2, 8)
+    a_block = memory_of(KEEP_MIB, 3, 8) - memory_of(KEEP_MIB, 2, 8)
     assert more(2, recompute=False) == pytest.approx(BATCH_MIB + a_block)
 
 
@@ -330,7 +349,7 @@ def test_a_plan_stays_inside_the_disk_and_no_deeper_one_would(memory: float, cpu
         other
         for other in candidates(COSTS, JOB)
         if other.peak_mib * (1 + MEMORY_MARGIN) <= memory
-        and other.cpu_s * (1 + CPU_MARGIN) <= cpu
+        and other.cpu_s * (1 + TIME_MARGIN) <= cpu
         and other.cache_mib <= disk
     ]
     assert (plan is None) == (not fitting)
@@ -340,14 +359,14 @@ def test_a_plan_stays_inside_the_disk_and_no_deeper_one_would(memory: float, cpu
 
 
 def cpu_for(depth: int, cache: str) -> float:
-    return min(p.cpu_s for p in candidates(COSTS, JOB) if (p.depth, p.cache) == (depth, cache)) * (1 + CPU_MARGIN)
+    return min(p.cpu_s for p in candidates(COSTS, JOB) if (p.depth, p.cache) == (depth, cache)) * (1 + TIME_MARGIN)
 
 
 def test_float16_is_preferred_even_if_it_costs_more_seconds() -> None:
     job = workload()
     one, two = (plan_of(job, 4, 16, recompute=False, **some) for some in ({"mib": 40}, {"cache": "int8", "mib": 44}))
     assert one.cpu_s > two.cpu_s
-    plan = choose(COSTS, job, Budget(PLENTY, one.cpu_s * (1 + CPU_MARGIN) + 0.001, 50))
+    plan = choose(COSTS, job, Budget(PLENTY, one.cpu_s * (1 + TIME_MARGIN) + 0.001, 50))
     assert (plan.depth, plan.cache, plan.cache_mib) == (4, "f16", 40)
 
 
@@ -414,18 +433,18 @@ def test_a_refusal_says_how_many_mib_are_missing() -> None:
 
 
 def test_a_refusal_says_how_many_cpu_seconds_are_missing() -> None:
-    need = least(lambda plan: plan.cpu_s) * (1 + CPU_MARGIN)
+    need = least(lambda plan: plan.cpu_s) * (1 + TIME_MARGIN)
     error = refusal(PLENTY, 0.5)
     found = [float(number) for number in re.findall(r"\d+\.\d", error.what)]
     assert found == pytest.approx([need, need - 0.5, 0.5], abs=0.051)
-    assert "cpu_s" in error.what
+    assert "budget: cpu" in error.what
     assert "CPU" in error.remedy
 
 
 def test_a_refusal_says_when_each_limit_alone_would_do() -> None:
     memory, cpu = (
         least(lambda plan: plan.peak_mib) * (1 + MEMORY_MARGIN),
-        least(lambda plan: plan.cpu_s) * (1 + CPU_MARGIN),
+        least(lambda plan: plan.cpu_s) * (1 + TIME_MARGIN),
     )
     assert "at once" in refusal(memory + 0.1, cpu + 0.01).what
 

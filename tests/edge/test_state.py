@@ -18,8 +18,20 @@ from fleetune.edge.protocol.messages import Payload, UpdateManifest
 from fleetune.edge.resources.costs import Costs
 from fleetune.edge.resources.trial import Trial
 
-TRIAL = Trial(depth=1, micro_batch=2, recompute=False, base_mib=60.0, peak_mib=70.0, step_cpu_s=0.1, forward_cpu_s=0.01)
-COSTS = Costs(pack="p", kit="1", onnxruntime="1", machine="arm", threads=1, length=8, typical=6, trials=(TRIAL,))
+TRIAL = Trial(
+    depth=1,
+    micro_batch=2,
+    length=8,
+    recompute=False,
+    base_mib=60.0,
+    frozen_mib=60.0,
+    peak_mib=70.0,
+    step_s=0.05,
+    step_cpu_s=0.1,
+    forward_s=0.005,
+    forward_cpu_s=0.01,
+)
+COSTS = Costs(pack="p", kit="1", onnxruntime="1", machine="arm", threads=1, power_mode="1 core", trials=(TRIAL,))
 
 
 @pytest.fixture

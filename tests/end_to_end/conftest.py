@@ -151,7 +151,7 @@ class TestFleet:
 def tiny_costs(tiny_bert_pack: Pack, text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What training costs here, measured once."""
     lengths = read_dataset(text_data, tiny_bert_pack).lengths
-    costs: Costs = measure(tiny_bert_pack, text_data, threads=1, lengths=lengths)
+    costs: Costs = measure(tiny_bert_pack, threads=1, longest=int(lengths.max()))
     path = tmp_path_factory.mktemp("costs") / "costs.json"
     path.write_bytes(encode(costs))
     return path

@@ -19,7 +19,9 @@ from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.codec import decode_tensors
 from fleetune.edge.protocol.modelfile import FILE
 from fleetune.edge.resources.costs import Costs
-from fleetune.edge.resources.planner import CPU_MARGIN, Workload, candidates
+from fleetune.edge.resources.limits import TIME_MARGIN
+from fleetune.edge.resources.planner import candidates
+from fleetune.edge.resources.workload import Workload
 from fleetune.server.broker import free_port
 from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal
 
@@ -95,12 +97,12 @@ def test_a_device_sends_only_the_blocks_that_its_budget_lets_it_train(make_fleet
     fleet = make_fleet(embedded)
     pack = Pack.open(fleet.pack)
     data = read_dataset(fleet.data["small"], pack)
-    workload = Workload.of(data, pack.manifest, epochs=1, batch=4, max_depth=3)
+    workload = Workload.of(data, pack.manifest, epochs=20, batch=4, max_depth=3)  # training outweighs all else
     plans = candidates(msgspec.json.decode(fleet.costs.read_bytes(), type=Costs), workload)
     cheapest = {depth: min(plan.cpu_s for plan in plans if plan.depth == depth) for depth in (1, 2)}
-    budget = (cheapest[1] + cheapest[2]) / 2 * (1 + CPU_MARGIN)
+    budget = (cheapest[1] + cheapest[2]) / 2 * (1 + TIME_MARGIN)
     fleet.write({"big": ("1GiB", 100.0), "small": ("1GiB", budget)})
-    run_to_the_end(fleet)
+    run_to_the_end(fleet, "--epochs", "20")
     updates = [r.manifest for r in fleet.records() if isinstance(r, Accepted)]
     first = {u.device: u for u in updates if u.version == 1}
     journal = Journal(fleet.folder / "aggregator")

@@ -7,14 +7,20 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fleetune.edge.engine.dataset import read_dataset
+from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import RunFailedError, RunFolderError
 from fleetune.edge.protocol.files import FolderLock
+from fleetune.edge.protocol.messages import encode
+from fleetune.edge.resources.costs import measure
 from fleetune.tools.assets import cache_root
 from fleetune.tools.bench.figures import Document, Target, figure
-from fleetune.tools.bench.workers import Worker
+from fleetune.tools.bench.round_worker import RoundSpec
+from fleetune.tools.bench.workers import Worker, round_command
 
 
 def test_a_figure_is_the_median_with_its_range() -> None:
@@ -64,6 +70,32 @@ def test_a_worker_that_dies_is_named_with_its_last_words(tmp_path: Path) -> None
     with pytest.raises(RunFailedError, match="torch ended with exit code 1: no such model") as caught:
         Worker("torch", [sys.executable, "-c", code], tmp_path / "log")
     assert str(tmp_path / "log") in caught.value.remedy
+
+
+def test_a_round_runs_as_an_agents_without_a_broker(tiny_bert_pack: Pack, text_data: Path, tmp_path: Path) -> None:
+    costs = measure(tiny_bert_pack, threads=1, longest=int(read_dataset(text_data, tiny_bert_pack).lengths.max()))
+    (tmp_path / "costs.json").write_bytes(encode(costs))
+
+    def ask(memory_mib: float) -> dict[str, Any]:
+        spec = RoundSpec(
+            pack=str(tiny_bert_pack.path),
+            data=str(text_data),
+            costs=str(tmp_path / "costs.json"),
+            state=str(tmp_path / "agent"),
+            memory_mib=memory_mib,
+            threads=1,
+            epochs=2,
+            group="",
+        )
+        with Worker("a round", round_command(tmp_path, spec), tmp_path / "log") as worker:
+            return worker.ask("round")
+
+    found = ask(1000.0)
+    assert found["waits"] == ""
+    assert (found["depth"], found["stopped_for"], found["eased"]) == (3, "", 0)
+    assert found["tensors"] > 0
+    with pytest.raises(RunFailedError, match=r"more than the 20 MiB given"):
+        ask(20.0)
 
 
 def test_a_quick_run_measures_and_learns(minilm: Path, tmp_path: Path) -> None:

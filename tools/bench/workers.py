@@ -14,6 +14,7 @@ import msgspec
 
 from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.edge.protocol.files import write_atomic
+from fleetune.tools.bench.round_worker import RoundSpec
 from fleetune.tools.bench.spec import Spec
 
 REST_S = 0.3
@@ -28,6 +29,13 @@ def engine_command(place: Path, name: str, spec: Spec) -> list[str]:
 def rate_command(threads: int) -> list[str]:
     """How to start the worker that says how fast the machine multiplies matrices."""
     return [sys.executable, "-m", "fleetune.tools.bench.rate_worker", str(threads)]
+
+
+def round_command(place: Path, spec: RoundSpec) -> list[str]:
+    """How to start the worker that does rounds as an agent does."""
+    file = place / "round.json"
+    write_atomic(file, msgspec.json.encode(spec))
+    return [sys.executable, "-m", "fleetune.tools.bench.round_worker", str(file)]
 
 
 def peft_command(place: Path, name: str, spec: Spec, python: Path) -> list[str]:

@@ -50,7 +50,15 @@ def register(subparsers: Any) -> None:
         "--costs",
         metavar="FILE",
         type=Path,
-        help="costs measured on this machine before (an agent's costs.json); measured at the first start if absent",
+        help="costs measured on this machine before (an agent's costs.json); by default those of the device's profile, "
+        "and where they do not count, those that are measured at the first start",
+    )
+    parser.add_argument(
+        "--sensors",
+        metavar="DIR",
+        type=Path,
+        default=Path("/"),
+        help="folder whose sys/class/thermal says how hot it is, to rehearse heat (default: the board's own, /)",
     )
     parser.set_defaults(run=_run)
 
@@ -64,7 +72,8 @@ def _run(args: argparse.Namespace) -> None:
 
     import msgspec
 
-    from fleetune.edge.agent.agent import Agent, AgentConfig
+    from fleetune.edge.agent.agent import Agent
+    from fleetune.edge.agent.config import AgentConfig
     from fleetune.edge.protocol.link import BrokerAddress
     from fleetune.edge.resources.costs import Costs
     from fleetune.profiles.fleet import read_fleet
@@ -75,10 +84,10 @@ def _run(args: argparse.Namespace) -> None:
     except ConfigError as error:
         raise ConfigError(f"--id: {args.fleet}: {error.what}", error.remedy) from error
     check_state(args.state)
-    costs = None
+    costs = tuple(measured.costs for measured in device.profile.measured)
     if args.costs is not None:
         try:
-            costs = msgspec.json.decode(args.costs.read_bytes(), type=Costs)
+            costs = (msgspec.json.decode(args.costs.read_bytes(), type=Costs), *costs)
         except (OSError, *UNDECODABLE) as error:
             raise ConfigError(f"--costs: {args.costs}: {error}", "leave the option out to measure again") from error
     config = AgentConfig(
@@ -92,5 +101,6 @@ def _run(args: argparse.Namespace) -> None:
         threads=args.threads,
         codec=args.codec,
         costs=costs,
+        sensors=args.sensors,
     )
     Agent(config).run()

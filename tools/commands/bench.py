@@ -20,18 +20,23 @@ def register(subparsers: Any) -> None:
         description=(
             "Measure Fleetune beside its peers on this machine, in turns, in one run, several times; prints medians,\n"
             "ranges and ratios. `step` trains adapters, `infer` answers one sample at a time, both beside PEFT on\n"
-            "torch. Peers are installed into an environment of their own in the cache (1.3 GB), never into\n"
-            "Fleetune's. Needs the `all` extra."
+            "torch; `plan` holds predicted memory and time against measured ones, and trains under hard limits.\n"
+            "Peers are installed into an environment of their own in the cache (1.3 GB), never into Fleetune's.\n"
+            "Needs the `all` extra."
         ),
         examples=(
             "  fleetune bench step --quick\n"
             "  fleetune bench step --json step.json\n"
             "  fleetune bench infer --json infer.json\n"
+            "  fleetune bench plan --json plan.json          half an hour\n"
             "  fleetune bench step --quick --peers none      Fleetune alone, nothing to install\n"
         ),
     )
     parser.add_argument(
-        "name", metavar="NAME", choices=("step", "infer"), help="step: a training step; infer: an answer"
+        "name",
+        metavar="NAME",
+        choices=("step", "infer", "plan"),
+        help="step: a training step; infer: an answer; plan: predictions, and rounds under hard limits",
     )
     parser.add_argument("--quick", action="store_true", help="fewer models, samples and repeats: under two minutes")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to this file")
@@ -59,10 +64,14 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.edge.protocol.files import FolderLock, write_atomic
     from fleetune.tools.assets import cache_root
-    from fleetune.tools.bench import infer, step
+    from fleetune.tools.bench import infer, plan, step
     from fleetune.tools.terminal import open_console, show_steps
 
-    run, known = (step.bench_step, step.PEERS) if args.name == "step" else (infer.bench_infer, infer.PEERS)
+    run, known = {
+        "step": (step.bench_step, step.PEERS),
+        "infer": (infer.bench_infer, infer.PEERS),
+        "plan": (plan.bench_plan, plan.PEERS),
+    }[args.name]
     peers = list(known) if args.peers is None else [] if args.peers == "none" else args.peers.split(",")
     if unknown := [peer for peer in peers if peer not in known]:
         raise ConfigError(f"--peers: {', '.join(unknown)} is unknown", f"choose from {', '.join(known)}, or none")

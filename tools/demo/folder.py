@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import yaml
 
 from fleetune.edge.engine.dataset import read_dataset
@@ -19,7 +17,9 @@ from fleetune.edge.protocol.errors import RunFolderError
 from fleetune.edge.protocol.files import write_atomic
 from fleetune.edge.protocol.messages import encode
 from fleetune.edge.resources.costs import Costs, measure
-from fleetune.edge.resources.planner import CPU_MARGIN, Workload, candidates
+from fleetune.edge.resources.limits import TIME_MARGIN
+from fleetune.edge.resources.planner import candidates
+from fleetune.edge.resources.workload import Workload
 from fleetune.profiles.yamlfile import read_yaml
 from fleetune.tools.demo.task import Task
 
@@ -169,10 +169,9 @@ def prepare(
     if not folder.costs.exists():
         costs = measure(
             pack,
-            next(iter(files.values())),
             threads=1,
-            lengths=np.concatenate([dataset.lengths for dataset in datasets.values()]),
-            at_once=min(len(files), os.cpu_count() or 1),
+            longest=max(int(dataset.lengths.max()) for dataset in datasets.values()),
+            at_once=len(files),  # as many as will share the machine
             on_trial=lambda done, total: say(f"measures what training costs on this machine ({done} of {total})"),
         )
         write_atomic(folder.costs, encode(costs))
@@ -189,7 +188,8 @@ def prepare(
 def _fleet_file(template: _Template, costs: Costs, workload: Workload) -> str:
     plans = candidates(costs, workload)
     one, deepest = (
-        min(plan.cpu_s for plan in plans if plan.depth == depth) * (1 + CPU_MARGIN) for depth in (1, workload.max_depth)
+        min(plan.cpu_s for plan in plans if plan.depth == depth) * (1 + TIME_MARGIN)
+        for depth in (1, workload.max_depth)
     )
     devices = [
         {

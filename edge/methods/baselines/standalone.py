@@ -26,9 +26,8 @@ class Standalone:
         expert.load(device.store.load(_STATE) or {})
         local = LocalRun(device, settings, expert)
         val, test = dataset.indices("val"), dataset.indices("test")
-        loss = local.train(
-            expert, random_for(device, settings, announced), announced.guard, evaluated=len(val) + len(test)
-        )
+        rng = random_for(device, settings, announced)
+        loss = local.train(expert, announced, rng, evaluated=len(val) + len(test))
         scores = {
             split: accuracy(expert.logits(local.features(expert, indices)), dataset.labels[indices])
             for split, indices in (("val", val), ("test", test))

@@ -104,7 +104,7 @@ class FedMS:
             part: accuracy(shared.logits(run.features(shared, indices)), dataset.labels[indices])
             for part, indices in (("val", val), ("test", test))
         }
-        loss = run.train(shared, random_for(self._device, settings, announced), announced.guard, evaluated=0)
+        loss = run.train(shared, announced, random_for(self._device, settings, announced), evaluated=0)
         metrics: Metrics = {"loss": loss, "val": scores["val"], "test": scores["test"]}
         return Outcome(metrics, shared.active(run.depth), run.depth)
 
@@ -188,8 +188,8 @@ class FedMS:
 
         evaluated = len(dataset.indices("val")) + len(dataset.indices("test"))
         if settings.gate_split == "train":
-            return stage.run.train(mixture.local, rng, announced.guard, evaluated=evaluated, on_batch=step)
-        loss = stage.run.train(mixture.local, rng, announced.guard, evaluated=evaluated)
+            return stage.run.train(mixture.local, announced, rng, evaluated=evaluated, on_batch=step)
+        loss = stage.run.train(mixture.local, announced, rng, evaluated=evaluated)
         held_out = dataset.indices("val")
         features = stage.run.features(mixture.local, held_out)
         for _ in range(settings.gate_epochs):

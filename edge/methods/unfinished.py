@@ -1,0 +1,37 @@
+"""A round that ran short of memory: what it had learned by then, so that nothing is lost if it is killed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fleetune.edge.engine.expert import Expert
+from fleetune.edge.methods.base import TensorStore
+
+_NAME, _PLACE = "unfinished", "place"
+
+
+class Unfinished:
+    """Keeps the expert of a round that may not live to its end.
+
+    Args:
+        store: Where it is kept.
+        number: The round's.
+    """
+
+    def __init__(self, store: TensorStore, number: int) -> None:
+        self._store, self._number = store, number
+
+    def save(self, expert: Expert, steps: int) -> None:
+        """Keep an expert as it is after some steps."""
+        self._store.save(_NAME, {**expert.tensors, _PLACE: np.array([self._number, steps])})
+
+    def load(self, expert: Expert) -> int:
+        """Give an expert what was kept of this round; returns the steps that are in it, 0 if nothing was kept."""
+        kept = self._store.load(_NAME)
+        if kept is None:
+            return 0
+        number, steps = (int(value) for value in kept.pop(_PLACE))
+        if number != self._number:
+            return 0
+        expert.load(kept)
+        return steps

@@ -1,0 +1,1 @@
+"""``fleetune plan``: what a device would train, from its profile, without the device."""

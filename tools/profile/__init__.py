@@ -1,0 +1,1 @@
+"""``fleetune profile``: measures what training costs on this device."""

@@ -1,0 +1,48 @@
+"""Tables and progress for people, on a device too: of plain characters, with nothing but the standard library."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+_CELLS = 30
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of a table under each other: words to the left, numbers to the right."""
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    numbers = [all(_is_number(row[place]) for row in rows[1:]) for place in range(len(rows[0]))]
+    lines = (
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(row, widths, numbers, strict=True)
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _is_number(cell: str) -> bool:
+    return cell in ("", "-") or cell[0].isdigit()
+
+
+class Bar:
+    """How far a long command is, on standard error: one line that grows, or without a terminal a line a step.
+
+    Args:
+        what: What is done.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` steps are done."""
+        filled = _CELLS * done // total
+        if sys.stderr.isatty():
+            end = "\n" if done == total else ""
+            text = f"\r{self._what} {'█' * filled}{'░' * (_CELLS - filled)} {done} of {total}{end}"
+        else:
+            text = f"{self._what}: {done} of {total}\n"
+        sys.stderr.write(text)
+        sys.stderr.flush()
