@@ -7,20 +7,12 @@ from pathlib import Path
 import pytest
 
 from fleetune.edge.resources.heat import Heat
+from support.trees import thermal_zone
 
 
 @pytest.fixture
 def zone(tmp_path: Path) -> Path:
-    folder = tmp_path / "sys" / "class" / "thermal" / "thermal_zone0"
-    folder.mkdir(parents=True)
-    for name, text in (
-        ("type", "CPU-therm"),
-        ("temp", "60000"),
-        ("trip_point_0_type", "passive"),
-        ("trip_point_0_temp", "97000"),
-    ):
-        (folder / name).write_text(f"{text}\n")
-    return folder
+    return thermal_zone(tmp_path, temperature_c=60, limit_c=97)
 
 
 def test_it_waits_from_the_limit_on_until_five_degrees_below(zone: Path, tmp_path: Path) -> None:

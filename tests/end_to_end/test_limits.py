@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +17,11 @@ from fleetune.edge.resources.probes.limitedgroup import LimitedGroup
 from fleetune.profiles.measured import Measured
 from fleetune.profiles.profile import read_profile, write_profile
 from fleetune.server.journal import Accepted
+from fleetune.tools.bench.plan import hog
+from support.trees import thermal_zone
 
 ROUNDS = ("--global-rounds", "2", "--personal-rounds", "1", "--sal-start", "3")
 GROUP_MIB = 320
-
-
-@contextmanager
-def hog(mib: int, group: LimitedGroup) -> Iterator[subprocess.Popen[bytes]]:
-    """A neighbour that holds so much memory."""
-    script = (
-        "import signal, sys; sys.stdin.readline(); "
-        f"held = b'x' * ({mib} << 20); print(len(held), flush=True); signal.pause()"
-    )
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        group.add(process.pid)
-        process.stdin.write(b"\n")
-        process.stdin.flush()
-        process.stdout.readline()
-        yield process
-        process.kill()
 
 
 @pytest.fixture
@@ -58,16 +38,7 @@ def group() -> Iterator[LimitedGroup]:
 @pytest.fixture
 def zone(tmp_path: Path) -> Path:
     """The folder of a thermal zone that throttles from 97 °C."""
-    folder = tmp_path / "sensors" / "sys" / "class" / "thermal" / "thermal_zone0"
-    folder.mkdir(parents=True)
-    for name, text in (
-        ("type", "CPU-therm"),
-        ("temp", "98000"),
-        ("trip_point_0_type", "passive"),
-        ("trip_point_0_temp", "97000"),
-    ):
-        (folder / name).write_text(f"{text}\n")
-    return folder
+    return thermal_zone(tmp_path / "sensors", temperature_c=98, limit_c=97)
 
 
 def test_a_device_that_throttles_waits_until_it_is_cooler_and_says_so(
@@ -123,7 +94,7 @@ def test_a_round_waits_for_memory_that_others_hold_and_says_how_much(
     fleet = make_fleet(embedded)
     serve = fleet.serve(*ROUNDS, "--deadline", "1")
     fleet.agent("big")
-    with hog(250, group) as neighbour:
+    with hog(250, group, seconds=1.0) as neighbour:
         small = fleet.agent("small")
         group.add(small.process.pid)
         fleet.wait_until(lambda: re.search(r"waits: budget: memory: one active block needs \d+ MiB", small.output))
@@ -143,7 +114,7 @@ def test_a_neighbour_that_takes_memory_in_mid_round_costs_no_update(
     fleet.agent("big")
     serve = fleet.serve(*ROUNDS, "--epochs", "400")
     fleet.wait_until(lambda: "global, 1 of" in serve.output)
-    with hog(250, group):
+    with hog(250, group, seconds=1.0):
         fleet.wait_until(lambda: "memory is short by" in small.output or "for want of memory" in small.output)
     assert serve.wait() == 0, serve.output
     updates = [r.manifest for r in fleet.records() if isinstance(r, Accepted) and r.manifest.device == "small"]

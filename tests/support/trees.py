@@ -33,3 +33,17 @@ def sample(board: str) -> dict[str, str]:
         path: f"->{link}" if link else text.replace(r"\0", "\0")
         for path, link, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True)
     }
+
+
+def thermal_zone(root: Path, *, temperature_c: int, limit_c: int) -> Path:
+    """The folder of a board's only thermal zone, ``CPU-therm``, which throttles from a limit on."""
+    folder = root / "sys" / "class" / "thermal" / "thermal_zone0"
+    folder.mkdir(parents=True)
+    for name, text in (
+        ("type", "CPU-therm"),
+        ("temp", f"{temperature_c}000"),
+        ("trip_point_0_type", "passive"),
+        ("trip_point_0_temp", f"{limit_c}000"),
+    ):
+        (folder / name).write_text(f"{text}\n")
+    return folder

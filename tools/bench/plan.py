@@ -270,11 +270,11 @@ def _take(group: LimitedGroup) -> None:
 
 
 @contextmanager
-def hog(mib: int, group: LimitedGroup) -> Iterator[None]:
-    """A process in a group that takes so much memory in four seconds, and holds it."""
+def hog(mib: int, group: LimitedGroup, seconds: float = 4.0) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a group that takes so much memory in so many seconds, and holds it."""
     script = (
         "import signal, sys, time; sys.stdin.readline(); held = []\n"
-        f"for _ in range(60): held.append(b'x' * ({mib} * (1 << 20) // 60)); time.sleep(4 / 60)\n"
+        f"for _ in range(60): held.append(b'x' * ({mib} * (1 << 20) // 60)); time.sleep({seconds} / 60)\n"
         "print(len(held), flush=True); signal.pause()"
     )
     pipe = subprocess.PIPE
@@ -285,5 +285,5 @@ def hog(mib: int, group: LimitedGroup) -> Iterator[None]:
         process.stdin.write(b"\n")
         process.stdin.flush()
         process.stdout.readline()
-        yield
+        yield process
         process.kill()
