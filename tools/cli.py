@@ -37,6 +37,9 @@ _EPILOGUE = """\
 examples:
   fleetune demo                                   a whole fleet on this machine, in a few minutes
   fleetune pack minilm --out packs/minilm         compile a backbone for devices
+  fleetune doctor                                 what is wrong with this device
+  fleetune profile --pack packs/minilm --out cam.yaml
+                                                  what training costs here
   fleetune serve --fleet fleet.yaml --pack packs/minilm --classes 2 --broker mqtt://broker --state aggregator
   fleetune agent --fleet fleet.yaml --id nano-1 --pack packs/minilm --data samples.jsonl \\
                  --broker mqtt://broker --state /var/lib/fleetune
