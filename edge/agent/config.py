@@ -26,6 +26,7 @@ class AgentConfig:
         codec: Number format of what goes up.
         costs: Costs that were measured on this device before; measured anew where none of them fits.
         sensors: Folder with the `/sys` that heat is read from; another one than the system's is for rehearsals.
+        throttles_c: Degrees from which the board throttles, where its sensors name no limit.
     """
 
     device: str
@@ -39,3 +40,4 @@ class AgentConfig:
     codec: str = "f16"
     costs: tuple[Costs, ...] = ()
     sensors: Path = Path("/")
+    throttles_c: float | None = None

@@ -69,7 +69,7 @@ class Rounds:
         self._say, self._progress = say, progress
         self._backbone = Backbone(pack, config.threads)
         self._memory = MemoryWatch(config.budget.memory_mib)
-        self._heat = Heat(config.sensors)
+        self._heat = Heat(config.sensors, config.throttles_c)
         self._cache_folder = config.state / "cache"
         self._costs: Costs | None = None
         self._base_mib: float | None = None
@@ -96,6 +96,7 @@ class Rounds:
                 why = costs.stale(self._pack, threads=threads, length=length)
                 if not why:
                     if costs is not self._costs:
+                        log.info("knows what training costs here from %d trials before", len(costs.trials))
                         self._state.save_costs(costs)
                     self._costs = costs
                     return costs

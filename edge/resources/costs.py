@@ -143,6 +143,9 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
             was = getattr(self, name)
             if was != value:
                 return f"measured with {name.replace('_', ' ')} {was}, this is {value}"
+        deepest = max(trial.depth for trial in self.trials)
+        if deepest > pack.manifest.blocks:
+            return f"measured up to depth {deepest}, the pack has {pack.manifest.blocks} blocks"
         if threads is not None and self.threads != threads:
             return f"measured with {self.threads} threads, not {threads}"
         return f"measured up to {self.length} tokens, a sample has {length}" if self.length < length else ""

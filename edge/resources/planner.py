@@ -159,7 +159,7 @@ def choose(costs: Costs, workload: Workload, budget: Budget, base_mib: float | N
     found = options(costs, workload, budget, base_mib)
     best = found[0]
     if best.lacks:
-        raise _nothing_fits([option for option in found if option.plan.depth == 1], budget)
+        raise _nothing_fits(found, budget)
     missing = min(workload.entry_mib.values()) - budget.disk_mib if best.plan.cache == "none" else 0.0
     return msgspec.structs.replace(best.plan, bound_by=_bound(found, best.plan), missing_mib=missing)
 
@@ -172,15 +172,19 @@ def _bound(found: list[Option], best: Plan) -> str:
     return "+".join(limit.name for limit in LIMITS if limit.name in named) or "job"
 
 
-def _nothing_fits(shallow: list[Option], budget: Budget) -> BudgetError:
+def _nothing_fits(found: list[Option], budget: Budget) -> BudgetError:
     for limit in LIMITS:
-        if limit.name != "disk" and all(limit.name in option.lacks for option in shallow):
-            need, given = min(limit.need(option.plan) for option in shallow), limit.given(budget)
+        if limit.name != "disk" and all(limit.name in option.lacks for option in found):
+            # Deeper plans may take less time: the blocks between the job's deepest and a device's own run once a round.
+            plan = min((option.plan for option in found), key=lambda one: (round(limit.need(one), 2), one.depth))
+            need, given = limit.need(plan), limit.given(budget)
+            who = "one active block needs" if plan.depth == 1 else f"depth {plan.depth}, which takes least, needs"
             return BudgetError(
-                f"budget: {limit.name}: one active block needs {limit.amount(need)}, {limit.amount(need - given)} more "
+                f"budget: {limit.name}: {who} {limit.amount(need)}, {limit.amount(need - given)} more "
                 f"than the {limit.amount(given)} given",
                 limit.remedy,
             )
+    shallow = [option for option in found if option.plan.depth == 1]
     cached = [option.plan.cache_mib for option in shallow if option.lacks.keys() <= {"disk"}]
     if cached:
         return BudgetError(

@@ -37,5 +37,17 @@ def test_a_board_whose_firmware_throttles_it_waits_too(tmp_path: Path) -> None:
         assert heat.reason() == reason
 
 
+def test_without_a_trip_point_the_limit_is_the_boards_declared_one(zone: Path, tmp_path: Path) -> None:
+    (zone / "trip_point_0_type").unlink()
+    (zone / "temp").write_text("99000\n")
+    assert Heat(tmp_path).reason() == ""
+    heat = Heat(tmp_path, throttles_c=80)
+    assert heat.reason() == "CPU-therm is at 99 °C and throttles from 80; goes on at 75"
+    (zone / "temp").write_text("76000\n")
+    assert heat.reason()
+    (zone / "temp").write_text("74000\n")
+    assert heat.reason() == ""
+
+
 def test_without_a_sensor_nothing_waits(tmp_path: Path) -> None:
     assert Heat(tmp_path).reason() == ""

@@ -176,7 +176,7 @@ def test_costs_are_only_for_their_own_pack_threads_and_length(tiny_bert_pack: Pa
         *(version("fleetune"), version("onnxruntime"), platform.machine()),
         threads=2,
         power_mode=read_power_mode(),
-        trials=COSTS.trials,
+        trials=tuple(trial for trial in COSTS.trials if trial.depth == 1),
     )
     assert not costs.stale(tiny_bert_pack, threads=2, length=LONGEST)
     assert not costs.stale(tiny_bert_pack, threads=2, length=LONGEST - 1)
@@ -187,6 +187,8 @@ def test_costs_are_only_for_their_own_pack_threads_and_length(tiny_bert_pack: Pa
     assert not other.stale(tiny_bert_pack, length=LONGEST, here=False)
     slower = msgspec.structs.replace(costs, power_mode="1 core, 918 MHz")
     assert "power mode 1 core, 918 MHz, this is" in slower.stale(tiny_bert_pack, threads=2, length=LONGEST)
+    deeper = msgspec.structs.replace(costs, trials=(*costs.trials, msgspec.structs.replace(costs.trials[0], depth=60)))
+    assert deeper.stale(tiny_bert_pack, length=LONGEST) == "measured up to depth 60, the pack has 3 blocks"
     older = msgspec.structs.replace(costs, kit="0.0.1")
     assert "kit 0.0.1" in older.stale(tiny_bert_pack, length=LONGEST, here=False)
     assert "pack" in COSTS.stale(tiny_bert_pack, threads=1, length=LONGEST)

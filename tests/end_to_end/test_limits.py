@@ -85,6 +85,7 @@ def test_a_device_takes_its_costs_from_its_profile(make_fleet: Any, embedded: st
     small = fleet.agent("small", "--costs", str(empty))
     fleet.wait_until(lambda: "waits for a round" in small.output)
     assert "measured with kit 0.0.1" in small.output
+    assert f"knows what training costs here from {len(costs.trials)} trials before" in small.output
     assert "measures what training costs" not in small.output
 
 

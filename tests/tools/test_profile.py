@@ -80,6 +80,9 @@ def test_the_picture_and_the_table_come_from_the_profile_alone(
         (("--memory", "64"), 10, "--memory: '64'"),
         (("--threads", "-1"), 10, "--threads: -1"),
         (("--picture", "cam.doc"), 10, "--picture: cam.doc"),
+        (("--picture", "nowhere/cam.png"), 10, "--picture: nowhere/cam.png cannot be written"),
+        (("--out", "nowhere/cam.yaml"), 10, "--out: nowhere/cam.yaml cannot be written"),
+        (("--out", "/"), 10, "--out: / cannot be written"),
         (("--board", "jetson-banana"), 10, "'jetson-banana' is unknown"),
         (("--board", "jetson-nano-2gb"), 10, "the profile jetson-nano-2gb says 2GiB"),
     ],
@@ -153,11 +156,13 @@ def test_a_fleet_is_one_table_and_a_device_without_trials_says_so(
     measured: tuple[Path, Any], tiny_bert_pack: Pack, tmp_path: Path
 ) -> None:
     (tmp_path / "cam.yaml").write_text(measured[0].read_text())
+    (tmp_path / "blind.yaml").write_text(re.sub(r", watts: [0-9.]+", "", measured[0].read_text()))
     fleet = tmp_path / "fleet.yaml"
     devices = (
         "  - {id: cam-01, profile: ./cam.yaml, budget: {memory: 500MiB}}\n"
         "  - {id: cam-02, profile: ./cam.yaml, budget: {memory: 9MiB}}\n"
         "  - {id: pi-1, profile: raspberry-pi-5, budget: {memory: 500MiB}}\n"
+        "  - {id: pi-2, profile: ./blind.yaml, budget: {memory: 500MiB, joules: 5}}\n"
     )
     fleet.write_text(f"schema: 1\nfleet: lab\ndevices:\n{devices}")
     options = ("--fleet", fleet, "--pack", tiny_bert_pack.path, "--samples", "20", "--batch", "4", "--length", "8")
@@ -167,11 +172,12 @@ def test_a_fleet_is_one_table_and_a_device_without_trials_says_so(
     assert re.match(r"cam-01 +3 +(kept|recomputed) +4 ", rows["cam-01"])
     assert "more than the 9 MiB given" in rows["cam-02"]
     assert "holds no trials that count" in rows["pi-1"]
+    assert "no sensor of this device measures energy" in rows["pi-2"]
     one = fleetune("plan", *options, "--id", "cam-01", "--json")
     assert one.returncode == 0
     assert json.loads(one.stdout)["budget"] == {"memory_mib": 500.0}
     assert [each["device"] for each in json.loads(fleetune("plan", *options, "--json").stdout)] == [
-        *("cam-01", "cam-02", "pi-1")
+        *("cam-01", "cam-02", "pi-1", "pi-2")
     ]
     assert fleetune("plan", *options, "--id", "pi-1").returncode == 10
 
@@ -203,6 +209,7 @@ def test_a_table_of_another_kit_or_of_shorter_samples_does_not_count(
         (("--samples", "20", "--what-if", "joules=-3"), "--what-if joules: '-3'"),
         (("--samples", "20", "--deadline", "nan"), "--what-if seconds: 'nan'"),
         (("--samples", "20", "--id", "cam-01"), "--id: cam-01"),
+        (("--samples", "20", "--deadline", "9", "--what-if", "seconds=5"), "--what-if: seconds is given twice"),
     ],
 )
 def test_a_question_that_makes_no_sense_is_refused(

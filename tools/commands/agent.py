@@ -84,6 +84,10 @@ def _run(args: argparse.Namespace) -> None:
     except ConfigError as error:
         raise ConfigError(f"--id: {args.fleet}: {error.what}", error.remedy) from error
     check_state(args.state)
+    if not (args.sensors / "sys").is_dir():
+        raise ConfigError(
+            f"--sensors: {args.sensors} has no folder sys", "name the folder that holds sys/class/thermal"
+        )
     costs = tuple(measured.costs for measured in device.profile.measured)
     if args.costs is not None:
         try:
@@ -102,5 +106,6 @@ def _run(args: argparse.Namespace) -> None:
         codec=args.codec,
         costs=costs,
         sensors=args.sensors,
+        throttles_c=device.profile.thermal.throttles_c if device.profile.thermal else None,
     )
     Agent(config).run()

@@ -95,8 +95,8 @@ def _run(args: argparse.Namespace) -> int:
             for one in found
         ]
         print(json.dumps(documents if args.fleet is not None and args.id is None else documents[0], indent=2))  # noqa: T201
-    elif len(devices) == 1 and answers:
-        print(in_words(answers[0], every=args.all))  # noqa: T201
+    elif len(devices) == 1 or args.all:
+        print("\n\n".join(in_words(one, every=args.all) for one in answers))  # noqa: T201
     else:
         print(fleet_table(found))  # noqa: T201
     refused = [one.refusal for one in answers if one.refusal is not None]

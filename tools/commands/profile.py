@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from fleetune.profiles.profile import Profile
 
 _PICTURES = (".png", ".svg", ".pdf")
+_BUSY = 0.1
+"""Median error of a step's time above which other work disturbed the trials: alone it is 1 to 4 %."""
 
 
 def register(subparsers: Any) -> None:
@@ -68,6 +70,11 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.tools.require import require_server_extra
 
     check_threads(args.threads)
+    for option, path in (("--out", args.out), ("--picture", args.picture)):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ConfigError(f"{option}: {path} cannot be written", "name a file in a folder that is there")
+    if args.show is not None and (args.board or args.data or args.length or args.threads):
+        raise ConfigError("--show: measures nothing", "leave out --board, --data, --length and --threads, or use --out")
     budget = None if args.memory is None else read_size("--memory", args.memory).mib
     if args.picture is not None:
         require_server_extra()
@@ -86,6 +93,11 @@ def _run(args: argparse.Namespace) -> None:
     measured = max(found, key=lambda some: some.taken)
     costs, cells = measured.costs, table(measured.costs, pack.manifest.blocks)
     errors = fit(costs)
+    if errors.step[0] > _BUSY:
+        print(  # noqa: T201
+            f"the machine was busy: the model is off by {errors.step[0]:.0%} of a step's time; measure again later",
+            file=sys.stderr,
+        )
     title = f"{measured.backbone} on {measured.device}, {costs.power_mode}"
     if args.picture is not None:
         from fleetune.tools.profile.picture import draw

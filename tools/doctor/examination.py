@@ -63,7 +63,7 @@ def _broker(parts: tuple[str, str, str], broken: set[str]) -> Callable[[], Check
     from fleetune.tools.doctor.broker import RoundTrip, check_broker
 
     address, fleet, device = parts
-    if Path(fleet).is_file():
+    if Path(fleet).is_file() or "/" in fleet or fleet.endswith(".yaml"):
         from fleetune.profiles.fleet import read_fleet
 
         listed = read_fleet(Path(fleet))

@@ -114,8 +114,9 @@ def _usable(device: str, profile: Profile, pack: Pack, workload: Workload, threa
 def _plan(
     costs: Costs, workload: Workload, budget: Budget
 ) -> tuple[Costs, Plan | None, BudgetError | None, list[Option]]:
-    every = options(costs, workload, budget)
+    every = list[Option]()
     try:
+        every = options(costs, workload, budget)
         return costs, choose(costs, workload, budget), None, every
     except BudgetError as error:
         return costs, None, error, every
@@ -135,7 +136,8 @@ def in_words(answer: Answer, *, every: bool) -> str:
             if limit.given(answer.budget) < math.inf
         )
         lines += [
-            f"plan: depth {plan.depth}, activations {_policy(plan)}, micro-batch {plan.micro_batch}, {_cache(plan)}; "
+            f"plan: depth {plan.depth}, activations {_policy(plan)}, micro-batch {plan.micro_batch}, prefix cache "
+            f"{_cache(plan)}; "
             f"bound by {plan.bound_by.replace('+', ' and ')}",
             f"peak {plan.peak_mib:.0f} MiB; a round takes {plan.seconds:.1f} s, {plan.cpu_s:.1f} CPU s"
             f"{'' if plan.joules is None else f', {plan.joules:.0f} J'}, {answer.bytes_up / 1024:.0f} KiB up, "
@@ -143,6 +145,8 @@ def in_words(answer: Answer, *, every: bool) -> str:
             *([f"with margins: {given}"] if given else ["no budget was given: nothing limits the plan"]),
         ]
     shown = answer.options if every else _closest(answer.options)
+    if not shown:
+        return "\n".join(lines)
     rows = [["depth", "activations", "micro-batch", "cache", "MiB", "s", "CPU s", "J", "lacks"]]
     rows += [_row(option) for option in shown]
     return "\n".join([*lines, "", columns(rows)])

@@ -67,6 +67,8 @@ def budget(given: Budget, what_ifs: Iterable[str], deadline: float | None) -> Bu
                 f"--what-if: {text!r} is no limit", f"write one of {', '.join(f'{n}=…' for n in _LIMITS)}"
             )
         field, read = _LIMITS[name]
+        if field in changes:
+            raise ConfigError(f"--what-if: {name} is given twice", "give each limit once; --deadline is seconds")
         changes[field] = read(f"--what-if {name}", value)
     return msgspec.structs.replace(given, **changes)
 

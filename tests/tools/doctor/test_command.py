@@ -105,7 +105,8 @@ def test_a_crashing_wheel_does_not_take_the_doctor_along(module: str, tmp_path: 
         (("--broker", "mqtt://b"), 2, "--broker, --fleet and --id belong together"),
         (("--fleet", "lab", "--id", "cam-01"), 2, "--broker, --fleet and --id belong together"),
         (("--broker", "http://b", "--fleet", "lab", "--id", "cam-01"), 10, "remedy: write mqtt://"),
-        (("--broker", "mqtt://b", "--fleet", "a/b", "--id", "cam-01"), 10, "--fleet: 'a/b'"),
+        (("--broker", "mqtt://b", "--fleet", "a b", "--id", "cam-01"), 10, "--fleet: 'a b'"),
+        (("--broker", "mqtt://b", "--fleet", "no/fleet.yaml", "--id", "cam-01"), 10, "no/fleet.yaml cannot be read"),
         (("--broker", "mqtt://b", "--fleet", __file__, "--id", "cam-01"), 10, "test_command.py"),
     ],
 )
