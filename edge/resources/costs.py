@@ -146,8 +146,9 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         deepest = max(trial.depth for trial in self.trials)
         if deepest > pack.manifest.blocks:
             return f"measured up to depth {deepest}, the pack has {pack.manifest.blocks} blocks"
-        if threads is not None and self.threads != threads:
-            return f"measured with {self.threads} threads, not {threads}"
+        cores = int(self.power_mode.split()[0])
+        if threads is not None and (self.threads or cores) != (threads or cores):
+            return f"measured with {self.threads or cores} threads, not {threads or cores}"
         return f"measured up to {self.length} tokens, a sample has {length}" if self.length < length else ""
 
 

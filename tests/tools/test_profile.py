@@ -56,7 +56,10 @@ def test_measuring_again_takes_the_place_of_what_was_measured(
         done = fleetune("profile", "--pack", tiny_bert_pack.path, "--out", file, "--length", "8", "--threads", threads)
         assert done.returncode == 0, done.stderr
         assert len(read_profile(str(file)).measured) == tables
+    assert "holds 2 tables of this pack" in done.stderr
     assert "samples of 8 tokens" in done.stdout
+    longest = max(trial.length for trial in read_profile(str(measured[0])).measured[0].costs.trials)
+    assert [table.costs.length for table in read_profile(str(file)).measured] == [longest, 8]
 
 
 def test_the_picture_and_the_table_come_from_the_profile_alone(
@@ -113,6 +116,11 @@ def test_a_plan_without_limits_is_as_deep_as_the_job(
     assert found["plan"]["bound_by"] == "job"
     assert found["budget"] == {}
     assert found["bytes_up"] == found["bytes_down"] > 2000
+    assert plan(measured[0], tiny_bert_pack, "--data", text_data, "--threads", "1").returncode == 0
+    assert (
+        "measured with 1 threads, not 2"
+        in plan(measured[0], tiny_bert_pack, "--data", text_data, "--threads", "2").stderr
+    )
     shallow = json.loads(plan(measured[0], tiny_bert_pack, "--data", text_data, "--max-depth", "1", "--json").stdout)
     assert shallow["plan"]["depth"] == 1
     assert shallow["bytes_up"] < found["bytes_up"]

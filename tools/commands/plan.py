@@ -29,7 +29,7 @@ def register(subparsers: Any) -> None:
     )
     add_pack(parser)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--profile", metavar="FILE", type=Path, help="profile with what `fleetune profile` measured")
+    which.add_argument("--profile", metavar="FILE", help="profile with what `fleetune profile` measured")
     which.add_argument("--fleet", metavar="FILE", type=Path, help="fleet file whose devices have such profiles")
     parser.add_argument("--id", metavar="ID", help="with --fleet: this device alone, in detail")
     samples = parser.add_mutually_exclusive_group(required=True)
@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
     pack = Pack.open(args.pack)
     asked = workload(args, pack)
     if args.fleet is None:
-        devices = [(str(args.profile), read_profile(str(args.profile.absolute())), Budget(math.inf))]
+        devices = [(args.profile, read_profile(args.profile), Budget(math.inf))]
     else:
         fleet = read_fleet(args.fleet)
         chosen = fleet.devices if args.id is None else (fleet.device(args.id),)

@@ -114,12 +114,16 @@ def _run(args: argparse.Namespace) -> None:
         }
         print(json.dumps(document, indent=2))  # noqa: T201
         return
+    if len(found) > 1:
+        print(f"{path} holds {len(found)} tables of this pack; this is the newest", file=sys.stderr)  # noqa: T201
     print(  # noqa: T201
-        f"{path}: {title}, {threads_in_words(costs)}, {len(costs.trials)} trials; before training a process takes "
-        f"{costs.base_mib:.0f} MiB\n"
-        f"the model is off by {errors.peak[0]:.1%} of the peak and {errors.step[0]:.1%} of a step's time (median), "
-        f"{errors.peak[1]:.1%} and {errors.step[1]:.1%} at most\n\n"
-        f"samples of {costs.length} tokens, by micro-batch{'' if budget is None else f'; [above {budget:.0f} MiB]'}\n"
+        f"{path}: {title}\n"
+        f"{len(costs.trials)} trials, {threads_in_words(costs)}; "
+        f"before training a process takes {costs.base_mib:.0f} MiB\n"
+        f"error of the model, median and worst: {errors.peak[0]:.1%}, {errors.peak[1]:.1%} of the peak;\n"
+        f"{errors.step[0]:.1%}, {errors.step[1]:.1%} of a step's time\n\n"
+        f"peak and seconds of a step, samples of {costs.length} tokens, by micro-batch"
+        f"{'' if budget is None else f'; [over {budget:.0f}]'}\n"
         f"{text(cells, budget)}"
     )
 
@@ -153,6 +157,9 @@ def _measure(args: argparse.Namespace, pack: Pack) -> Profile:
             f"--board: this machine has {memory_mib:.0f} MiB, the profile {profile.name} says {profile.memory}",
             "copy that profile, correct the copy, and name its file with --board",
         )
+    for other in profile.measured:  # what is there shall not be replaced by less
+        if not other.costs.stale(pack, length=longest, threads=args.threads):
+            longest = other.costs.length
     costs = measure(
         pack,
         threads=args.threads,

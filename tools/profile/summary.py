@@ -72,7 +72,7 @@ def text(cells: list[Cell], budget_mib: float | None) -> str:
     """A table for people: a row for each depth and policy; in brackets what a budget does not allow."""
     found = {(cell.depth, cell.recompute, cell.micro_batch): cell for cell in cells}
     head = ["depth", "activations", *(f"MiB at {size}" for size in MICRO_BATCHES)]
-    head += [f"s a step at {size}" for size in MICRO_BATCHES]
+    head += [f"s at {size}" for size in MICRO_BATCHES]
     rows = [head]
     for depth, recompute in dict.fromkeys((cell.depth, cell.recompute) for cell in cells):
         row = [found.get((depth, recompute, size)) for size in MICRO_BATCHES]
