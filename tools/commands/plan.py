@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
         except ConfigError as error:
             if len(devices) == 1:
                 raise
-            found.append((name, error.what.removeprefix(f"{name}: ")))
+            found.append((name, str(error).removeprefix(f"{name}: ")))
     answers = [one for one in found if isinstance(one, Answer)]
     if args.json:
         documents = [

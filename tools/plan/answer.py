@@ -183,20 +183,21 @@ def _row(option: Option) -> list[str]:
 
 
 def fleet_table(answers: Iterable[Answer | tuple[str, str]]) -> str:
-    """One row a device; of a device without a table, its id and why."""
-    rows = [["device", "depth", "activations", "micro-batch", "cache", "MiB", "s", "CPU s", "KiB up", "bound by"]]
+    """One row a device, and below the table why a device has no plan; of one without trials, its id and the reason."""
+    rows = [["device", "depth", "activations", "micro-batch", "MiB", "s", "CPU s", "KiB up", "bound by"]]
+    reasons = list[str]()
     for found in answers:
         if isinstance(found, Answer) and found.plan is not None:
             plan = found.plan
-            words = _row(Option(plan, {}))
+            depth, policy, micro_batch, _, peak, seconds, cpu, *_ = _row(Option(plan, {}))
             up = f"{found.bytes_up / 1024:.0f}"
-            rows.append([found.device, *words[:4], *words[4:7], up, plan.bound_by.replace("+", " and ")])
+            bound = plan.bound_by.replace("+", " and ")
+            rows.append([found.device, depth, policy, micro_batch, peak, seconds, cpu, up, bound])
         else:
-            name, why = (
-                found if isinstance(found, tuple) else (found.device, found.refusal.what if found.refusal else "")
-            )
-            rows.append([name, *["-"] * 8, why])
-    return columns(rows)
+            name, why = found if isinstance(found, tuple) else (found.device, str(found.refusal))
+            rows.append([name, *["-"] * 7, "no plan, see below"])
+            reasons.append(f"{name}: {why}")
+    return "\n".join([columns(rows), *(["", *reasons] if reasons else [])])
 
 
 def _policy(plan: Plan) -> str:
