@@ -120,10 +120,12 @@ class Rounds:
         """
         if hot := self._heat.reason():
             return hot
+        costs, budget = self.measure(), self._within_disk()
+        now = msgspec.structs.replace(budget, memory_mib=min(budget.memory_mib, self._memory.afforded_mib()))
         try:
-            self._take_part(announced, self._afforded())
+            self._take_part(announced, costs, now)
         except BudgetError as error:
-            self._choose(announced, self._within_disk())
+            self._choose(announced, costs, budget)
             return error.what
         return ""
 
@@ -188,10 +190,9 @@ class Rounds:
 
     # --- planning -----------------------------------------------------------------------------------------------
 
-    def _take_part(self, announced: Announcement, budget: Budget) -> None:
+    def _take_part(self, announced: Announcement, costs: Costs, budget: Budget) -> None:
         """Plan, unless the plan of the round before still fits and none is deeper: a new one needs a new cache."""
-        part, costs = self._part, self.measure()
-        plan = self._choose(announced, budget)
+        part, plan = self._part, self._choose(announced, costs, budget)
         same = part is not None and (part.run, part.job) == (announced.run, announced.job)
         if part is not None and same and not lacking(part.plan, budget) and part.plan.depth >= plan.depth:
             return
@@ -225,8 +226,7 @@ class Rounds:
         )
         self._part = _Part(announced.run, announced.job, plan, cache, METHODS[announced.method](device))
 
-    def _choose(self, announced: Announcement, budget: Budget) -> Plan:
-        costs = self.measure()
+    def _choose(self, announced: Announcement, costs: Costs, budget: Budget) -> Plan:
         names = set(Settings.__struct_fields__)
         common = {name: value for name, value in announced.settings.items() if name in names}
         settings = read_settings(Round(announced.stage, announced.round, common, {}, {}, Guard()), Settings)
@@ -249,11 +249,6 @@ class Rounds:
         return msgspec.structs.replace(
             budget, disk_mib=min(budget.disk_mib, (room(self._cache_folder) + written) / _MIB)
         )
-
-    def _afforded(self) -> Budget:
-        """The same, or what the machine has of its memory now."""
-        budget = self._within_disk()
-        return msgspec.structs.replace(budget, memory_mib=min(budget.memory_mib, self._memory.afforded_mib()))
 
 
 def in_words(plan: Plan) -> str:

@@ -19,13 +19,6 @@ def softmax(logits: FloatArray) -> FloatArray:
     return np.exp(_log_softmax(logits))
 
 
-def one_hot(labels: NDArray[np.int64], classes: int) -> FloatArray:
-    """Labels [n] → float32 [n, classes]."""
-    rows: FloatArray = np.zeros((len(labels), classes), dtype=np.float32)
-    rows[np.arange(len(labels)), labels] = 1.0
-    return rows
-
-
 def cross_entropy(logits: FloatArray, labels: NDArray[np.int64]) -> tuple[float, FloatArray]:
     """Summed cross-entropy of logits [n, classes], and its gradient with respect to them."""
     log_probabilities = _log_softmax(logits)

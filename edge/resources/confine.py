@@ -16,6 +16,7 @@ from fleetune.edge.resources.probes.limitedgroup import LimitedGroup
 _SLACK_MIB = 96
 """Address space for data that a process asks for and does not use: thread stacks, reserves of allocators."""
 
+_LEAST_MIB = 1.0
 
 _OUT_OF_MEMORY = (b"MemoryError", b"bad_alloc", b"Failed to allocate memory")
 """What NumPy, the C++ library and ONNX Runtime say."""
@@ -48,6 +49,8 @@ def run_confined(
     Raises:
         subprocess.TimeoutExpired: It took too long, and was killed.
     """
+    if limit_mib is not None:
+        limit_mib = max(limit_mib, _LEAST_MIB)  # a control group takes a limit below zero for none
     group = limited_group(limit_mib)
     command = [sys.executable, "-m", module]
     if limit_mib is not None and group is None:

@@ -30,7 +30,7 @@ from fleetune.edge.engine.prefix import CHUNK
 from fleetune.edge.pack.manifest import Manifest
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import BudgetError
-from fleetune.edge.resources.powermode import read_power_mode
+from fleetune.edge.resources.powermode import POWER_MODE, cores_of, read_power_mode
 from fleetune.edge.resources.trial import Request, Trial, run_trial
 
 Features = NDArray[np.float64]
@@ -57,7 +57,7 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     onnxruntime: str
     machine: str
     threads: Annotated[int, msgspec.Meta(ge=0)]
-    power_mode: str
+    power_mode: Annotated[str, msgspec.Meta(pattern=POWER_MODE)]
     trials: Annotated[tuple[Trial, ...], msgspec.Meta(min_length=1)]
 
     @functools.cached_property
@@ -146,7 +146,7 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         deepest = max(trial.depth for trial in self.trials)
         if deepest > pack.manifest.blocks:
             return f"measured up to depth {deepest}, the pack has {pack.manifest.blocks} blocks"
-        cores = int(self.power_mode.split()[0])
+        cores = cores_of(self.power_mode)
         if threads is not None and (self.threads or cores) != (threads or cores):
             return f"measured with {self.threads or cores} threads, not {threads or cores}"
         return f"measured up to {self.length} tokens, a sample has {length}" if self.length < length else ""

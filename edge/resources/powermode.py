@@ -6,6 +6,9 @@ import os
 
 from fleetune.edge.resources.probes.tree import Tree
 
+POWER_MODE = r"^[1-9][0-9]{0,4} cores?(, [0-9]{1,6} MHz)?\Z"
+"""What :func:`read_power_mode` says, and nothing else."""
+
 _FOLDER = "/sys/devices/system/cpu"
 
 
@@ -22,3 +25,8 @@ def read_power_mode(tree: Tree | None = None) -> str:
     highest = max((clock for clock in clocks if clock is not None), default=None)
     count = f"{cores} core{'s' if cores > 1 else ''}"
     return count if highest is None else f"{count}, {highest / 1000:.0f} MHz"
+
+
+def cores_of(power_mode: str) -> int:
+    """Cores of a power mode."""
+    return int(power_mode.partition(" ")[0])

@@ -16,6 +16,7 @@ import msgspec
 
 from fleetune.edge.protocol.errors import BudgetError
 from fleetune.edge.resources.confine import Killed, enter, run_confined
+from fleetune.edge.resources.ending import in_words
 
 _CHUNK_BLOCKS = 2
 _CHUNKS = 3
@@ -99,10 +100,9 @@ def run_trial(request: Request, *, limit_mib: float | None = None, timeout: floa
         ) from error
     if isinstance(done, Killed):
         return done
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+    if wrong := in_words(done):
         raise BudgetError(
-            f"a trial step at depth {request.depth}, micro-batch {request.micro_batch} failed: {last[0]}",
+            f"a trial step at depth {request.depth}, micro-batch {request.micro_batch} failed: {wrong}",
             "give the device more memory, or use a smaller backbone",
         )
     return msgspec.json.decode(done.stdout, type=Trial)

@@ -107,6 +107,7 @@ def test_what_cannot_be_true_together_is_refused(
         ("peak_mib: 63.2857,", "peak_mib: -1,", "measured[0].costs.trials[0].peak_mib: "),
         ("kernel: 4.9.337-tegra", "", "measured[0]: "),
         ("threads: 0", "threads: none", "measured[0].costs.threads: "),
+        ("power_mode: 4 cores, 1479 MHz", "power_mode: MAXN", "measured[0].costs.power_mode: "),
     ],
 )
 def test_a_bad_table_is_refused_with_its_field(tmp_path: Path, old: str, new: str, message: str) -> None:

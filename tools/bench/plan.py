@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from fleetune.tools.bench.round_worker import RoundSpec
 from fleetune.tools.bench.spec import Spec
 from fleetune.tools.bench.tasks import BATCH, TASKS, Task, prepare
 from fleetune.tools.bench.workers import Worker, round_command
+from fleetune.tools.profile.summary import errors
 
 PEERS: dict[str, str] = {}
 
@@ -68,7 +69,7 @@ def bench_plan(
         spec = prepare(task, place, threads=threads, say=say)
         pack = Pack.open(Path(spec.pack), verify=False)
         watch = Stopwatch()
-        costs = measure(pack, threads=threads, on_trial=_Trials(task, say))
+        costs = _costs(task, pack, threads, say)
         seconds = watch.read()[0]
         write_atomic(place / "costs.json", encode(costs))
         cells = _cells(pack, 4 if quick else 24)
@@ -84,15 +85,8 @@ def bench_plan(
     return Document("plan", tuple(figures), {}, tuple(notes))
 
 
-@dataclass(frozen=True)
-class _Trials:
-    """Says how many trials are done."""
-
-    task: Task
-    say: Callable[[str], None]
-
-    def __call__(self, done: int, total: int) -> None:
-        self.say(f"{self.task.name}: trial {done} of {total}")
+def _costs(task: Task, pack: Pack, threads: int, say: Callable[[str], None]) -> Costs:
+    return measure(pack, threads=threads, on_trial=lambda done, total: say(f"{task.name}: trial {done} of {total}"))
 
 
 # --- predictions ----------------------------------------------------------------------------------------------------
@@ -119,17 +113,13 @@ def _predictions(
     say: Callable[[str], None],
 ) -> list[Figure]:
     """Relative errors on the cells of the fit and on the others."""
-    found: list[Trial] = []
+    found = list[Trial]()
     for done, (recompute, depth, micro_batch, length) in enumerate(cells):
         say(f"{task.name}: cell {done + 1} of {len(cells)}")
-        trial = run_trial(Request(str(pack.path), depth, micro_batch, length, recompute, threads))
-        if not isinstance(trial, Trial):
-            raise RunFailedError("a trial without a limit was killed", "see that nothing else takes all memory")
-        found.append(trial)
+        found.append(_trial(Request(str(pack.path), depth, micro_batch, length, recompute, threads)))
     figures = []
     for what, trials in (("cells of the fit", list(costs.trials)), ("other cells", found)):
-        peak = [abs(_peak(costs, trial) / trial.peak_mib - 1) for trial in trials]
-        step = [abs(_step(costs, trial) / trial.step_s - 1) for trial in trials]
+        peak, step = errors(costs, trials)
         name = f"{task.name}: {len(trials)} {what}: error of the"
         unseen = what == "other cells"
         figures.append(figure(f"{name} predicted peak, median", "", peak, target=_PEAK if unseen else None))
@@ -138,12 +128,12 @@ def _predictions(
     return figures
 
 
-def _peak(costs: Costs, trial: Trial) -> float:
-    return trial.base_mib + costs.growth_mib(trial.depth, trial.micro_batch, trial.length, recompute=trial.recompute)
-
-
-def _step(costs: Costs, trial: Trial) -> float:
-    return costs.step_s(trial.depth, trial.micro_batch, trial.length, recompute=trial.recompute)[0]
+def _trial(request: Request) -> Trial:
+    """A trial without a limit."""
+    trial = run_trial(request)
+    if not isinstance(trial, Trial):
+        raise RunFailedError("a trial without a limit was killed", "see that nothing else takes all memory")
+    return trial
 
 
 # --- the guard ------------------------------------------------------------------------------------------------------
@@ -176,8 +166,8 @@ def _rounds(
     every = options(costs, workload, Budget(1e9))
     memory = next(limit for limit in LIMITS if limit.name == "memory")
     least, most = (pick(memory.need(option.plan) for option in every) for pick in (min, max))
-    smallest = {
-        depth: _measured_peak(pack, depth, workload.longest, spec.threads)
+    smallest = {  # one sample at once, nothing kept
+        depth: _trial(Request(str(pack.path), depth, 1, workload.longest, True, spec.threads)).peak_mib
         for depth in range(1, pack.manifest.blocks + 1)
     }
     rng = np.random.default_rng(0)
@@ -201,13 +191,6 @@ def _rounds(
         figure(f"{name}: blocks below the deepest that fits, most", "", [max(shallower)], target=_BLOCK),
         figure(f"{name}: the process's peak, of its budget", "", over),
     ]
-
-
-def _measured_peak(pack: Pack, depth: int, longest: int, threads: int) -> float:
-    """The least that a depth takes: one sample at once, nothing kept."""
-    trial = run_trial(Request(str(pack.path), depth, 1, longest, True, threads))
-    assert isinstance(trial, Trial)
-    return trial.peak_mib
 
 
 def _one_round(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import platform
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
+from fleetune.edge.resources.ending import in_words
 from fleetune.tools.doctor.host import Check
 from fleetune.tools.doctor.kernels import KERNELS
 
@@ -31,7 +31,6 @@ _NUMPY = ("onnxruntime", "safetensors")
 
 _UNCHECKED = "not checked, as it needs numpy"
 _TIMEOUT_S = 120.0
-_SHOWN = 200  # characters of what a process complained about
 
 
 def run_kernels() -> dict[str, str]:
@@ -49,17 +48,6 @@ def _run(package: str) -> str:
     except subprocess.TimeoutExpired:
         return f"did not end within {_TIMEOUT_S:.0f} s"
     return in_words(done)
-
-
-def in_words(done: subprocess.CompletedProcess[bytes]) -> str:
-    """Why a process failed; empty if it did not."""
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        return f"{name}: an instruction that this processor lacks" if name == "SIGILL" else f"ended by {name}"
-    if done.returncode == 0:
-        return ""
-    said = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-    return said[0][:_SHOWN]
 
 
 def check_wheels(wrong: Mapping[str, str]) -> Check:

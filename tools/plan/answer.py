@@ -48,10 +48,9 @@ class Answer:
 
     def as_json(self, *, every: bool) -> dict[str, Any]:
         """For ``--json``; with every option that was rejected if wanted."""
-        budget = {name: value for name, value in msgspec.to_builtins(self.budget).items() if value is not None}
         document: dict[str, Any] = {
             "device": self.device,
-            "budget": {name: value for name, value in budget.items() if value != math.inf},
+            "budget": {name: value for name, value in msgspec.structs.asdict(self.budget).items() if value != math.inf},
             "threads": self.costs.threads,
             "power_mode": self.costs.power_mode,
             "plan": None if self.plan is None else msgspec.to_builtins(self.plan),
@@ -165,21 +164,18 @@ def _shortage(option: Option) -> float:
 
 
 def _row(option: Option) -> list[str]:
+    lacks = ", ".join(limit.amount(option.lacks[limit.name]) for limit in LIMITS if limit.name in option.lacks)
     plan = option.plan
-    lacks = ", ".join(
-        f"{limit.amount(option.lacks[limit.name])}" for limit in LIMITS if option.lacks.get(limit.name, 0) > 0
-    )
-    return [
-        str(plan.depth),
-        _policy(plan),
-        str(plan.micro_batch),
-        _cache(plan),
-        f"{plan.peak_mib:.0f}",
-        f"{plan.seconds:.1f}",
-        f"{plan.cpu_s:.1f}",
-        "-" if plan.joules is None else f"{plan.joules:.0f}",
-        lacks or "fits",
-    ]
+    joules = "-" if plan.joules is None else f"{plan.joules:.0f}"
+    return [*_work(plan), _cache(plan), *_costs(plan), joules, lacks or "fits"]
+
+
+def _work(plan: Plan) -> list[str]:
+    return [str(plan.depth), _policy(plan), str(plan.micro_batch)]
+
+
+def _costs(plan: Plan) -> list[str]:
+    return [f"{plan.peak_mib:.0f}", f"{plan.seconds:.1f}", f"{plan.cpu_s:.1f}"]
 
 
 def fleet_table(answers: Iterable[Answer | tuple[str, str]]) -> str:
@@ -188,11 +184,8 @@ def fleet_table(answers: Iterable[Answer | tuple[str, str]]) -> str:
     reasons = list[str]()
     for found in answers:
         if isinstance(found, Answer) and found.plan is not None:
-            plan = found.plan
-            depth, policy, micro_batch, _, peak, seconds, cpu, *_ = _row(Option(plan, {}))
-            up = f"{found.bytes_up / 1024:.0f}"
-            bound = plan.bound_by.replace("+", " and ")
-            rows.append([found.device, depth, policy, micro_batch, peak, seconds, cpu, up, bound])
+            plan, up = found.plan, f"{found.bytes_up / 1024:.0f}"
+            rows.append([found.device, *_work(plan), *_costs(plan), up, plan.bound_by.replace("+", " and ")])
         else:
             name, why = found if isinstance(found, tuple) else (found.device, str(found.refusal))
             rows.append([name, *["-"] * 7, "no plan, see below"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fleetune.edge.resources.costs import Costs
+from fleetune.edge.resources.trial import Trial
 from fleetune.tools.text import columns
 
 MICRO_BATCHES = (1, 4, 16)
@@ -44,10 +46,19 @@ class Fit:
 
 def fit(costs: Costs) -> Fit:
     """How well the model fits."""
-    cells = [predict(costs, t.depth, t.micro_batch, t.length, recompute=t.recompute) for t in costs.trials]
-    peak = [abs(cell.peak_mib / trial.peak_mib - 1) for cell, trial in zip(cells, costs.trials, strict=True)]
-    step = [abs(cell.step_s / trial.step_s - 1) for cell, trial in zip(cells, costs.trials, strict=True)]
+    peak, step = errors(costs, costs.trials)
     return Fit((statistics.median(peak), max(peak)), (statistics.median(step), max(step)))
+
+
+def errors(costs: Costs, trials: Sequence[Trial]) -> tuple[list[float], list[float]]:
+    """How far predictions are from trials, relative to these: of the peak, and of a step's time."""
+    peaks, steps = list[float](), list[float]()
+    for trial in trials:
+        cell = predict(costs, trial.depth, trial.micro_batch, trial.length, recompute=trial.recompute)
+        peak_mib = trial.base_mib - costs.base_mib + cell.peak_mib  # a process begins with what it has loaded
+        peaks.append(abs(peak_mib / trial.peak_mib - 1))
+        steps.append(abs(cell.step_s / trial.step_s - 1))
+    return peaks, steps
 
 
 def predict(costs: Costs, depth: int, micro_batch: int, length: int, *, recompute: bool) -> Cell:

@@ -41,10 +41,11 @@ def test_a_folder_that_is_no_pack_is_a_failure(tmp_path: Path) -> None:
     assert "is not a pack" in found.found
 
 
-def test_a_step_that_wants_more_than_there_is_ends_alone(tiny_bert_pack: Pack) -> None:
-    found = check_pack(tiny_bert_pack.path, limit_mib=24.0)
+@pytest.mark.parametrize(("limit_mib", "said"), [(24.0, "24 MiB"), (-1.0, "1 MiB")])  # -1: nothing is left
+def test_a_step_that_wants_more_than_there_is_ends_alone(tiny_bert_pack: Pack, limit_mib: float, said: str) -> None:
+    found = check_pack(tiny_bert_pack.path, limit_mib=limit_mib)
     assert (found.verdict, found.code) == ("failure", PACK)
-    assert "takes more than the 24 MiB" in found.found
+    assert f"takes more than the {said}" in found.found
 
 
 def test_a_step_that_crashes_is_told_with_its_signal(
