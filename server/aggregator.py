@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.codec import decode_tensors, encode_tensors
+from fleetune.edge.protocol.codec import Codec
 from fleetune.edge.protocol.errors import MessageError, RunFailedError, RunFolderError
 from fleetune.edge.protocol.link import BrokerAddress, Connected, Link, Received
 from fleetune.edge.protocol.messages import (
@@ -312,7 +312,7 @@ class Aggregator:
         tensors = {name: tensor for name, tensor in self._globals.items() if name.startswith(prefixes)}
         if not prefixes or not tensors:
             return None
-        data = encode_tensors(tensors, job.codec)
+        data = Codec.named(job.codec).encode(tensors)
         self._journal.save_broadcast(job.id, self._version, data)
         return chunks.describe(data, job.codec)
 
@@ -476,7 +476,7 @@ class Aggregator:
     def _check_tensors(self, manifest: UpdateManifest, data: bytes, job: Job) -> None:
         assert manifest.payload is not None
         assert self._open is not None
-        for name, tensor in decode_tensors(data, manifest.payload.codec).items():
+        for name, tensor in Codec.named(manifest.payload.codec).decode(data).items():
             allowed = name.startswith(self._open.plan.broadcast) if self._open.plan.broadcast else False
             if not allowed or job.shapes.get(name) != tensor.shape:
                 raise MessageError(

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetune.edge.protocol.codec import decode_tensors, encode_tensors
+from fleetune.edge.protocol.codec import Codec
 from fleetune.edge.protocol.errors import UNDECODABLE, RunFolderError
 from fleetune.edge.protocol.files import FolderLock, sync_folder, write_atomic
 from fleetune.edge.protocol.messages import Announcement, UpdateManifest
@@ -130,18 +130,18 @@ class Journal:
         """The tensors of a journaled update."""
         if manifest.payload is None:
             return {}
-        return decode_tensors(self._update_path(manifest).read_bytes(), manifest.payload.codec)
+        return Codec.named(manifest.payload.codec).decode(self._update_path(manifest).read_bytes())
 
     def _update_path(self, manifest: UpdateManifest) -> Path:
         return self._folder / manifest.job / "updates" / str(manifest.version) / f"{manifest.device}.bin"
 
     def save_globals(self, job: str, version: int, tensors: Mapping[str, NDArray[np.float32]]) -> None:
         """Keep the global tensors after a round; call before its ``closed`` record is appended."""
-        write_atomic(self.globals_path(job, version), encode_tensors(tensors, "f32"))
+        write_atomic(self.globals_path(job, version), Codec.named("f32").encode(tensors))
 
     def load_globals(self, job: str, version: int) -> Tensors:
         """The global tensors after a round."""
-        return decode_tensors(self.globals_path(job, version).read_bytes(), "f32")
+        return Codec.named("f32").decode(self.globals_path(job, version).read_bytes())
 
     def globals_path(self, job: str, version: int) -> Path:
         """Where the global tensors after a round are kept."""

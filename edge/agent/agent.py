@@ -21,7 +21,7 @@ from fleetune.edge.methods import METHODS
 from fleetune.edge.methods.base import Metrics, Outcome, Tensors
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.codec import decode_tensors, encode_tensors
+from fleetune.edge.protocol.codec import Codec
 from fleetune.edge.protocol.errors import (
     BrokerProtocolError,
     BudgetError,
@@ -315,7 +315,7 @@ class Agent:
         data = self._state.payload(payload)
         if data is None:
             raise MessageError("a payload vanished from the state folder", "check the disk", reason="payload-lost")
-        return decode_tensors(data, payload.codec)
+        return Codec.named(payload.codec).decode(data)
 
     # --- what goes out ------------------------------------------------------------------------------------------
 
@@ -327,7 +327,7 @@ class Agent:
             "bytes_down": counters.bytes_down,
             "boot": counters.boot,
         }
-        data = encode_tensors(outcome.tensors, self._config.codec) if outcome.tensors else b""
+        data = Codec.named(self._config.codec).encode(outcome.tensors) if outcome.tensors else b""
         manifest = UpdateManifest(
             fleet=self._config.fleet,
             device=self._config.device,

@@ -22,7 +22,7 @@ from fleetune.edge.engine.optimiser import Adam
 from fleetune.edge.engine.prefix import token_mask
 from fleetune.edge.engine.suffix import Suffix, forward_chunk
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.codec import CODECS, decode_tensors, encode_tensors
+from fleetune.edge.protocol.codec import CODECS, Codec
 
 DEPTH, BATCH, STEPS = 2, 3, 2
 
@@ -84,7 +84,7 @@ def train(pack: Pack, path: Path) -> dict[str, NDArray[Any]]:
     found |= {"mixture.features": answer.features, "mixture.pooled": answer.pooled[boundary]}
 
     for codec in CODECS:
-        decoded = decode_tensors(encode_tensors(expert.tensors, codec), codec)
+        decoded = Codec.named(codec).decode(Codec.named(codec).encode(expert.tensors))
         found |= {f"{codec}.{name}": tensor for name, tensor in decoded.items()}
     assert msgspec.json.decode(msgspec.json.encode(pack.manifest), type=type(pack.manifest)) == pack.manifest
     return found

@@ -16,7 +16,7 @@ import pytest
 
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.codec import decode_tensors
+from fleetune.edge.protocol.codec import Codec
 from fleetune.edge.protocol.modelfile import FILE
 from fleetune.edge.resources.costs import Costs
 from fleetune.edge.resources.limits import TIME_MARGIN
@@ -444,4 +444,4 @@ def test_payloads_travel_as_safetensors(make_fleet: Any, embedded: str) -> None:
     run_to_the_end(fleet)
     files = sorted((fleet.folder / "aggregator" / "fedms" / "updates" / "1").iterdir())
     assert [file.name for file in files] == ["big.bin", "small.bin"]
-    assert all("head.weight" in decode_tensors(file.read_bytes(), "f16") for file in files)
+    assert all("head.weight" in Codec.named("f16").decode(file.read_bytes()) for file in files)

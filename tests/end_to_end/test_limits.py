@@ -113,7 +113,7 @@ def test_a_neighbour_that_takes_memory_in_mid_round_costs_no_update(
     small = fleet.agent("small")
     group.add(small.process.pid)
     fleet.agent("big")
-    serve = fleet.serve(*ROUNDS, "--epochs", "400")
+    serve = fleet.serve(*ROUNDS, "--epochs", "1200")  # longer than the neighbour needs to come
     fleet.wait_until(lambda: "global, 1 of" in serve.output)
     with hog(250, group, seconds=1.0):
         fleet.wait_until(lambda: "memory is short by" in small.output or "for want of memory" in small.output)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.codec import encode_tensors
+from fleetune.edge.protocol.codec import Codec
 from fleetune.edge.protocol.link import BrokerAddress, Link, Received
 from fleetune.edge.protocol.messages import (
     Ack,
@@ -69,7 +69,7 @@ class HandMade:
         return UpdateManifest(
             fleet="lab", device=self.name, update=f"u-{announced.version}", run=announced.run, job=announced.job,
             version=announced.version, backbone=announced.backbone, samples=3, metrics={"depth": 1},
-            payload=chunks.describe(encode_tensors(tensors, "f16"), "f16") if tensors else None,
+            payload=chunks.describe(Codec.named("f16").encode(tensors), "f16") if tensors else None,
         )  # fmt: skip
 
     def send(self, manifest: UpdateManifest, data: bytes = b"", *, update: str = "") -> Ack:
@@ -129,9 +129,9 @@ def test_what_does_not_belong_to_the_round_is_refused_for_a_reason(make_fleet: A
             ({"head.bias": np.array([0.0, np.nan])}, "not-finite"),
         ):
             bad = msgspec.structs.replace(device.answer(trains, tensors), update="bad")
-            assert refusal(device.send(bad, encode_tensors(tensors, "f16"))) == reason
+            assert refusal(device.send(bad, Codec.named("f16").encode(tensors))) == reason
         tensors = {"head.bias": np.array([0.5, -0.5])}
-        assert device.send(device.answer(trains, tensors), encode_tensors(tensors, "f16")).accepted
+        assert device.send(device.answer(trains, tensors), Codec.named("f16").encode(tensors)).accepted
         assert serve.process.poll() is None, serve.output
     accepted = [record.manifest for record in fleet.records() if isinstance(record, Accepted)]
     assert [(manifest.device, manifest.version) for manifest in accepted] == [("small", 0), ("small", 1)]

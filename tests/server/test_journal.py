@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.codec import encode_tensors
+from fleetune.edge.protocol.codec import Codec
 from fleetune.edge.protocol.errors import RunFolderError
 from fleetune.edge.protocol.messages import Announcement, UpdateManifest
 from fleetune.server.job import Job
@@ -150,7 +150,7 @@ def test_a_damaged_record_in_the_middle_is_named_by_its_line_and_nothing_is_chan
 
 def test_an_updates_tensors_are_kept(tmp_path: Path) -> None:
     tensors = {"head.bias": np.array([0.5, -1.25], np.float32)}
-    data = encode_tensors(tensors, "f16")
+    data = Codec.named("f16").encode(tensors)
     manifest = UpdateManifest(
         fleet="lab", device="nano-1", update="r-fedms-1", run="r", job="fedms", version=1, backbone="b", samples=1,
         metrics={}, payload=chunks.describe(data, "f16"),

@@ -268,5 +268,7 @@ def hog(mib: int, group: LimitedGroup, seconds: float = 4.0) -> Iterator[subproc
         process.stdin.write(b"\n")
         process.stdin.flush()
         process.stdout.readline()
-        yield process
-        process.kill()
+        try:
+            yield process
+        finally:
+            process.kill()

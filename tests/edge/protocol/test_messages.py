@@ -7,15 +7,11 @@ import json
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
-import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 
 from fleetune.edge.protocol.chunks import Assembly, chunk, describe, pack_bitmap, unpack_bitmap
-from fleetune.edge.protocol.codec import CODECS, decode_tensors, encode_tensors
 from fleetune.edge.protocol.errors import ConfigError, MessageError
 from fleetune.edge.protocol.link import BrokerAddress
 from fleetune.edge.protocol.messages import (
@@ -44,87 +40,6 @@ def reason(call: Any, *arguments: Any) -> str:
         call(*arguments)
     assert caught.value.remedy
     return caught.value.reason
-
-
-# --- tensors ------------------------------------------------------------------------------------------------
-
-names = st.text(st.sampled_from("abc.019_AB"), min_size=1, max_size=12)
-floats = st.floats(-60000, 60000, width=16)
-tensors = st.dictionaries(
-    names,
-    arrays.arrays(np.float32, arrays.array_shapes(min_dims=0, max_dims=3, min_side=0), elements=floats),
-    max_size=4,
-)
-
-
-@given(tensors, st.sampled_from(sorted(CODECS)))
-def test_tensors_that_fit_the_codec_arrive_exactly(sent: dict[str, Any], codec: str) -> None:
-    found = decode_tensors(encode_tensors(sent, codec), codec)
-    assert set(found) == set(sent)
-    for name, tensor in sent.items():
-        assert found[name].dtype == np.float32
-        np.testing.assert_array_equal(found[name], tensor)
-
-
-@given(arrays.arrays(np.float32, 20, elements=st.floats(-100, 100, width=32)))
-def test_half_precision_rounds_to_eleven_bits(sent: Any) -> None:
-    found = decode_tensors(encode_tensors({"x": sent}, "f16"), "f16")["x"]
-    np.testing.assert_allclose(found, sent, rtol=2**-11, atol=2**-24)
-
-
-def test_views_are_sent_as_what_they_show() -> None:
-    array = np.arange(12, dtype=np.float32).reshape(3, 4)
-    for view in (array.T, array[:, ::2], array[::-1]):
-        np.testing.assert_array_equal(decode_tensors(encode_tensors({"x": view}, "f32"), "f32")["x"], view)
-
-
-def test_the_same_tensors_give_the_same_bytes_in_any_order() -> None:
-    a, b = np.ones(3, np.float32), np.zeros(2, np.float32)
-    assert encode_tensors({"a": a, "b": b}, "f16") == encode_tensors({"b": b, "a": a}, "f16")
-
-
-SENT = encode_tensors({"x": np.ones(8, np.float32), "y": np.zeros((2, 3), np.float32)}, "f16")
-
-
-@pytest.mark.parametrize(("data", "codec", "why"), [
-    (SENT, "int4", "unknown-codec"),
-    (SENT, "", "unknown-codec"),
-    (SENT, "f32", "wrong-dtype"),
-    (safetensors.numpy.save({"x": np.ones(3, np.int64)}), "f16", "wrong-dtype"),
-    (SENT[:-1], "f16", "malformed"),
-    (SENT[:9], "f16", "malformed"),
-    (b"", "f16", "malformed"),
-    (b"\x80\x04K\x01.", "f16", "malformed"),
-    (encode_tensors({"x": np.array([1, np.nan], np.float32)}, "f16"), "f16", "not-finite"),
-    (encode_tensors({"x": np.array([[np.inf]], np.float32)}, "f32"), "f32", "not-finite"),
-])  # fmt: skip
-def test_payloads_that_are_refused(data: bytes, codec: str, why: str) -> None:
-    assert reason(decode_tensors, data, codec) == why
-
-
-def test_a_value_too_large_for_the_codec_is_noticed() -> None:
-    with np.errstate(over="ignore"):
-        sent = encode_tensors({"x": np.array([1e6], np.float32)}, "f16")
-    assert reason(decode_tensors, sent, "f16") == "not-finite"
-
-
-def test_a_payload_that_is_too_large_is_refused() -> None:
-    assert reason(decode_tensors, bytes(MAX_PAYLOAD + 1), "f16") == "payload-too-large"
-
-
-@settings(max_examples=200)
-@given(
-    st.lists(st.tuples(st.integers(0, len(SENT) - 1), st.integers(0, 255)), max_size=4),
-    st.integers(0, len(SENT)),
-)
-def test_whatever_the_bytes_only_a_message_error_comes_out(changes: list[tuple[int, int]], length: int) -> None:
-    data = bytearray(SENT)
-    for position, value in changes:
-        data[position] = value
-    try:
-        decode_tensors(bytes(data[:length]), "f16")
-    except MessageError as error:
-        assert error.reason
 
 
 # --- chunks -------------------------------------------------------------------------------------------------
