@@ -20,10 +20,16 @@ class PartialSum:
     sums: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
 
-    def add(self, tensors: Mapping[str, NDArray[np.float32]], weight: float) -> None:
-        """Add one device's tensors."""
+    def add(self, tensors: Mapping[str, NDArray[np.float32]], weight: float, *, scale: float = 1.0) -> None:
+        """Add one device's tensors.
+
+        Args:
+            tensors: Full name → tensor.
+            weight: What they count in the mean.
+            scale: What they are multiplied by; the weight stays, so that the mean becomes smaller too.
+        """
         for name, tensor in tensors.items():
-            self._add(name, tensor.astype(np.float64) * weight, weight)
+            self._add(name, tensor.astype(np.float64) * (weight * scale), weight)
 
     def merge(self, other: PartialSum) -> None:
         """Add another partial sum."""

@@ -1,14 +1,14 @@
 """The aggregator's memory: an append-only file of records, and the tensors they speak of.
 
 A record is on disk before anything that follows from it happens: an update is journaled before it is acknowledged,
-a round before it is announced. A restarted aggregator reads the records and goes on where the last one ends.
+a round before it is announced. A restarted aggregator goes on where the last record ends.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fleetune.edge.protocol.codec import Codec
 from fleetune.edge.protocol.errors import UNDECODABLE, RunFolderError
-from fleetune.edge.protocol.files import FolderLock, sync_folder, write_atomic
+from fleetune.edge.protocol.files import FolderLock, make_folder, sync_folder, write_atomic
 from fleetune.edge.protocol.messages import Announcement, UpdateManifest
 from fleetune.edge.protocol.modelfile import FILE as MODEL_FILE
 from fleetune.edge.protocol.modelfile import GLOBAL, Card, write_model_file
@@ -44,19 +44,41 @@ class Announced(msgspec.Struct, frozen=True, tag="announced"):
 
 
 class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
-    """An update was accepted; its payload lies beside the journal."""
+    """An update was accepted.
+
+    Attributes:
+        manifest: What the device announced.
+        received: Unix time.
+        into: Version of the round that it counts in: its own, or, if it came late, a later one.
+        staleness: Rounds that were closed between the two.
+        start: Where its payload begins in the file of the round's payloads.
+    """
 
     manifest: UpdateManifest
     received: float
+    into: int
+    staleness: int = 0
+    start: int = 0
 
 
 class Closed(msgspec.Struct, frozen=True, tag="closed"):
-    """A round was aggregated; the global tensors lie beside the journal."""
+    """A round was aggregated; the global tensors lie beside the journal.
+
+    Attributes:
+        job: The job.
+        version: Of its announcement.
+        devices: Who answered it.
+        late: Answers to earlier rounds that were folded in.
+        closed: Unix time.
+        means: Mean of every figure over the devices that answered it.
+    """
 
     job: str
     version: int
     devices: list[str]
     closed: float
+    late: int = 0
+    means: dict[str, float] = {}
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
@@ -69,83 +91,170 @@ Record = Started | Announced | Accepted | Closed | Finished
 
 
 class Journal:
-    """Records in a folder.
+    """Records in a folder, and tensors beside them.
 
     Args:
         folder: Created if it does not exist.
+        keep_history: Whether every round's updates and global tensors stay, to study a run.
 
     Raises:
-        RunFolderError: Another process has it open, or a record in the middle of the file is damaged. A last record
-            that was cut off is dropped.
+        RunFolderError: Another process has it open. A last record that was cut off is dropped.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, keep_history: bool = False) -> None:
+        self.folder, self._keep_history = folder, keep_history
         self._lock = FolderLock(folder)
-        self._path = folder / FILE
+        self.path = folder / FILE
         try:
-            self.records = self._recover()
-            self._file = self._path.open("ab")
-        except (RunFolderError, OSError):
+            self._drop_torn_record()
+            self._file = self.path.open("ab")
+        except OSError:
             self._lock.close()
             raise
         sync_folder(folder)
 
-    def _recover(self) -> list[Record]:
-        if not self._path.is_file():
-            return []
-        raw = self._path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) < len(raw):
-            log.warning("%s: the last record was cut off and is dropped", self._path)
-            os.truncate(self._path, len(whole))
-        return read_records(self._path)
-
-    def append(self, record: Record) -> None:
-        """Write one record and wait until it is on disk."""
-        self._file.write(msgspec.json.encode(record) + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.records.append(record)
+    def _drop_torn_record(self) -> None:
+        if not self.path.is_file():
+            return
+        whole = size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            while whole:
+                start = max(0, whole - (1 << 16))
+                file.seek(start)
+                end = file.read(whole - start).rfind(b"\n")
+                whole = start + end + 1
+                if end >= 0:
+                    break
+        if whole < size:
+            log.warning("%s: the last record was cut off and is dropped", self.path)
+            os.truncate(self.path, whole)
 
     def close(self) -> None:
         """Close the file, and let others open it."""
         self._file.close()
         self._lock.close()
 
-    # --- what the records say -----------------------------------------------------------------------------------
+    # --- records ------------------------------------------------------------------------------------------------
 
     @property
+    def size(self) -> int:
+        """Bytes of all records."""
+        return self.path.stat().st_size
+
+    def append(self, *records: Record, sync: bool = True) -> None:
+        """Write records and wait until they are on disk.
+
+        Args:
+            records: What happened.
+            sync: Whether to wait; not needed for what means nothing until the next record is there.
+
+        Raises:
+            OSError: They cannot be written; then none of them is.
+        """
+        lines = b"".join(msgspec.json.encode(record) + b"\n" for record in records)
+        self._append(self._file.fileno(), lines, sync=sync)
+
+    @staticmethod
+    def _append(descriptor: int, data: bytes, *, sync: bool = True) -> None:
+        size = os.fstat(descriptor).st_size
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            if sync:
+                os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
+
     def started(self) -> Started | None:
         """How the run began, if it did."""
-        return next((record for record in self.records if isinstance(record, Started)), None)
+        first = next(read_records(self.path), None) if self.path.is_file() else None
+        return first if isinstance(first, Started) else None
 
-    # --- tensors beside the records -----------------------------------------------------------------------------
+    # --- updates ------------------------------------------------------------------------------------------------
 
-    def save_update(self, manifest: UpdateManifest, data: bytes) -> None:
-        """Keep the payload of an update; call before its record is appended."""
-        write_atomic(self._update_path(manifest), data)
+    def accept(self, updates: Iterable[tuple[Accepted, bytes]]) -> list[Accepted]:
+        """Keep updates of one round: their payloads, then their records; on disk when it returns.
 
-    def load_update(self, manifest: UpdateManifest) -> Tensors:
-        """The tensors of a journaled update."""
-        if manifest.payload is None:
+        Raises:
+            OSError: There is no room; then none of them is kept.
+        """
+        accepted, payloads = list[Accepted](), list[bytes]()
+        updates = list(updates)
+        path = self._payloads(updates[0][0].manifest.job, updates[0][0].into)
+        if any(data for _, data in updates):
+            make_folder(path.parent)
+        start = size = path.stat().st_size if path.exists() else 0
+        for record, data in updates:
+            accepted.append(msgspec.structs.replace(record, start=start))
+            payloads.append(data)
+            start += len(data)
+        if any(payloads):
+            fresh = not path.exists()
+            with path.open("ab") as file:
+                self._append(file.fileno(), b"".join(payloads))
+            if fresh:
+                sync_folder(path.parent)
+        try:
+            self.append(*accepted)
+        except OSError:
+            if path.exists():
+                os.truncate(path, size)
+            raise
+        return accepted
+
+    def load_update(self, record: Accepted) -> Tensors:
+        """What an update of a round that is open, or whose history is kept, adds to the global tensors."""
+        payload = record.manifest.payload
+        if payload is None:
             return {}
-        return Codec.named(manifest.payload.codec).decode(self._update_path(manifest).read_bytes())
+        with self._payloads(record.manifest.job, record.into).open("rb") as file:
+            file.seek(record.start)
+            return Codec.named(payload.codec).decode(file.read(payload.size))
 
-    def _update_path(self, manifest: UpdateManifest) -> Path:
-        return self._folder / manifest.job / "updates" / str(manifest.version) / f"{manifest.device}.bin"
+    def _payloads(self, job: str, version: int) -> Path:
+        return self.folder / job / "updates" / f"{version}.bin"
 
-    def save_globals(self, job: str, version: int, tensors: Mapping[str, NDArray[np.float32]]) -> None:
-        """Keep the global tensors after a round; call before its ``closed`` record is appended."""
-        write_atomic(self.globals_path(job, version), Codec.named("f32").encode(tensors))
+    # --- global tensors -----------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, job: str, version: int, data: bytes) -> None:
+        """Keep what followed from all rounds up to this one, whose ``closed`` record is on disk; let go of the rounds.
+
+        Raises:
+            OSError: There is no room; then all stays as it was.
+        """
+        folder = self.folder / job
+        write_atomic(folder / "checkpoints" / f"{version}.safetensors", data)
+        for file in folder.glob("checkpoints/*.safetensors"):
+            if int(file.stem) < version:
+                file.unlink()
+        for file in folder.glob("updates/*.bin"):
+            if int(file.stem) <= version and not self._keep_history:
+                file.unlink()
+
+    def load_checkpoint(self, job: str) -> tuple[int, bytes]:
+        """The newest checkpoint, and the round that it includes; -1 and nothing if there is none."""
+        files = (self.folder / job).glob("checkpoints/*.safetensors")
+        newest = max(files, key=lambda file: int(file.stem), default=None)
+        return (-1, b"") if newest is None else (int(newest.stem), newest.read_bytes())
+
+    def uncheckpointed(self, job: str, version: int) -> int:
+        """Bytes of the updates of rounds after this one."""
+        files = (self.folder / job).glob("updates/*.bin")
+        return sum(file.stat().st_size for file in files if int(file.stem) > version)
+
+    def keep_globals(self, job: str, version: int, tensors: Mapping[str, NDArray[np.float32]]) -> None:
+        """Keep the global tensors after a round, if the history is kept."""
+        if self._keep_history:
+            write_atomic(self._globals(job, version), Codec.named("f32").encode(tensors), sync=False)
 
     def load_globals(self, job: str, version: int) -> Tensors:
-        """The global tensors after a round."""
-        return Codec.named("f32").decode(self.globals_path(job, version).read_bytes())
+        """The global tensors after a round, less the initial ones, if the history was kept."""
+        return Codec.named("f32").decode(self._globals(job, version).read_bytes())
 
-    def globals_path(self, job: str, version: int) -> Path:
-        """Where the global tensors after a round are kept."""
-        return self._folder / job / "globals" / f"{version}.safetensors"
+    def _globals(self, job: str, version: int) -> Path:
+        return self.folder / job / "globals" / f"{version}.safetensors"
 
     def save_model(self, job: str, card: Card, expert: Mapping[str, NDArray[np.float32]]) -> None:
         """Replace the model file of a job by its newest global expert."""
@@ -153,32 +262,27 @@ class Journal:
 
     def model_path(self, job: str) -> Path:
         """Where a job's global expert is, to take home."""
-        return self._folder / job / MODEL_FILE
+        return self.folder / job / MODEL_FILE
 
-    def save_broadcast(self, job: str, version: int, data: bytes) -> None:
-        """Keep what was broadcast, to repair late devices from."""
-        write_atomic(self._folder / job / "broadcasts" / f"{version}.bin", data)
-
-    def load_broadcast(self, job: str, version: int) -> bytes | None:
-        """What was broadcast, if that version exists."""
-        file = self._folder / job / "broadcasts" / f"{version}.bin"
-        return file.read_bytes() if file.is_file() else None
+    def parts(self, job: str) -> Path:
+        """Folder of what is on its way up."""
+        return self.folder / job / "parts"
 
 
-def read_records(path: Path) -> list[Record]:
-    """Read a journal without opening it for writing.
+def read_records(path: Path, start: int = 0) -> Iterator[Record]:
+    """Read a journal, from a byte on, without opening it for writing.
 
     Raises:
         RunFolderError: A record is damaged.
     """
-    records: list[Record] = []
     with path.open("rb") as file:
+        file.seek(start)
         for number, line in enumerate(file, start=1):
             try:
-                records.append(msgspec.json.decode(line, type=Record))
+                yield msgspec.json.decode(line, type=Record)
             except UNDECODABLE as error:
+                where = f"line {number}" if start == 0 else f"line {number} after byte {start}"
                 raise RunFolderError(
-                    f"{path}, line {number}: {error}",
+                    f"{path}, {where}: {error}",
                     "restore the file from a backup, or start the run in a new folder",
                 ) from error
-    return records

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 
 from fleetune.edge.protocol.messages import Presence, PresenceState
+from fleetune.server.store import Store
 
 _OUTLIVED: dict[PresenceState, PresenceState] = {"failed": "offline", "declined": "idle"}
 """What a retained state means to an aggregator that has just come."""
@@ -20,6 +23,8 @@ class Registry:
     def __init__(self, expected: frozenset[str]) -> None:
         self._expected = expected
         self._presence: dict[str, Presence] = {}
+        self._gone: dict[str, float] = {}  # device that is away → since when, by the monotonic clock
+        self._unsaved: set[str] = set()
 
     def update(self, presence: Presence, *, retained: bool = False) -> bool:
         """Take a presence message; False if it is from an unknown device, or the late Will of another boot.
@@ -37,6 +42,11 @@ class Registry:
         if retained and known is None and presence.state in _OUTLIVED:
             presence = msgspec.structs.replace(presence, state=_OUTLIVED[presence.state])
         self._presence[presence.name] = presence
+        self._unsaved.add(presence.name)
+        if presence.state == "offline":
+            self._gone.setdefault(presence.name, time.monotonic())
+        else:
+            self._gone.pop(presence.name, None)
         return True
 
     def expect_anew(self) -> None:
@@ -55,6 +65,17 @@ class Registry:
             name for name, presence in self._presence.items() if presence.state != "offline"
         }
         return {name for name in known if self.lost(name) is None}
+
+    def here(self, patience: float) -> set[str]:
+        """Devices that are connected, or have been gone for less than ``patience`` seconds."""
+        now = time.monotonic()
+        return {name for name in self._presence if now - self._gone.get(name, now) < patience}
+
+    def save(self, store: Store) -> None:
+        """Keep what is new."""
+        if self._unsaved:
+            store.see((self._presence[name] for name in self._unsaved), time.time())
+            self._unsaved.clear()
 
     def ready(self) -> set[str]:
         """Devices that are connected and have not failed."""

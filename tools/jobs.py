@@ -12,7 +12,7 @@ from fleetune.edge.engine.model import card_for
 from fleetune.edge.pack.manifest import Manifest
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import ConfigError
-from fleetune.edge.protocol.modelfile import Card
+from fleetune.server.aggregator import Model
 from fleetune.server.job import Job, ScheduleSettings
 
 
@@ -92,17 +92,20 @@ def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int) ->
     )
 
 
-def build_cards(args: argparse.Namespace, jobs: Iterable[Job], pack: Pack) -> dict[str, Card]:
-    """Job → what the model file of its global expert says of itself, but for the run's id."""
+def build_models(args: argparse.Namespace, jobs: Iterable[Job], pack: Pack) -> dict[str, Model]:
+    """Job → what the model file of its global expert holds beside what was trained, but for the run's id."""
     return {
-        job.id: card_for(
-            pack,
-            kind="global",
-            job=job.id,
-            run="",
-            classes=int(job.settings["classes"]),
-            max_depth=int(job.settings["max_depth"]),
-            mix=args.mix,
+        job.id: Model(
+            card_for(
+                pack,
+                kind="global",
+                job=job.id,
+                run="",
+                classes=int(job.settings["classes"]),
+                max_depth=int(job.settings["max_depth"]),
+                mix=args.mix,
+            ),
+            Expert.initial(Layout.of(pack.manifest, int(job.settings["classes"])), int(job.settings["seed"])).tensors,
         )
         for job in jobs
         if job.method == "fedms"

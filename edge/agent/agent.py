@@ -1,66 +1,60 @@
-"""The agent: waits for announcements, does rounds, sends updates.
+"""The agent: waits for announcements, has rounds done, sends updates.
 
-paho's thread only fills a queue; everything below runs in the main thread, one event after the other.
+paho's thread only fills a queue; everything below runs in the main thread, one event after the other. While a round is
+done, the worker tells how far it is, and the agent looks at its post between two steps: what is on its way goes on.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 
 from fleetune.edge.agent.broadcasts import Broadcasts
 from fleetune.edge.agent.config import AgentConfig
-from fleetune.edge.agent.rounds import Rounds, in_words
+from fleetune.edge.agent.feedback import Feedback
+from fleetune.edge.agent.notify import Notifier
+from fleetune.edge.agent.outbox import Outbox
 from fleetune.edge.agent.state import State
-from fleetune.edge.engine.dataset import Dataset, read_dataset
-from fleetune.edge.methods import METHODS
-from fleetune.edge.methods.base import Metrics, Outcome, Tensors
-from fleetune.edge.pack.pack import Pack
+from fleetune.edge.agent.worker import Answer, Worker
 from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.codec import Codec
-from fleetune.edge.protocol.errors import (
-    BrokerProtocolError,
-    BudgetError,
-    FleetuneError,
-    MessageError,
-    PackError,
-    RunFailedError,
-)
-from fleetune.edge.protocol.link import Connected, Link, Received
+from fleetune.edge.protocol.errors import BrokerProtocolError, FleetuneError, MessageError, RunFailedError
+from fleetune.edge.protocol.link import Connected, Disconnected, Event, Link, Received
 from fleetune.edge.protocol.messages import (
+    KIT,
     Ack,
     Announcement,
     Missing,
-    Payload,
     Presence,
     PresenceState,
     UpdateManifest,
     decode,
     encode,
     open_envelope,
-    seal,
 )
 from fleetune.edge.protocol.topics import Topics, check_name, read_number
-from fleetune.edge.resources.process import machine_memory_mib
 
 log = logging.getLogger(__name__)
 
-_RESEND_AFTER = 5.0
-"""Seconds without an answer after which an update is announced again."""
-
-_PROGRESS_EVERY = 0.5
+_SHOW_EVERY = 0.5
+"""Seconds between two words on how far a round is."""
 
 _LOOK_EVERY = 5.0
-"""Seconds after which an agent looks again whether it may train."""
+"""Seconds after which an agent looks again whether it may train, or write."""
+
+_LOOK_AT_POST_EVERY = 0.1
+"""Seconds, at least, between two looks at the post in a round."""
 
 _WAITS = "waits: "
 
 _SHOWN = ("loss", "test", "depth", "cpu_s", "peak_mib", "cache_missing_mib")
 """Metrics that the presence shows too."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Agent:
@@ -68,38 +62,34 @@ class Agent:
 
     Args:
         config: What it is started with.
+        worker: Does the rounds.
 
     Raises:
-        FleetuneError: The pack, the data or the state folder cannot be used.
-        BudgetError: The budget is larger than the machine's memory, so nothing would hold the agent to it.
+        FleetuneError: The state folder cannot be used.
     """
 
-    def __init__(self, config: AgentConfig) -> None:
+    def __init__(self, config: AgentConfig, worker: Worker) -> None:
         check_name("device", config.device)
-        if config.budget.memory_mib > machine_memory_mib():
-            raise BudgetError(
-                f"budget: memory: {config.budget.memory_mib:.0f} MiB are given, "
-                f"but this machine has {machine_memory_mib():.0f} MiB in all",
-                "lower the budget of this device in the fleet file",
-            )
         self._config = config
         self._topics = Topics(config.fleet)
-        self._pack = Pack.open(config.pack)
-        self._data: Dataset = read_dataset(config.data, self._pack)
+        self._codec = Codec.named(config.codec)
+        self._worker = worker
         self._state = State(config.state, config.device)
         counters = self._state.counters
         counters.boot += 1
         self._state.save_counters()
         self._earlier = (counters.bytes_up, counters.bytes_down)
-        self._rounds = Rounds(config, self._pack, self._data, self._state, say=self._measures, progress=self._trains)
         self._broadcasts = Broadcasts(self._state)
-        self._current: dict[str, tuple[str, int]] = {}  # job → run and version that its newest announcement asks for
+        self._newest: dict[str, Announcement] = {}
         self._declined: dict[str, tuple[str, int]] = {}  # job → run and version that this device does not answer
-        self._sent: dict[str, float] = {}
-        self._facts: Metrics = {}
+        self._led: set[str] = set()
+        self._unsaved: tuple[Announcement, Answer] | None = None
+        self._repairs: set[str] = set()
+        self._facts: dict[str, float | int | str | bool] = {}
         self._said: tuple[PresenceState, str] = ("online", "starts")
         self._shown = 0.0
-        self._look_again = 0.0
+        self._look_again = self._looked = 0.0
+        self._notifier = Notifier()
         me = config.device
         self._link = Link(
             config.broker,
@@ -111,6 +101,7 @@ class Agent:
             ],
             will=(self._topics.presence(me), encode(self._presence("offline", "the connection broke"))),
         )
+        self._outbox = Outbox(self._state, self._link, self._topics)
 
     def run(self) -> None:
         """Serve until the process is told to stop. A job that does not suit the device is declined.
@@ -118,33 +109,28 @@ class Agent:
         Raises:
             FleetuneError: The device cannot take part in any job; the aggregator saw why.
         """
-        self._link.connect(timeout=math.inf)
         try:
-            self._rounds.measure()
+            self._notifier.status("waits for the broker")
+            self._link.connect(timeout=math.inf)
+            self._worker.prepare(self._state, self._show_preparation)
             self._publish("online", "waits for a round")
             log.info("%s of the fleet %s waits for a round", self._config.device, self._config.fleet)
+            self._notifier.ready()
             while True:
-                for event in self._link.events(timeout=0.25):
-                    if isinstance(event, Connected):
-                        self._publish(*self._said)
-                        self._sent.clear()
-                    elif isinstance(event, Received):
-                        self._receive(event)
-                for need in self._broadcasts.overdue():
-                    self._link.publish(self._topics.need(self._config.device), encode(need))
-                self._send_outbox()
+                self._look_at_post(timeout=0.25)
                 self._work()
         except FleetuneError as error:
             self._publish("failed", error.public)
             raise
         finally:
+            self._notifier.stopping()
             self._count_bytes()
             self._state.save_counters()
             if self._said[0] != "failed":
                 self._publish("offline", "stopped")
             self._link.close()
             self._state.close()
-            self._rounds.close()
+            self._worker.close()
             log.info("stopped")
 
     # --- presence -----------------------------------------------------------------------------------------------
@@ -154,81 +140,110 @@ class Agent:
             name=self._config.device,
             state=state,
             boot=self._state.counters.boot,
-            kit=version("fleetune"),
+            kit=KIT,
             detail=detail,
             facts=dict(self._facts),
         )
 
     def _publish(self, state: PresenceState, detail: str) -> None:
         self._said = state, detail
+        self._shown = time.monotonic()
         self._count_bytes()
         self._facts |= {"bytes_up": self._state.counters.bytes_up, "bytes_down": self._state.counters.bytes_down}
         topic = self._topics.presence(self._config.device)
         self._link.publish(topic, encode(self._presence(state, detail)), retain=True)
+        self._notifier.status(f"{state}: {detail}")
 
     def _count_bytes(self) -> None:
         counters = self._state.counters
         counters.bytes_up = self._earlier[0] + self._link.bytes_out
         counters.bytes_down = self._earlier[1] + self._link.bytes_in
 
-    def _measures(self, what: str) -> None:
-        self._publish("working", what)
+    # --- what comes in, and what goes out ------------------------------------------------------------------------
 
-    def _trains(self, share: float, loss: float) -> None:
-        self._facts |= {"progress": round(share, 3), "loss": round(loss, 4)}
-        if time.monotonic() - self._shown > _PROGRESS_EVERY:
-            self._shown = time.monotonic()
-            self._publish("working", "trains")
+    def _look_at_post(self, timeout: float) -> None:
+        self._looked = time.monotonic()
+        self._notifier.alive()
+        for event in self._link.events(timeout):
+            self._handle(event)
+        for need in self._broadcasts.overdue():
+            self._listen_for_repairs()
+            self._link.publish(self._topics.need(self._config.device), encode(need))
+        self._listen_for_repairs()
+        self._outbox.send(self._led)
 
-    # --- what comes in ------------------------------------------------------------------------------------------
+    def _listen_for_repairs(self) -> None:
+        """Hear what is sent once more, but only while something of it is missing here."""
+        wanted = {self._topics.repair_chunk(job, sha256, "+") for job, sha256 in self._broadcasts.asked()}
+        for topic in wanted - self._repairs:
+            self._link.subscribe(topic)
+        for topic in self._repairs - wanted:
+            self._link.unsubscribe(topic)
+        self._repairs = wanted
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, Connected):
+            self._publish(*self._said)
+            self._broadcasts.hurry()
+        elif isinstance(event, Disconnected):
+            self._outbox.hurry()
+        elif isinstance(event, Received):
+            try:
+                self._receive(event)
+            except MessageError as error:
+                log.warning("%s: %s (%s)", event.topic, error, error.reason)
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+                log.warning("%s: no room in %s: %s", event.topic, self._config.state, error.strerror)
 
     def _receive(self, event: Received) -> None:
         levels = self._topics.split(event.topic)
-        try:
-            if levels[:1] == ("g",) and levels[2:] == ("current",):
-                self._receive_announcement(levels[1], event.payload)
-            elif levels[:1] == ("g",) and len(levels) == 4:
-                version, index = read_number(levels[2]), read_number(levels[3])
-                if version is not None and index is not None:
-                    self._broadcasts.add(levels[1], version, index, event.payload)
-            elif levels[:1] == ("dn",) and levels[2:] == ("ack",):
-                self._receive_ack(decode(event.payload, Ack))
-            elif levels[:1] == ("dn",) and levels[2:] == ("missing",):
-                self._receive_missing(decode(event.payload, Missing))
-        except MessageError as error:
-            log.warning("%s: %s (%s)", event.topic, error, error.reason)
+        if levels[:1] == ("g",) and levels[2:] == ("current",):
+            self._receive_announcement(levels[1], event)
+        elif levels[:1] == ("g",) and len(levels) in (4, 5):
+            if (index := read_number(levels[-1])) is not None and levels[3:-1] in ((), ("r",)):
+                self._broadcasts.add(levels[1], levels[2], index, event.payload)
+        elif levels[:1] == ("dn",) and levels[2:] == ("ack",):
+            self._receive_ack(decode(event.payload, Ack))
+        elif levels[:1] == ("dn",) and levels[2:] == ("missing",):
+            self._outbox.missing(decode(event.payload, Missing))
 
-    def _receive_announcement(self, job: str, raw: bytes) -> None:
-        self._forget(job)
-        if not raw:  # nobody leads it any more
+    def _receive_announcement(self, job: str, event: Received) -> None:
+        if not event.payload:  # nobody leads it any more
+            self._forget(job)
             self._await_another_job()
             return
-        announced = open_envelope(raw, Announcement)
+        announced = open_envelope(event.payload, Announcement)
         if announced.job != job or announced.fleet != self._config.fleet:
             raise MessageError("the announcement belongs to another topic", "ignore it", reason="wrong-topic")
+        self._led.add(announced.run)
         if announced.stage == "finished":
+            self._forget(job)
             self._await_another_job()
-            self._drop_closed(announced)
+            self._drop_finished(announced)
             if self._state.answered(announced.run, job) >= 0:
                 folder = self._state.store(announced.run, job).folder
                 log.info("%s: done%s", job, f"; what is private is in {folder}" if folder.is_dir() else "")
             return
-        if announced.expires < time.time():
-            log.warning("%s: version %d has expired; the clocks of both sides may differ", job, announced.version)
-            return
-        self._drop_closed(announced)
-        if self._declined.get(job) == (announced.run, announced.version):
-            return
-        with self._declining(job, announced.run, announced.version):
-            self._check_fit(announced)
-            self._current[job] = announced.run, announced.version
-            if announced.version > self._state.answered(announced.run, job):
-                self._broadcasts.want(announced)
+        if announced.expires < time.time():  # but the broker would not have kept it
+            log.warning("%s: by the clock of this device version %d has expired", job, announced.version)
+        before = self._newest.get(job)
+        again = before is not None and (before.run, before.version) == (announced.run, announced.version)
+        if again:  # by an aggregator that has restarted, or has been away
+            self._outbox.hurry()
+            self._publish(*self._said)
+        self._newest[job] = announced
+        declined = self._declined.get(job) == (announced.run, announced.version)
+        if declined or announced.version <= self._state.answered(announced.run, job):
+            self._broadcasts.forget(job)
+        else:
+            self._broadcasts.want(announced, under_way=not event.retained and not again)
 
     def _forget(self, job: str) -> None:
         """The newest announcement of a job does not count any more."""
+        self._newest.pop(job, None)
         self._broadcasts.forget(job)
-        self._current.pop(job, None)
 
     def _await_another_job(self) -> None:
         """What did not suit this device, or not yet, is over."""
@@ -236,98 +251,116 @@ class Agent:
             self._publish("idle", "waits for a round")
 
     @contextmanager
-    def _declining(self, job: str, run: str, version: int) -> Iterator[None]:
+    def _declining(self, announced: Announcement) -> Iterator[None]:
         """Decline a round that this device cannot do: say why, take no part in it, and stay for the next job."""
         try:
             yield
         except BrokerProtocolError:
             raise
         except FleetuneError as error:
-            self._declined[job] = run, version
-            self._forget(job)
-            self._rounds.forget()
-            log.warning("%s: declined: %s; waits for another job, and needs a start after a change here", job, error)
+            self._declined[announced.job] = announced.run, announced.version
+            self._broadcasts.forget(announced.job)
+            self._worker.forget()
+            log.warning(
+                "%s: declined: %s; waits for another job, and needs a start after a change here", announced.job, error
+            )
             self._publish("declined", error.public)
 
-    def _check_fit(self, announced: Announcement) -> None:
-        if announced.method not in METHODS:
-            raise MessageError(
-                f"the method {announced.method!r} is unknown", "update Fleetune on this device", reason="unknown-method"
-            )
-        mine = self._pack.manifest
-        for what, theirs, own in (
-            ("the backbone", announced.backbone, mine.backbone.sha256),
-            ("weights in the format", announced.quantisation, mine.quantisation.type),
-            ("adapters of rank", announced.settings.get("rank"), mine.rank),
-            ("adapters on", announced.settings.get("targets"), ",".join(mine.targets)),
-        ):
-            if theirs != own:
-                raise PackError(
-                    f"the job {announced.job} is for {what} {theirs}, the pack {self._pack.path} has {own}",
-                    "give the device the pack that the aggregator was started with",
-                )
-
-    def _drop_closed(self, announced: Announcement) -> None:
-        """Let go of updates for rounds that this announcement has closed; those of other runs wait for theirs."""
+    def _drop_finished(self, announced: Announcement) -> None:
+        """Let go of updates for a job that is over; those of other runs wait for theirs."""
         for manifest in self._state.outbox():
-            if (manifest.run, manifest.job) == (announced.run, announced.job) and manifest.version < announced.version:
+            if (manifest.run, manifest.job) == (announced.run, announced.job):
                 self._state.drop_outbox(manifest.update)
+
+    def _receive_ack(self, ack: Ack) -> None:
+        manifest = self._state.waiting(ack.update)
+        if manifest is not None and ack.reason == "wrong-run":
+            log.warning("%s waits: the aggregator that is there leads another run", ack.update)
+            self._led.discard(manifest.run)
+            self._outbox.hurry()
+            return
+        gone = self._outbox.acknowledge(ack)
+        if gone is None or ack.accepted or ack.reason == "stale-round":
+            return
+        self._state.enter(gone.run).answered.pop(gone.job, None)  # mended and started again, it shall answer anew
+        announced = self._newest.get(gone.job)
+        if announced is not None and (announced.run, announced.version) == (gone.run, gone.version):
+            with self._declining(announced):
+                raise RunFailedError(
+                    f"the aggregator refuses this device's update: {ack.reason}", "see the aggregator's log"
+                )
 
     # --- a round ------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         announced = self._broadcasts.ready()
-        if announced is None or time.monotonic() < self._look_again:
+        if time.monotonic() < self._look_again or (announced is None and self._unsaved is None):
             return
-        with self._declining(announced.job, announced.run, announced.version):
-            if hindrance := self._rounds.hindrance(announced):
-                self._wait(announced, hindrance)
-                return
-            self._broadcasts.forget(announced.job)
-            self._answer(announced)
+        try:
+            if self._unsaved is not None:
+                self._queue_update(*self._unsaved)
+            elif announced is not None:
+                with self._declining(announced):
+                    self._begin(announced)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            self._wait(f"no room in {self._config.state}: {error.strerror}")
 
-    def _wait(self, announced: Announcement, hindrance: str) -> None:
+    def _begin(self, announced: Announcement) -> None:
+        self._worker.check_fit(announced)
+        if hindrance := self._worker.hindrance(announced):
+            self._wait(hindrance)
+            return
+        try:
+            tensors = self._broadcasts.tensors(announced)
+        except MessageError as error:
+            log.warning("%s: %s", announced.job, error)
+            self._broadcasts.want(announced, under_way=False)
+            return
+        self._broadcasts.forget(announced.job)
+        self._facts = {key: value for key, value in self._facts.items() if key not in _SHOWN}  # of the round before
+        self._facts |= {"job": announced.job, "stage": announced.stage, "round": announced.round, "progress": 0.0}
+        self._facts |= self._worker.facts
+        self._publish("working", f"{announced.job}: {announced.stage}, round {announced.round} of {announced.rounds}")
+        answer = self._worker.answer(announced, tensors, self._show_progress, self._pulse)
+        self._unsaved = announced, answer
+        self._queue_update(announced, answer)
+
+    def _wait(self, hindrance: str) -> None:
         """A round has to wait: the aggregator sees why, and its deadline goes on."""
         self._look_again = time.monotonic() + _LOOK_EVERY
         if not self._said[1].startswith(_WAITS):
-            log.warning("%s: round %d waits: %s", announced.job, announced.round, hindrance)
+            log.warning("waits: %s", hindrance)
         if self._said[1] != _WAITS + hindrance:
             self._publish("idle", _WAITS + hindrance)
 
-    def _answer(self, announced: Announcement) -> None:
-        """Do a round, and queue what goes up."""
-        plan = self._rounds.plan
-        assert plan is not None
-        self._facts = {key: value for key, value in self._facts.items() if key not in _SHOWN}  # of the round before
-        self._facts |= {"job": announced.job, "stage": announced.stage, "round": announced.round, "progress": 0.0}
-        self._facts |= {"plan": in_words(plan), "bound_by": plan.bound_by}
-        self._publish("working", f"{announced.job}: {announced.stage}, round {announced.round} of {announced.rounds}")
-        frozen = announced.frozen.payload if announced.frozen else None
-        outcome = self._rounds.run(announced, self._tensors(announced.payload), self._tensors(frozen))
-        self._facts |= {key: value for key, value in outcome.metrics.items() if key in _SHOWN}
-        self._queue_update(announced, outcome)
-        self._send_outbox()
-        self._publish("idle", "waits for the next round")
+    def _show_preparation(self, what: str) -> None:
+        self._publish("working", what)
+        self._look_at_post(timeout=0.0)
 
-    def _tensors(self, payload: Payload | None) -> Tensors:
-        if payload is None:
-            return {}
-        data = self._state.payload(payload)
-        if data is None:
-            raise MessageError("a payload vanished from the state folder", "check the disk", reason="payload-lost")
-        return Codec.named(payload.codec).decode(data)
+    def _show_progress(self, share: float, loss: float) -> None:
+        """Between two steps of a round: say how far it is, and look at the post."""
+        self._facts |= {"progress": round(share, 3), "loss": round(loss, 4)}
+        if time.monotonic() - self._shown > _SHOW_EVERY:
+            self._publish(*self._said)
+        self._pulse()
 
-    # --- what goes out ------------------------------------------------------------------------------------------
+    def _pulse(self) -> None:
+        """Look at the post now and then while a round is done."""
+        if time.monotonic() - self._looked > _LOOK_AT_POST_EVERY:
+            self._look_at_post(timeout=0.0)
 
-    def _queue_update(self, announced: Announcement, outcome: Outcome) -> None:
+    def _queue_update(self, announced: Announcement, answer: Answer) -> None:
+        """Put an update into the outbox; from then on the round is answered."""
         self._count_bytes()
         counters = self._state.counters
-        metrics = outcome.metrics | {
-            "bytes_up": counters.bytes_up,
-            "bytes_down": counters.bytes_down,
-            "boot": counters.boot,
-        }
-        data = Codec.named(self._config.codec).encode(outcome.tensors) if outcome.tensors else b""
+        record = self._state.enter(announced.run)
+        data = b""
+        if answer.tensors:
+            feedback = Feedback(self._state.store(announced.run, announced.job), self._codec)
+            answered = record.answered.get(announced.job, -1)
+            data = feedback.encode(answer.tensors, version=announced.version, answered=answered)
         manifest = UpdateManifest(
             fleet=self._config.fleet,
             device=self._config.device,
@@ -336,59 +369,17 @@ class Agent:
             job=announced.job,
             version=announced.version,
             backbone=announced.backbone,
-            samples=len(self._data.indices("train")),
-            metrics=metrics,
-            payload=chunks.describe(data, self._config.codec) if data else None,
+            samples=self._worker.samples,
+            metrics={
+                **answer.metrics,
+                "bytes_up": counters.bytes_up,
+                "bytes_down": counters.bytes_down,
+                "boot": counters.boot,
+            },
+            payload=chunks.describe(data, self._codec.name, self._link.max_chunk) if data else None,
         )
         self._state.put_outbox(manifest, data)
-        self._state.enter(announced.run).answered[announced.job] = announced.version
-        self._state.save_counters()
-
-    def _send_outbox(self) -> None:
-        """Send what the newest announcements ask for; an update of another run waits until that is led again."""
-        for manifest in self._state.outbox():
-            if self._current.get(manifest.job) != (manifest.run, manifest.version):
-                continue
-            first = manifest.update not in self._sent
-            if first or time.monotonic() - self._sent[manifest.update] > _RESEND_AFTER:
-                self._sent[manifest.update] = time.monotonic()
-                topic = self._topics.upload_manifest(manifest.device, manifest.update)
-                self._link.publish(topic, seal(manifest))
-                if first and manifest.payload:
-                    self._send_chunks(manifest, manifest.payload, range(manifest.payload.chunks))
-
-    def _send_chunks(self, manifest: UpdateManifest, payload: Payload, indices: range | list[int]) -> None:
-        data = self._state.outbox_data(manifest)
-        sent = self._link.publish_many(
-            (self._topics.upload_chunk(manifest.device, manifest.update, index), chunks.chunk(data, payload, index))
-            for index in indices
-        )
-        if not sent:
-            log.warning("%s stays in the outbox until the broker is back", manifest.update)
-
-    def _receive_missing(self, missing: Missing) -> None:
-        manifest = self._state.waiting(missing.update)
-        if manifest is not None and manifest.payload is not None:
-            self._sent[manifest.update] = time.monotonic()
-            wanted = list(chunks.unpack_bitmap(missing.bitmap, manifest.payload.chunks))
-            self._send_chunks(manifest, manifest.payload, wanted)
-
-    def _receive_ack(self, ack: Ack) -> None:
-        manifest = self._state.waiting(ack.update)
-        if manifest is None:
-            return
-        self._sent.pop(ack.update, None)
-        if ack.reason == "wrong-run":
-            log.warning("%s waits: the aggregator that is there leads another run", ack.update)
-            self._current.pop(manifest.job, None)
-            return
-        self._state.drop_outbox(ack.update)
-        if ack.accepted:
-            return
-        log.warning("%s was refused: %s", ack.update, ack.reason)
-        if ack.reason != "stale-round":  # mended and started again, this device shall answer the same round
-            self._state.enter(manifest.run).answered.pop(manifest.job, None)
-            with self._declining(manifest.job, manifest.run, manifest.version):
-                raise RunFailedError(
-                    f"the aggregator refuses this device's update: {ack.reason}", "see the aggregator's log"
-                )
+        self._unsaved = None
+        record.answered[announced.job] = announced.version
+        self._facts |= {name: value for name, value in answer.metrics.items() if name in _SHOWN}
+        self._publish("idle", "waits for the next round")

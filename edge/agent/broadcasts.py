@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
+import logging
+import random
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fleetune.edge.agent.state import State
+from fleetune.edge.agent.worker import Tensors
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.messages import Announcement, Need
+from fleetune.edge.protocol.codec import Codec
+from fleetune.edge.protocol.errors import MessageError
+from fleetune.edge.protocol.messages import Announcement, Need, Payload
+
+log = logging.getLogger(__name__)
+
+_EXACT = Codec.named("f32")
+
+_PATIENCE = 5.0
+"""Seconds for a chunk that is on its way; asked for too soon, a slow link carries it twice."""
+
+_SOON = 0.2
+"""Seconds, at most, before chunks are asked for that nobody is sending."""
+
+_LONGEST_PATIENCE = 60.0
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    announced: Announcement
-    downloads: dict[int, chunks.Assembly]
+@dataclass
+class _Download:
+    assembly: chunks.Assembly
+    patience: float
+    asked: bool = False
+    in_vain: int = 0
+    since: float = field(default_factory=time.monotonic)
+    slowest: float = 0.0
+
+    @property
+    def while_under_way(self) -> float:
+        """Seconds that the next chunk may take: some times what the slowest one took."""
+        return min(_LONGEST_PATIENCE, max(_PATIENCE, 4 * self.slowest))
 
 
 class Broadcasts:
-    """The newest announcement of each job; the broker may keep one that nobody leads any more.
+    """The newest announcement of each job, and its download; the broker may keep one that nobody leads any more.
 
     Args:
         state: Where tensors are kept.
@@ -25,46 +52,122 @@ class Broadcasts:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._wanted: dict[str, _Wanted] = {}
+        self._newest: dict[str, Announcement] = {}
+        self._downloads: dict[str, _Download] = {}
 
-    def want(self, announced: Announcement) -> None:
-        """Expect the tensors of a round that are not here.
+    def want(self, announced: Announcement, *, under_way: bool) -> None:
+        """Expect the tensors of a round, if they are not here.
+
+        Args:
+            announced: The round.
+            under_way: Whether their chunks are being sent just now.
 
         Raises:
             MessageError: The announced sizes exceed the limits.
+            OSError: They cannot be written.
         """
-        downloads = {
-            version: chunks.Assembly(payload)
-            for version, payload in announced.payloads.items()
-            if self._state.payload(payload) is None
-        }
-        self._wanted[announced.job] = _Wanted(announced, downloads)
+        job, before = announced.job, self._downloads.pop(announced.job, None)
+        self._newest[job] = announced
+        if announced.whole is None or self._state.has_globals(announced.whole.sha256):
+            return
+        payload = announced.whole
+        if announced.changes is not None and (announced.since is None or self._state.has_globals(announced.since)):
+            payload = announced.changes
+        under_way = under_way and payload is announced.changes
+        patience = _PATIENCE if under_way else random.uniform(0, _SOON)  # noqa: S311 - not the whole fleet at once
+        if before is not None and before.assembly.payload == payload:
+            before.patience = patience
+        else:
+            before = self._download(payload, job, patience=patience)
+        self._downloads[job] = before
+
+    def hurry(self) -> None:
+        """Nobody sends what is still missing: the connection broke meanwhile."""
+        for download in self._downloads.values():
+            download.patience = random.uniform(0, _SOON)  # noqa: S311
 
     def forget(self, job: str) -> None:
         """A job's announcement does not count any more."""
-        self._wanted.pop(job, None)
+        self._newest.pop(job, None)
+        if (download := self._downloads.pop(job, None)) is not None:
+            download.assembly.drop()
 
-    def add(self, job: str, version: int, index: int, data: bytes) -> None:
-        """Take a chunk, and keep the tensors that it completes.
+    def add(self, job: str, sha256: str, index: int, data: bytes) -> bool:
+        """Take a chunk; True if it was the last of its payload.
 
         Raises:
             MessageError: The chunk does not fit, or the whole has another hash; then all is asked for again.
+            OSError: It cannot be written.
         """
-        downloads = self._wanted[job].downloads if job in self._wanted else {}
-        if version in downloads:
-            assembly = downloads[version]
-            assembly.add(index, data)
-            if not assembly.missing:
-                self._state.save_payload(assembly.payload, assembly.finish())
-                del downloads[version]
+        download = self._downloads.get(job)
+        if download is None or download.assembly.payload.sha256 != sha256:
+            return False
+        if download.assembly.add(index, data):
+            now = time.monotonic()
+            download.slowest = max(download.slowest, now - download.since)
+            download.since, download.in_vain = now, 0
+            download.patience = download.while_under_way
+        if not download.assembly.complete:
+            return False
+        announced = self._newest[job]
+        assert announced.whole is not None
+        payload, data = download.assembly.payload, download.assembly.finish()
+        try:
+            whole, tensors = self._follow(announced, payload, data)
+        except MessageError as error:
+            log.warning("%s: %s; asks for the whole", job, error)
+            self._downloads[job] = self._download(announced.whole, job, patience=_SOON)
+            return False
+        self._state.save_globals(announced.whole.sha256, whole, tensors)
+        del self._downloads[job]
+        return True
+
+    def _follow(self, announced: Announcement, payload: Payload, data: bytes) -> tuple[bytes, Tensors]:
+        """The announced tensors and their bytes, from the whole or from what changed.
+
+        Raises:
+            MessageError: What came does not lead there.
+        """
+        assert announced.whole is not None
+        tensors = Codec.named(payload.codec).decode(data)
+        if payload == announced.whole:
+            return data, tensors
+        before = self._state.load_globals(announced.since)
+        tensors = before | {name: before[name] + t if name in before else t for name, t in tensors.items()}
+        whole = _EXACT.encode(tensors)
+        if chunks.describe(whole, _EXACT.name).sha256 != announced.whole.sha256:
+            raise MessageError("the changes do not lead to the announced tensors", "ask for all", reason="wrong-hash")
+        return whole, tensors
+
+    def _download(self, payload: Payload, job: str, *, patience: float) -> _Download:
+        """Begin a download; of what was begun for the job before nothing stays."""
+        assembly = chunks.Assembly(payload, self._state.parts(job))
+        assembly.drop_others()
+        return _Download(assembly, patience)
 
     def overdue(self) -> Iterator[Need]:
-        """What is to be asked for again."""
-        for job, wanted in self._wanted.items():
-            for version, assembly in wanted.downloads.items():
-                if assembly.overdue():
-                    yield Need(job=job, version=version, bitmap=assembly.missing_bitmap())
+        """What is to be asked for: nothing of it came for a while."""
+        now = time.monotonic()
+        for job, download in self._downloads.items():
+            if now - download.since > download.patience:
+                download.patience = min(_LONGEST_PATIENCE, download.while_under_way * 2**download.in_vain)
+                download.since, download.asked = now, True
+                download.in_vain += 1
+                payload = download.assembly.payload
+                yield Need(job=job, sha256=payload.sha256, bitmap=download.assembly.missing_bitmap())
+
+    def asked(self) -> set[tuple[str, str]]:
+        """Job and hash of every payload that is not whole yet and of which chunks were asked for."""
+        return {(job, download.assembly.payload.sha256) for job, download in self._downloads.items() if download.asked}
 
     def ready(self) -> Announcement | None:
         """A round whose tensors are all here, if there is one; it stays until it is forgotten."""
-        return next((wanted.announced for wanted in self._wanted.values() if not wanted.downloads), None)
+        return next((self._newest[job] for job in self._newest if job not in self._downloads), None)
+
+    def tensors(self, announced: Announcement) -> Tensors:
+        """The global tensors of a round that is ready.
+
+        Raises:
+            MessageError: They are damaged.
+        """
+        return self._state.load_globals(announced.whole.sha256 if announced.whole is not None else None)

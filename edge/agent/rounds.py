@@ -1,22 +1,22 @@
-"""What a device does in a round: it knows what training costs here, plans within what there is now, and trains."""
+"""The agent's worker: it knows what training costs here, plans within what there is now, and trains."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
-from fleetune.edge.agent.config import AgentConfig
 from fleetune.edge.agent.state import State
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.cache import PrefixCache, room
-from fleetune.edge.engine.dataset import Dataset
+from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.methods import METHODS
 from fleetune.edge.methods.base import Device, Method, Metrics, Outcome, Round, Settings, Tensors, read_settings
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.errors import BudgetError
+from fleetune.edge.protocol.errors import BudgetError, MessageError, PackError
 from fleetune.edge.protocol.messages import Announcement
 from fleetune.edge.resources.costs import Costs, measure
 from fleetune.edge.resources.guard import Guard
@@ -24,12 +24,13 @@ from fleetune.edge.resources.heat import Heat
 from fleetune.edge.resources.limits import Budget, lacking
 from fleetune.edge.resources.memorywatch import MemoryWatch
 from fleetune.edge.resources.planner import Plan, choose
-from fleetune.edge.resources.process import Stopwatch, peak_mib
+from fleetune.edge.resources.process import Stopwatch, machine_memory_mib, peak_mib
 from fleetune.edge.resources.workload import Workload
 
 log = logging.getLogger(__name__)
 
 _MIB = 1 << 20
+_COSTS = "costs.json"
 
 
 @dataclass(frozen=True)
@@ -43,37 +44,70 @@ class _Part:
     method: Method
 
 
-class Rounds:
-    """The rounds of one device.
+@dataclass(frozen=True)
+class RoundsConfig:
+    """What a device trains with.
 
-    Args:
-        config: What the agent is started with.
-        pack: The pack.
-        data: The device's samples.
-        state: What survives a restart.
-        say: Is told, for people, what goes on while costs are measured.
-        progress: Is told how far a round is: a share from 0 to 1 and the loss so far.
+    Attributes:
+        pack: The pack's folder.
+        data: The device's data file.
+        budget: What it may spend.
+        threads: Threads of ONNX Runtime; 0 means one for each core.
+        costs: Costs that were measured on this device before; measured anew where none of them fits.
+        sensors: Folder with the `/sys` that heat is read from; another one than the system's is for rehearsals.
+        throttles_c: Degrees from which the board throttles, where its sensors name no limit.
     """
 
-    def __init__(
-        self,
-        config: AgentConfig,
-        pack: Pack,
-        data: Dataset,
-        state: State,
-        *,
-        say: Callable[[str], None],
-        progress: Callable[[float, float], None],
-    ) -> None:
-        self._config, self._pack, self._data, self._state = config, pack, data, state
-        self._say, self._progress = say, progress
-        self._backbone = Backbone(pack, config.threads)
+    pack: Path
+    data: Path
+    budget: Budget
+    threads: int = 0
+    costs: tuple[Costs, ...] = ()
+    sensors: Path = Path("/")
+    throttles_c: float | None = None
+
+
+class Rounds:
+    """The rounds of one device: a :class:`~fleetune.edge.agent.worker.Worker`.
+
+    Args:
+        config: What it trains with.
+        device: Its id.
+
+    Raises:
+        FleetuneError: The pack or the data cannot be used.
+        BudgetError: The budget is larger than the machine's memory, so nothing would hold the agent to it.
+    """
+
+    def __init__(self, config: RoundsConfig, device: str) -> None:
+        if config.budget.memory_mib > machine_memory_mib():
+            raise BudgetError(
+                f"budget: memory: {config.budget.memory_mib:.0f} MiB are given, "
+                f"but this machine has {machine_memory_mib():.0f} MiB in all",
+                "lower the budget of this device in the fleet file",
+            )
+        self._config, self._device = config, device
+        self._pack = Pack.open(config.pack)
+        self._data = read_dataset(config.data, self._pack)
+        self._backbone = Backbone(self._pack, config.threads)
         self._memory = MemoryWatch(config.budget.memory_mib)
         self._heat = Heat(config.sensors, config.throttles_c)
-        self._cache_folder = config.state / "cache"
         self._costs: Costs | None = None
         self._base_mib: float | None = None
         self._part: _Part | None = None
+        self._say: Callable[[str], None] = lambda _what: None
+        self._progress: Callable[[float, float], None] = lambda _share, _loss: None
+
+    @property
+    def samples(self) -> int:
+        """Samples that it trains on."""
+        return len(self._data.indices("train"))
+
+    @property
+    def facts(self) -> Metrics:
+        """The plan, for people."""
+        plan = self._part.plan if self._part is not None else None
+        return {} if plan is None else {"plan": in_words(plan), "bound_by": plan.bound_by}
 
     def close(self) -> None:
         """Let go of the kernel's files."""
@@ -83,6 +117,40 @@ class Rounds:
         """Take no further part in the job of the round before."""
         self._part = None
 
+    def prepare(self, state: State, say: Callable[[str], None]) -> None:
+        """Know what training costs here.
+
+        Raises:
+            BudgetError: Not even the smallest trial ran.
+        """
+        self._state, self._say = state, say
+        self._cache_folder = state.folder / "cache"
+        self.measure()
+
+    def check_fit(self, announced: Announcement) -> None:
+        """See that this Fleetune has the method, and the pack is the job's.
+
+        Raises:
+            MessageError: The method is unknown.
+            PackError: The pack is another one.
+        """
+        if announced.method not in METHODS:
+            raise MessageError(
+                f"the method {announced.method!r} is unknown", "update Fleetune on this device", reason="unknown-method"
+            )
+        mine = self._pack.manifest
+        for what, theirs, own in (
+            ("the backbone", announced.backbone, mine.backbone.sha256),
+            ("weights in the format", announced.quantisation, mine.quantisation.type),
+            ("adapters of rank", announced.settings.get("rank"), mine.rank),
+            ("adapters on", announced.settings.get("targets"), ",".join(mine.targets)),
+        ):
+            if theirs != own:
+                raise PackError(
+                    f"the job {announced.job} is for {what} {theirs}, the pack {self._pack.path} has {own}",
+                    "give the device the pack that the aggregator was started with",
+                )
+
     def measure(self) -> Costs:
         """What training costs here: as it was measured before, unless the kit, the pack, or the power mode changed.
 
@@ -90,14 +158,14 @@ class Rounds:
             BudgetError: Not even the smallest trial ran.
         """
         length, threads = int(self._data.lengths.max()), self._config.threads
-        known = [self._costs] if self._costs is not None else [*self._config.costs, self._state.costs()]
+        known = [self._costs] if self._costs is not None else [*self._config.costs, self._state.read(_COSTS, Costs)]
         for costs in known:
             if costs is not None:
                 why = costs.stale(self._pack, threads=threads, length=length)
                 if not why:
                     if costs is not self._costs:
                         log.info("knows what training costs here from %d trials before", len(costs.trials))
-                        self._state.save_costs(costs)
+                        self._state.save(_COSTS, costs)
                     self._costs = costs
                     return costs
                 log.info("costs that are known do not count: %s", why)
@@ -109,7 +177,7 @@ class Rounds:
             limit_mib=self._memory.afforded_mib(),
             on_trial=lambda done, total: self._say(f"measures what training costs here: {done} of {total} trials"),
         )
-        self._state.save_costs(self._costs)
+        self._state.save(_COSTS, self._costs)
         return self._costs
 
     def hindrance(self, announced: Announcement) -> str:
@@ -129,13 +197,14 @@ class Rounds:
             return error.what
         return ""
 
-    def run(self, announced: Announcement, tensors: Tensors, frozen: Tensors) -> Outcome:
+    def answer(
+        self,
+        announced: Announcement,
+        tensors: Tensors,
+        progress: Callable[[float, float], None],
+        pulse: Callable[[], None],
+    ) -> Outcome:
         """Do a round that nothing hinders.
-
-        Args:
-            announced: The round.
-            tensors: Its global tensors.
-            frozen: Global tensors of an earlier stage.
 
         Raises:
             DataError: The samples do not suit the job, or training diverged.
@@ -143,6 +212,7 @@ class Rounds:
         """
         watch, part, budget = Stopwatch(), self._part, self._config.budget
         assert part is not None
+        self._progress, self._backbone.pulse = progress, pulse
         limits = (None, None) if announced.stage == "prepare" else (budget.cpu_s, budget.deadline_s)
         guard = Guard(limits[0], seconds=limits[1], excess_mib=self._memory.excess_mib)
         outcome = part.method.run(
@@ -151,7 +221,6 @@ class Rounds:
                 number=announced.round,
                 settings=announced.settings,
                 tensors=tensors,
-                frozen=frozen,
                 guard=guard,
             )
         )
@@ -183,11 +252,6 @@ class Rounds:
         )
         return Outcome(metrics, outcome.tensors, outcome.depth)
 
-    @property
-    def plan(self) -> Plan | None:
-        """What was planned last, if a job is under way."""
-        return self._part.plan if self._part is not None else None
-
     # --- planning -----------------------------------------------------------------------------------------------
 
     def _take_part(self, announced: Announcement, costs: Costs, budget: Budget) -> None:
@@ -215,21 +279,21 @@ class Rounds:
             limit=int(plan.cache_mib * _MIB),
         )
         device = Device(
-            id=self._config.device,
+            id=self._device,
             backbone=self._backbone,
             dataset=self._data,
             cache=cache,
             plan=plan,
             costs=costs,
             store=self._state.store(announced.run, announced.job),
-            progress=self._progress,
+            progress=lambda share, loss: self._progress(share, loss),
         )
         self._part = _Part(announced.run, announced.job, plan, cache, METHODS[announced.method](device))
 
     def _choose(self, announced: Announcement, costs: Costs, budget: Budget) -> Plan:
         names = set(Settings.__struct_fields__)
         common = {name: value for name, value in announced.settings.items() if name in names}
-        settings = read_settings(Round(announced.stage, announced.round, common, {}, {}, Guard()), Settings)
+        settings = read_settings(Round(announced.stage, announced.round, common, {}, Guard()), Settings)
         workload = Workload.of(
             self._data,
             self._pack.manifest,

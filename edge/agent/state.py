@@ -1,4 +1,4 @@
-"""What an agent keeps on disk: counters, costs, payloads that came down, updates that wait to go up."""
+"""What an agent keeps on disk: counters, global tensors that came down, updates that wait to go up."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from fleetune.edge.methods.base import Tensors
-from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError
+from fleetune.edge.agent.worker import Tensors
+from fleetune.edge.protocol.codec import Codec
+from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError, MessageError
 from fleetune.edge.protocol.files import FolderLock, write_atomic
-from fleetune.edge.protocol.messages import Payload, UpdateManifest, encode
-from fleetune.edge.resources.costs import Costs
+from fleetune.edge.protocol.messages import UpdateManifest, encode
 
-_KEEP_PAYLOADS = 4
+_KEEP_GLOBALS = 4
+"""Global tensors that stay: a broadcast tells only what has changed since the one before."""
 
 _KEEP_RUNS = 4
 """Runs whose private tensors stay: one to use, one that trains, and two to go back to."""
+
+
+Kind = TypeVar("Kind", bound=msgspec.Struct)
 
 
 class RunRecord(msgspec.Struct):
@@ -68,11 +72,16 @@ class State:
 
     def __init__(self, folder: Path, device: str) -> None:
         self.folder = folder
+        self._newest: tuple[str, Tensors] = ("", {})
+        self._queued: tuple[str, bytes] = ("", b"")
         self._lock = FolderLock(folder)
         try:
             self._claim(device)
-            self.counters: Counters = self._read("counters.json", Counters) or Counters()
+            self.counters = self.read("counters.json", Counters) or Counters()
             self._outbox = self._load_outbox()
+            for manifest in self._outbox.values():  # a power cut may have come before the counters were written
+                record = self.enter(manifest.run)
+                record.answered[manifest.job] = max(manifest.version, record.answered.get(manifest.job, -1))
         except ConfigError:
             self.close()
             raise
@@ -90,7 +99,12 @@ class State:
             )
         write_atomic(owner, device.encode())
 
-    def _read(self, name: str, kind: type[Any]) -> Any:
+    def read(self, name: str, kind: type[Kind]) -> Kind | None:
+        """A file of the folder, if it is there.
+
+        Raises:
+            ConfigError: It is damaged.
+        """
         file = self.folder / name
         if not file.is_file():
             return None
@@ -99,20 +113,13 @@ class State:
         except UNDECODABLE as error:
             raise ConfigError(f"{file}: {error}", "delete the file; it is made again") from error
 
+    def save(self, name: str, content: msgspec.Struct) -> None:
+        """Replace a file of the folder."""
+        write_atomic(self.folder / name, encode(content))
+
     def save_counters(self) -> None:
         """Write the counters."""
-        write_atomic(self.folder / "counters.json", encode(self.counters))
-
-    # --- what was measured and decided --------------------------------------------------------------------------
-
-    def costs(self) -> Costs | None:
-        """The measured costs, if there are any."""
-        costs: Costs | None = self._read("costs.json", Costs)
-        return costs
-
-    def save_costs(self, costs: Costs) -> None:
-        """Keep measured costs."""
-        write_atomic(self.folder / "costs.json", encode(costs))
+        self.save("counters.json", self.counters)
 
     # --- runs ---------------------------------------------------------------------------------------------------
 
@@ -128,54 +135,94 @@ class State:
         """The record of a run; a new one takes the place of the oldest, whose tensors and updates are let go."""
         known = self._known(run)
         if known is None:
-            runs, known = self.counters.runs, RunRecord(run)
-            runs[:] = [*runs, known][-_KEEP_RUNS:]
+            known = RunRecord(run)
+            runs = [*self.counters.runs, known]
+            self.counters.runs, gone = runs[-_KEEP_RUNS:], [some.id for some in runs[:-_KEEP_RUNS]]
             self.save_counters()
-            kept = {some.id for some in runs}
-            for folder in (self.folder / "runs").glob("*"):
-                if folder.name not in kept:
-                    shutil.rmtree(folder)
-            for manifest in self.outbox():
-                if manifest.run not in kept:
-                    self.drop_outbox(manifest.update)
+            for old in gone:
+                shutil.rmtree(self.folder / "runs" / old, ignore_errors=True)
+                for manifest in self.outbox():
+                    if manifest.run == old:
+                        self.drop_outbox(manifest.update)
         return known
 
     def store(self, run: str, job: str) -> JobStore:
         """The private tensors of a job."""
         return JobStore(self.folder / "runs" / run / job, run, job)
 
-    # --- payloads that came down --------------------------------------------------------------------------------
+    # --- global tensors that came down --------------------------------------------------------------------------
 
-    def payload(self, payload: Payload) -> bytes | None:
-        """The bytes of a payload, if they are here and whole."""
-        file = self.folder / "payloads" / payload.sha256
-        if not file.is_file() or file.stat().st_size != payload.size:
-            return None
-        data = file.read_bytes()
-        os.utime(file)  # what is still read is not the oldest
-        return data if hashlib.sha256(data).hexdigest() == payload.sha256 else None
+    def parts(self, job: str) -> Path:
+        """Folder of what is on its way down for a job."""
+        return self.folder / "parts" / job
 
-    def save_payload(self, payload: Payload, data: bytes) -> None:
-        """Keep a payload, and let go of the oldest ones."""
-        folder = self.folder / "payloads"
-        write_atomic(folder / payload.sha256, data)
-        files = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)
-        for old in files[_KEEP_PAYLOADS:]:
+    def _globals(self, sha256: str) -> Path:
+        return self.folder / "globals" / f"{sha256}.safetensors"
+
+    def has_globals(self, sha256: str) -> bool:
+        """Whether the global tensors with this hash are here."""
+        return self._globals(sha256).is_file()
+
+    def load_globals(self, sha256: str | None) -> Tensors:
+        """The global tensors with this hash; None are the initial ones, which differ in nothing from themselves.
+
+        Raises:
+            MessageError: The file is damaged; it is then gone, and the tensors are asked for again.
+        """
+        if sha256 is None:
+            return {}
+        if sha256 == self._newest[0]:
+            return dict(self._newest[1])
+        file = self._globals(sha256)
+        data = file.read_bytes() if file.is_file() else b""
+        if hashlib.sha256(data).hexdigest() != sha256:
+            file.unlink(missing_ok=True)
+            raise MessageError(f"{file} is damaged", "nothing: it is asked for again", reason="wrong-hash")
+        self._touch(file)  # what is still read is not the oldest
+        return Codec.named("f32").decode(data)
+
+    def save_globals(self, sha256: str, data: bytes, tensors: Tensors) -> None:
+        """Keep global tensors, and let go of the oldest ones.
+
+        Args:
+            sha256: Hash of ``data``: what a power cut loses is asked for again.
+            data: Their bytes.
+            tensors: What they are; the next broadcast, most likely, is added to them.
+        """
+        write_atomic(self._globals(sha256), data, sync=False)
+        self._newest = sha256, tensors
+        self._touch(self._globals(sha256))
+        files = sorted(self._globals(sha256).parent.glob("*.safetensors"), key=lambda f: f.stat().st_mtime_ns)
+        for old in files[:-_KEEP_GLOBALS]:
             old.unlink()
+
+    @staticmethod
+    def _touch(file: Path) -> None:
+        """Make a file the newest of its folder; many boards wake up in the past."""
+        newest = max(other.stat().st_mtime_ns for other in file.parent.glob("*.safetensors"))
+        os.utime(file, ns=(newest + 1_000_000, newest + 1_000_000))
 
     # --- updates that wait to go up -----------------------------------------------------------------------------
 
     def _load_outbox(self) -> dict[str, UpdateManifest]:
-        files = (self.folder / "outbox").glob("*.json")
-        found: list[UpdateManifest] = [self._read(f"outbox/{file.name}", UpdateManifest) for file in files]
-        return {manifest.update: manifest for manifest in found}
+        found = dict[str, UpdateManifest]()
+        for file in (self.folder / "outbox").glob("*.update"):
+            with file.open("rb") as content:
+                try:
+                    manifest = msgspec.json.decode(content.readline(), type=UpdateManifest)
+                except UNDECODABLE as error:
+                    raise ConfigError(f"{file}: {error}", "delete the file; its round is lost") from error
+            found[manifest.update] = manifest
+        return found
+
+    def _update(self, update: str) -> Path:
+        return self.folder / "outbox" / f"{update}.update"
 
     def put_outbox(self, manifest: UpdateManifest, data: bytes) -> None:
-        """Keep an update until the aggregator has it; the manifest is written last and makes it count."""
-        folder = self.folder / "outbox"
-        write_atomic(folder / f"{manifest.update}.bin", data)
-        write_atomic(folder / f"{manifest.update}.json", encode(manifest))
+        """Keep an update until the aggregator has it: a line with its manifest, then its tensors."""
+        write_atomic(self._update(manifest.update), encode(manifest) + b"\n" + data)
         self._outbox[manifest.update] = manifest
+        self._queued = manifest.update, data
 
     def outbox(self) -> list[UpdateManifest]:
         """Updates that wait, oldest first."""
@@ -185,17 +232,25 @@ class State:
         """The manifest of an update, if it waits."""
         return self._outbox.get(update)
 
-    def outbox_data(self, manifest: UpdateManifest) -> bytes:
-        """The tensors of an update that waits."""
-        return (self.folder / "outbox" / f"{manifest.update}.bin").read_bytes()
+    def outbox_data(self, manifest: UpdateManifest) -> bytes | None:
+        """The tensors of an update that waits; None if its file is damaged."""
+        update, data = self._queued
+        if update == manifest.update:  # as long as it is the newest: most are sent at once
+            return data
+        with self._update(manifest.update).open("rb") as file:
+            file.readline()
+            data = file.read()
+        whole = manifest.payload is None or hashlib.sha256(data).hexdigest() == manifest.payload.sha256
+        return data if whole else None
 
     def drop_outbox(self, update: str) -> UpdateManifest | None:
         """Let go of an update and return it, if it was there."""
         manifest = self._outbox.pop(update, None)
         if manifest is not None:
-            file = self.folder / "outbox" / f"{update}.json"
-            file.unlink(missing_ok=True)
-            file.with_suffix(".bin").unlink(missing_ok=True)
+            self.save_counters()  # that it was answered must outlast the answer
+            self._update(update).unlink(missing_ok=True)
+            if self._queued[0] == update:
+                self._queued = "", b""
         return manifest
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,15 @@ class Backbone:
         pack: The pack.
         threads: Threads of ONNX Runtime; 0 means one for each core.
         profile: A folder for ONNX Runtime's own record of where the time goes; see :meth:`profiles`.
+
+    Attributes:
+        pulse: Called before each pass through a block: somebody may have to do other things meanwhile.
     """
 
     def __init__(self, pack: Pack, threads: int, *, profile: Path | None = None) -> None:
         self.pack = pack
         self.blocks = pack.manifest.blocks
+        self.pulse: Callable[[], None] = lambda: None
         self._weights = pack.weights()
         self._threads, self._profile = threads, profile
         self._sessions: dict[str, tuple[onnxruntime.InferenceSession, list[str], list[str]]] = {}
@@ -66,6 +70,7 @@ class Backbone:
         return self._scratch[1]
 
     def _run(self, stem: str, feeds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+        self.pulse()
         session, inputs, outputs = self._session(stem)
         values: list[Any] = session.run(outputs, {name: feeds[name] for name in inputs})
         return dict(zip(outputs, values, strict=True))

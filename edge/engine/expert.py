@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,21 +121,31 @@ class Expert:
         """What depth ``depth`` trains: full name → tensor."""
         return {name: self.tensors[name] for name in self.layout.names(depth)}
 
+    def gained(self, start: Expert, depth: int) -> dict[str, FloatArray]:
+        """What depth ``depth`` has trained since ``start``: full name → difference."""
+        return Expert(self.layout, self.vector - start.vector).active(depth)
+
     def load(self, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Overwrite the named tensors.
 
         Raises:
             DataError: A name is unknown or a shape differs.
         """
-        for name, array in tensors.items():
-            target = self.tensors.get(name)
-            if target is None or target.shape != array.shape:
-                raise DataError(
-                    f"tensor {name} of shape {array.shape} does not fit the expert",
-                    "check that both sides use the same pack and the same number of classes",
-                    public=f"tensor {name} does not fit the expert",
-                )
+        for target, array in self._fitting(tensors):
             target[...] = array
+
+    def add(self, differences: Mapping[str, NDArray[Any]]) -> None:
+        """Add to the named tensors, as far as they are an expert's.
+
+        Raises:
+            DataError: A name is unknown or a shape differs.
+        """
+        for target, array in self._fitting({n: t for n, t in differences.items() if not n.startswith("gate.")}):
+            target += array
+
+    def _fitting(self, tensors: Mapping[str, NDArray[Any]]) -> Iterator[tuple[FloatArray, NDArray[Any]]]:
+        remedy = "check that both sides use the same pack and the same number of classes"
+        return fitting("the expert", self.tensors, tensors, remedy)
 
     def fingerprint_below(self, block: int) -> str:
         """Hash of the adapters below ``block``; adapters that change nothing (B = 0) count as none."""
@@ -161,3 +171,28 @@ class Expert:
     def logits(self, features: FloatArray) -> FloatArray:
         """Class scores [n, classes] of features [n, d]."""
         return features @ self.tensors["head.weight"] + self.tensors["head.bias"]
+
+
+def fitting(
+    what: str, own: Mapping[str, FloatArray], tensors: Mapping[str, NDArray[Any]], remedy: str
+) -> Iterator[tuple[FloatArray, NDArray[Any]]]:
+    """Pairs of an own tensor and the one that is to go there.
+
+    Args:
+        what: Whose tensors they are, for people.
+        own: Full name → own tensor.
+        tensors: Full name → tensor from elsewhere.
+        remedy: What to do where one does not fit.
+
+    Raises:
+        DataError: A name is unknown or a shape differs.
+    """
+    for name, array in tensors.items():
+        target = own.get(name)
+        if target is None or target.shape != array.shape:
+            raise DataError(
+                f"tensor {name} of shape {array.shape} does not fit {what}",
+                remedy,
+                public=f"tensor {name} does not fit {what}",
+            )
+        yield target, array

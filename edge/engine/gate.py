@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetune.edge.engine.expert import fitting
 from fleetune.edge.engine.loss import cross_entropy, softmax
-from fleetune.edge.protocol.errors import DataError
 
 FloatArray = NDArray[np.float32]
 
@@ -51,15 +51,21 @@ class Gate:
         Raises:
             DataError: A name is unknown or a shape differs.
         """
-        for name, array in tensors.items():
-            target = self.tensors.get(name)
-            if target is None or target.shape != array.shape:
-                raise DataError(
-                    f"tensor {name} of shape {array.shape} does not fit the gate",
-                    "check that both sides use the same pack and the same rank of the gate",
-                    public=f"tensor {name} does not fit the gate",
-                )
+        for target, array in self._fitting(tensors):
             target[...] = array
+
+    def add(self, differences: Mapping[str, FloatArray]) -> None:
+        """Add to the adapter, as far as it is named.
+
+        Raises:
+            DataError: A shape differs.
+        """
+        for target, array in self._fitting({name: differences[name] for name in ADAPTER if name in differences}):
+            target += array
+
+    def _fitting(self, tensors: Mapping[str, FloatArray]) -> Iterator[tuple[FloatArray, FloatArray]]:
+        remedy = "check that both sides use the same pack and the same rank of the gate"
+        return fitting("the gate", self.tensors, tensors, remedy)
 
     def weights(self, pooled: FloatArray) -> FloatArray:
         """Weights [n, 2] of the global and the local expert; each row sums to 1."""

@@ -116,8 +116,7 @@ class Round:
         stage: What to do.
         number: Rounds of training in the job, up to this one and with it.
         settings: Hyper-parameters, not yet converted to the method's own type.
-        tensors: This round's global tensors.
-        frozen: Global tensors of an earlier stage that do not change any more.
+        tensors: The global tensors, less the initial ones that follow from the seed.
         guard: Watches the budget.
     """
 
@@ -125,7 +124,6 @@ class Round:
     number: int
     settings: Mapping[str, Any]
     tensors: Tensors
-    frozen: Tensors
     guard: Guard
 
 
@@ -135,7 +133,7 @@ class Outcome:
 
     Attributes:
         metrics: Figures for the aggregator and the report.
-        tensors: What goes up; empty if nothing does.
+        tensors: What goes up: what the round has added to the global tensors; empty if nothing does.
         depth: Active blocks in this round.
     """
 

@@ -169,6 +169,7 @@ class LocalRun:
         out = np.empty((len(indices), expert.layout.width), dtype=np.float32)
         order = np.argsort(self.prefix.lengths[indices], kind="stable")
         for chunk in split(order, CHUNK):
+            self.device.backbone.pulse()
             rows = split(chunk, self._micro_batch)
             parts = self.prefix.chunk([indices[some] for some in rows])
             for some, features in zip(rows, self.suffix.features(parts, expert), strict=True):

@@ -10,10 +10,16 @@ from pathlib import Path
 from fleetune.edge.protocol.errors import RunFolderError
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
     """Replace ``path`` with ``data``, so that a reader or a power cut finds the old content or the new one.
 
     Folders that are missing are made; the file gets the mode that the umask leaves.
+
+    Args:
+        path: The file.
+        data: Its new content.
+        sync: Whether it is on disk before this returns; not needed where a reader checks what it finds, and can do
+            without.
 
     Raises:
         OSError: The file cannot be written; the old one is then still there.
@@ -24,12 +30,22 @@ def write_atomic(path: Path, data: bytes) -> None:
         with scratch.open("xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         scratch.replace(path)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, so that they survive a power cut."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

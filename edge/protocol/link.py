@@ -1,7 +1,8 @@
 """The MQTT 5 connection, for devices and the aggregator alike.
 
 paho-mqtt runs the network in a thread of its own; its callbacks only put events on a queue, and everything else
-happens in the thread that calls :meth:`Link.events`.
+happens in the thread that calls :meth:`Link.events`. Each connection is a client of its own: paho would send what was
+on its way over the one before once more, in ignorance of what has become of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import random
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +31,15 @@ from fleetune.edge.protocol.messages import MAX_CHUNK, MAX_MESSAGE
 
 log = logging.getLogger(__name__)
 
-_PACKET_OVERHEAD = 4096
-_MAX_PACKET = max(MAX_CHUNK, MAX_MESSAGE) + _PACKET_OVERHEAD
+_OVERHEAD = 512
+"""Bytes of a packet beside its payload, at most: its topic, its properties, its lengths."""
+
+_MAX_PACKET = max(MAX_CHUNK, MAX_MESSAGE) + 4096
+"""Bytes of the largest packet, with room for what a broker may add: some drop silently what is larger than this."""
+
+_LEAST_PACKET = 8 * 1024
+"""Bytes that a broker must take: no manifest is larger."""
+
 _SHORT_LIFE = 5.0
 """Seconds; a connection that breaks sooner after it was made is one that the broker ended."""
 
@@ -50,6 +57,12 @@ _LONGEST_PAUSE = 30
 
 _WINDOW = 8
 """Messages on their way at once: enough to fill a link, few enough to hold in memory."""
+
+_RECEIVE_MAXIMUM = 10
+"""Messages that a broker may be left to acknowledge at once; no broker asks for less. More wait in paho's queue."""
+
+_MAX_QUEUED = 16 << 20
+"""Bytes that came and wait to be looked at; beyond that the network's thread stops reading, and the broker notices."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,55 @@ class Refused:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Published:
+    """The broker has acknowledged a message."""
+
+    mid: int
+
+
 Event = Connected | Disconnected | Received | Refused
+
+
+class Sending:
+    """Messages that go out through the link's window, one after the other.
+
+    Attributes:
+        done: Whether the broker has acknowledged the last.
+        lost: Whether the link went down before: then some may have arrived, and all are to be sent again.
+    """
+
+    def __init__(self, messages: Iterable[tuple[str, bytes]], expiry: int | None) -> None:
+        self._messages, self._expiry = iter(messages), expiry
+        self._ahead = next(self._messages, None)
+        self._unanswered = 0
+        self.lost = False
+
+    @property
+    def done(self) -> bool:
+        """Whether the broker has acknowledged the last."""
+        return self._ahead is None and not self._unanswered and not self.lost
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is more to send."""
+        return self._ahead is not None and not self.lost
+
+    def next(self) -> tuple[str, bytes, int | None]:
+        """The next message, and its expiry."""
+        assert self._ahead is not None
+        topic, payload = self._ahead
+        self._ahead = next(self._messages, None)
+        self._unanswered += 1
+        return topic, payload, self._expiry
+
+    def cancel(self) -> None:
+        """Send no more of them."""
+        self._ahead = None
+
+    def acknowledged(self) -> None:
+        """One of them has arrived at the broker."""
+        self._unanswered -= 1
 
 
 class Link:
@@ -129,36 +190,65 @@ class Link:
         client_id: Unique at the broker.
         subscriptions: Topic filters, subscribed again after every reconnect.
         will: Topic and payload that the broker publishes, retained, when this side dies; None for nothing.
+
+    Attributes:
+        bytes_in: Payload bytes received.
+        bytes_out: Payload bytes sent.
     """
 
     def __init__(
         self, address: BrokerAddress, client_id: str, *, subscriptions: Iterable[str], will: tuple[str, bytes] | None
     ) -> None:
         self.address = address
-        self._client_id = client_id
-        self.bytes_in = 0
-        self.bytes_out = 0
-        self._events: queue.SimpleQueue[Event | BrokerProtocolError] = queue.SimpleQueue()
-        self._subscriptions = [(topic, SubscribeOptions(qos=1)) for topic in subscriptions]
+        self._client_id, self._will = client_id, will
+        self.bytes_in = self.bytes_out = 0
+        self._subscriptions = set(subscriptions)
+        self._events: queue.SimpleQueue[Event | _Published | BrokerProtocolError] = queue.SimpleQueue()
+        self._queued, self._room = 0, threading.Condition()
+        self._sendings: list[Sending] = []
+        self._receive_maximum = _RECEIVE_MAXIMUM
+        self._bulk = 0  # messages of sendings that are on their way
+        self._on_their_way: dict[int, tuple[int, Sending | None]] = {}  # mid → bytes, and what it belongs to
         self._answer: ReasonCode | None = None
-        self._answered = threading.Event()
+        self._answered = False
+        self._first_subscription: int | None = None
         self._closing = False
         self._up = False
-        self._max_packet = _MAX_PACKET
-        self._since = 0.0
-        self._short_lives = 0
-        client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=mqtt.MQTTv5)
+        self._max_packet = self._trusted = _MAX_PACKET
+        self._largest_taken = self._hangups = 0
+        self._since, self._short_lives, self._failures, self._open_at = 0.0, 0, 0, math.inf
+        self._client = self._new_client()
+
+    def _new_client(self) -> mqtt.Client:
+        client = mqtt.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=self._client_id,
+            protocol=mqtt.MQTTv5,
+            reconnect_on_failure=False,
+        )
         client.on_connect = self._on_connect
+        client.on_connect_fail = self._on_connect_fail
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
         client.on_subscribe = self._on_subscribe
         client.on_publish = self._on_publish
-        client.on_socket_open = _no_delay
-        if will is not None:
-            client.will_set(will[0], will[1], qos=1, retain=True)
-        client.reconnect_delay_set(min_delay=1, max_delay=_LONGEST_PAUSE)
-        client.max_inflight_messages_set(_WINDOW)
-        self._client = client
+        client.on_socket_open = no_delay
+        if self._will is not None:
+            client.will_set(self._will[0], self._will[1], qos=1, retain=True)
+        client.max_inflight_messages_set(self._receive_maximum)
+        return client
+
+    def _open(self) -> None:
+        """Begin to connect, in paho's thread."""
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.MaximumPacketSize = _MAX_PACKET
+        self._open_at = math.inf
+        self._client.loop_stop()
+        self._client = self._new_client()
+        self._client.connect_async(
+            self.address.host, self.address.port, keepalive=_KEEP_ALIVE, clean_start=True, properties=properties
+        )
+        self._client.loop_start()
 
     def connect(self, timeout: float = 10.0) -> None:
         """Connect and wait for the broker's answer.
@@ -170,27 +260,19 @@ class Link:
             BrokerUnreachableError: Nothing answers in time.
             BrokerProtocolError: The broker refuses MQTT 5 or this client.
         """
-        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-        properties.MaximumPacketSize = _MAX_PACKET
-        deadline, pause, said = time.monotonic() + timeout, 0.1, False
-        while True:
-            try:
-                self._client.connect(
-                    self.address.host, self.address.port, keepalive=_KEEP_ALIVE, clean_start=True, properties=properties
-                )
-                break
-            except (OSError, mqtt.WebsocketConnectionError) as error:
-                if time.monotonic() > deadline:
-                    raise self._unreachable(str(error)) from error
-                pause = min(_LONGEST_PAUSE, 1.5 * pause)
-                if pause > 1 and timeout == math.inf and not said:
-                    said = True
-                    log.warning("%s; waits for one", self._unreachable(str(error)).what)
-                time.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - a fleet that wakes together comes one by one
-        self._client.loop_start()
-        if not self._answered.wait(_ANSWER_WITHIN):
-            self.close()
-            raise self._unreachable("it accepts connections but does not answer")
+        start, said = time.monotonic(), False
+        self._open()
+        while not self._answered:
+            waited = time.monotonic() - start
+            if waited > timeout or (waited > _ANSWER_WITHIN and self._client.socket() is not None):
+                self.close()
+                raise self._unreachable()
+            if waited > 1 and timeout == math.inf and not said:
+                said = True
+                log.warning("%s; waits for one", self._unreachable().what)
+            if time.monotonic() > self._open_at:
+                self._open()
+            time.sleep(0.005)
         if self._answer is None or self._answer.is_failure:
             self.close()
             raise BrokerProtocolError(
@@ -198,8 +280,14 @@ class Link:
                 f"{self._answer or 'it hung up, as brokers of MQTT 3.1.1 do'}",
                 "use a broker that speaks MQTT 5 (Mosquitto 1.6 or newer, or `fleetune broker`)",
             )
+        self._up = True
 
-    def _unreachable(self, why: str) -> BrokerUnreachableError:
+    def _unreachable(self) -> BrokerUnreachableError:
+        why = "it accepts connections but does not answer"
+        try:
+            socket.create_connection((self.address.host, self.address.port), timeout=1.0).close()
+        except OSError as error:
+            why = str(error)
         return BrokerUnreachableError(
             f"no broker answers at {self.address}: {why}",
             f"check the address, or start a broker: Mosquitto, or `fleetune broker` ({install_hint('server')})",
@@ -213,47 +301,42 @@ class Link:
 
     # --- sending ------------------------------------------------------------------------------------------------
 
+    @property
+    def max_chunk(self) -> int:
+        """Bytes of the largest chunk that the broker takes."""
+        return min(MAX_CHUNK, self._max_packet - _OVERHEAD)
+
     def publish(self, topic: str, payload: bytes, *, retain: bool = False, expiry: int | None = None) -> None:
         """Send one message with QoS 1 and return at once.
 
         While the link is down it goes nowhere: what must arrive is sent again after :class:`Connected`.
         """
         if self._up:
-            self._send(topic, payload, retain=retain, expiry=expiry)
+            self._send(topic, payload, None, retain=retain, expiry=expiry)
 
-    def publish_many(
-        self, messages: Iterable[tuple[str, bytes]], *, expiry: int | None = None, timeout: float = 120.0
-    ) -> bool:
-        """Send messages through a sliding window.
+    def send(self, messages: Iterable[tuple[str, bytes]], *, expiry: int | None = None) -> Sending:
+        """Send many messages with QoS 1, as fast as the broker acknowledges them, while events are looked at.
 
-        Returns:
-            True when the broker has acknowledged the last; False if the link went down, or an acknowledgement did not
-            come in time: then some may have arrived, and all are to be sent again.
+        Args:
+            messages: Topics and payloads; one is taken when its turn comes.
+            expiry: Seconds that the broker keeps each for somebody who is not there.
         """
-        waiting: deque[mqtt.MQTTMessageInfo] = deque()
-        for topic, payload in messages:
+        sending = Sending(messages, expiry)
+        self._sendings.append(sending)
+        self._fill_window()
+        return sending
+
+    def _fill_window(self) -> None:
+        for sending in self._sendings:
             if not self._up:
-                return False
-            waiting.append(self._send(topic, payload, retain=False, expiry=expiry))
-            if len(waiting) >= _WINDOW and not self._acknowledged(waiting.popleft(), timeout):
-                return False
-        return all(self._acknowledged(info, timeout) for info in waiting)
+                sending.lost = True
+            while sending.waits and self._bulk < _WINDOW:
+                topic, payload, expiry = sending.next()
+                self._bulk += 1
+                self._send(topic, payload, sending, retain=False, expiry=expiry)
+        self._sendings = [sending for sending in self._sendings if sending.waits]
 
-    def _acknowledged(self, info: mqtt.MQTTMessageInfo, timeout: float) -> bool:
-        deadline = time.monotonic() + timeout
-        try:
-            while not info.is_published():
-                if not self._up:
-                    return False
-                if time.monotonic() > deadline:
-                    log.warning("the broker at %s did not acknowledge a message within %.0f s", self.address, timeout)
-                    return False
-                info.wait_for_publish(0.25)
-        except RuntimeError:  # paho's word for a connection that is gone
-            return False
-        return True
-
-    def _send(self, topic: str, payload: bytes, *, retain: bool, expiry: int | None) -> mqtt.MQTTMessageInfo:
+    def _send(self, topic: str, payload: bytes, sending: Sending | None, *, retain: bool, expiry: int | None) -> None:
         if len(payload) + len(topic) + 64 > self._max_packet:
             # paho would send it, the broker would hang up, and the same would happen again after every reconnect.
             raise BrokerProtocolError(
@@ -264,7 +347,22 @@ class Link:
         if expiry is not None:
             properties.MessageExpiryInterval = expiry
         self.bytes_out += len(payload)
-        return self._client.publish(topic, payload, qos=1, retain=retain, properties=properties)
+        mid = self._client.publish(topic, payload, qos=1, retain=retain, properties=properties).mid
+        self._on_their_way[mid] = len(payload), sending
+
+    def subscribe(self, topic: str) -> None:
+        """Hear another topic from now on."""
+        if topic not in self._subscriptions:
+            self._subscriptions.add(topic)
+            if self._up:
+                self._client.subscribe(topic, options=SubscribeOptions(qos=1))
+
+    def unsubscribe(self, topic: str) -> None:
+        """Hear it no more."""
+        if topic in self._subscriptions:
+            self._subscriptions.remove(topic)
+            if self._up:
+                self._client.unsubscribe(topic)
 
     # --- receiving ----------------------------------------------------------------------------------------------
 
@@ -273,50 +371,118 @@ class Link:
 
         Raises:
             BrokerProtocolError: The broker ends every connection soon after it is made, as it does for two clients
-                with one id.
+                with one id, or it takes no message of the size that a manifest needs.
         """
+        pause = self._open_at - time.monotonic()
+        if pause <= 0:
+            self._open()
         try:
-            event = self._events.get(timeout=timeout)
+            event = self._events.get(timeout=max(0.0, min(timeout, pause) if pause > 0 else timeout))
         except queue.Empty:
             return
         while True:
             if isinstance(event, BrokerProtocolError):
                 raise event
-            yield event
+            if isinstance(event, _Published):
+                self._acknowledge(event.mid)
+            else:
+                if isinstance(event, Connected):
+                    self._restored()
+                elif isinstance(event, Disconnected):
+                    self._broken()
+                elif isinstance(event, Received):
+                    with self._room:
+                        self._queued -= len(event.payload)
+                        self._room.notify()
+                yield event
             try:
                 event = self._events.get_nowait()
             except queue.Empty:
                 return
+
+    def _acknowledge(self, mid: int) -> None:
+        size, sending = self._on_their_way.pop(mid, (0, None))
+        self._largest_taken = max(self._largest_taken, size)
+        if sending is not None:
+            sending.acknowledged()
+            self._bulk -= 1
+            self._fill_window()
+
+    def _restored(self) -> None:
+        self._up = True
+        self._failures = self._short_lives
+        log.info("connected to %s", self.address)
+
+    def _broken(self) -> None:
+        if self._up:
+            log.warning("the connection to %s is lost; it comes back by itself", self.address)
+        self._up = False
+        self._suspect(max((size for size, _ in self._on_their_way.values()), default=0))
+        for _, sending in self._on_their_way.values():
+            if sending is not None:
+                sending.lost = True
+        self._on_their_way.clear()
+        self._bulk = 0
+        self._fill_window()
+        self._open_later()
+
+    def _open_later(self) -> None:
+        """A fleet that lost its broker comes back one by one, and asks less and less often."""
+        longest = min(_LONGEST_PAUSE, 0.5 * 2**self._failures)
+        self._open_at = time.monotonic() + random.uniform(longest / 4, longest)  # noqa: S311 - jitter
+        self._failures += 1
+
+    def _suspect(self, size: int) -> None:
+        """Some brokers hang up at a large packet without a word; two times in a row are taken for one of those."""
+        self._hangups = self._hangups + 1 if size > self._largest_taken else 0
+        if self._hangups >= 2 and self._trusted > _LEAST_PACKET:
+            self._hangups = 0
+            self._trusted = max(_LEAST_PACKET, min(self._trusted, size + _OVERHEAD) // 2)
+            self._max_packet = min(self._max_packet, self._trusted)
+            log.warning(
+                "the broker at %s hung up twice at messages of %d bytes; goes on with chunks of %d",
+                *(self.address, size, self.max_chunk),
+            )
 
     # --- paho's thread ------------------------------------------------------------------------------------------
 
     def _on_connect(
         self, client: mqtt.Client, _u: Any, _f: mqtt.ConnectFlags, reason: ReasonCode, properties: Properties | None
     ) -> None:
+        self._since = time.monotonic()
         self._answer = reason
         if reason.is_failure:
-            self._answered.set()
+            self._answered = True
             return
-        self._since = time.monotonic()
-        self._max_packet = getattr(properties, "MaximumPacketSize", _MAX_PACKET)
-        client.subscribe(self._subscriptions)
+        self._max_packet = min(self._trusted, getattr(properties, "MaximumPacketSize", _MAX_PACKET))
+        # paho takes it for the next connection only; a broker that is asked for too much ends this one.
+        self._receive_maximum = min(_RECEIVE_MAXIMUM, getattr(properties, "ReceiveMaximum", _RECEIVE_MAXIMUM))
+        topics = [(topic, SubscribeOptions(qos=1)) for topic in sorted(self._subscriptions)]
+        self._first_subscription = client.subscribe(topics)[1]
 
-    def _on_subscribe(self, _c: mqtt.Client, _u: Any, _mid: int, reasons: list[ReasonCode], _p: Any) -> None:
+    def _on_connect_fail(self, _c: mqtt.Client, _u: Any) -> None:
+        self._open_later()
+
+    def _on_subscribe(self, client: mqtt.Client, _u: Any, mid: int, reasons: list[ReasonCode], _p: Any) -> None:
+        if mid != self._first_subscription or client is not self._client:
+            return  # of a topic that was added later
         self._answer = next((reason for reason in reasons if reason.is_failure), self._answer)
-        self._answered.set()
-        self._up = True
-        log.info("connected to %s", self.address)
+        self._answered = True
+        if self._max_packet < _LEAST_PACKET:
+            self._events.put(
+                BrokerProtocolError(
+                    f"the broker at {self.address} takes messages of {self._max_packet} bytes at most",
+                    "raise its limit (Mosquitto: max_packet_size) to 128 KiB or more",
+                )
+            )
         self._events.put(Connected())
 
-    def _on_disconnect(self, _c: mqtt.Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
-        if not self._answered.is_set():
+    def _on_disconnect(self, client: mqtt.Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
+        if not self._answered:
             self._answer = reason if reason.is_failure else None
-            self._answered.set()
-        was_up, self._up = self._up, False
-        if self._closing:
+            self._answered = True
+        if self._closing or client is not self._client:
             return
-        if was_up:
-            log.warning("the connection to %s is lost; it comes back by itself", self.address)
         self._short_lives = self._short_lives + 1 if time.monotonic() - self._since < _SHORT_LIFE else 0
         self._events.put(Disconnected())
         if self._short_lives == _SHORT_LIVES:
@@ -328,15 +494,20 @@ class Link:
                 )
             )
 
-    def _on_publish(self, _c: mqtt.Client, _u: Any, _mid: int, reason: ReasonCode, _p: Any) -> None:
+    def _on_publish(self, _c: mqtt.Client, _u: Any, mid: int, reason: ReasonCode, _p: Any) -> None:
+        self._events.put(_Published(mid))
         if reason.is_failure:
             self._events.put(Refused(str(reason)))
 
     def _on_message(self, _c: mqtt.Client, _u: Any, message: mqtt.MQTTMessage) -> None:
         self.bytes_in += len(message.payload)
+        with self._room:
+            while self._queued > _MAX_QUEUED and not self._closing:
+                self._room.wait(0.5)
+            self._queued += len(message.payload)
         self._events.put(Received(message.topic, bytes(message.payload), message.retain))
 
 
-def _no_delay(_c: mqtt.Client, _u: Any, sock: Any) -> None:
-    # Small acknowledgements must not wait for Nagle's algorithm.
+def no_delay(_c: mqtt.Client, _u: Any, sock: Any) -> None:
+    """Small acknowledgements must not wait for Nagle's algorithm: for paho's ``on_socket_open``."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

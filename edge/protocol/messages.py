@@ -6,6 +6,7 @@ covers is exactly what was sent.
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -20,6 +21,9 @@ MAX_CHUNK = 64 * 1024
 
 MAX_PAYLOAD = 64 * 1024 * 1024
 """Largest tensor payload in bytes that a manifest may announce."""
+
+KIT = version("fleetune")
+"""Version of Fleetune."""
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z"
 """What a name that stands in a topic or in a path looks like."""
@@ -56,7 +60,7 @@ class Payload(_Struct, frozen=True):
 
     Attributes:
         codec: How the tensors were turned into bytes.
-        sha256: Hash of those bytes.
+        sha256: Hash of those bytes, and the payload's name.
         size: Their number.
         chunk_size: Bytes of every chunk but the last.
     """
@@ -72,15 +76,11 @@ class Payload(_Struct, frozen=True):
         return -(-self.size // self.chunk_size)
 
 
-class Frozen(_Struct, frozen=True):
-    """Global tensors of an earlier version, which a round still needs and which do not change any more."""
-
-    version: int
-    payload: Payload
-
-
 class Announcement(_Struct, frozen=True):
     """The aggregator announces a round, and the global tensors that it starts from.
+
+    Global tensors are known by the hash of their bytes, and travel as differences: ``changes`` lead from the ones of
+    the broadcast before to the ones of this; who lacks those asks for ``whole``.
 
     Attributes:
         fleet: Name of the fleet.
@@ -95,8 +95,10 @@ class Announcement(_Struct, frozen=True):
         quantisation: How the pack stores them; a device with another one declines.
         settings: Hyper-parameters of the method.
         expires: Unix time after which the announcement is void.
-        payload: This version's global tensors; absent if there are none yet.
-        frozen: Tensors of an earlier version that the stage also needs.
+        whole: The global tensors, less the initial ones that follow from the job's seed, in float32; absent while
+            nobody has trained any.
+        since: Hash of the global tensors that ``changes`` are added to; absent for the initial ones.
+        changes: What was added since then; absent if nothing was.
     """
 
     fleet: Name
@@ -111,14 +113,9 @@ class Announcement(_Struct, frozen=True):
     quantisation: str
     settings: dict[str, float | int | str | bool]
     expires: float
-    payload: Payload | None = None
-    frozen: Frozen | None = None
-
-    @property
-    def payloads(self) -> dict[int, Payload]:
-        """Version → all tensors that the round needs."""
-        own = {} if self.payload is None else {self.version: self.payload}
-        return own if self.frozen is None else own | {self.frozen.version: self.frozen.payload}
+    whole: Payload | None = None
+    since: Sha256 | None = None
+    changes: Payload | None = None
 
 
 class UpdateManifest(_Struct, frozen=True):
@@ -134,7 +131,7 @@ class UpdateManifest(_Struct, frozen=True):
         backbone: Hash of the backbone's weights.
         samples: Weight of the update in the mean.
         metrics: What the device measured in the round.
-        payload: The tensors; absent if nothing goes up.
+        payload: What the round added to the tensors that it started from; absent if nothing goes up.
     """
 
     fleet: Name
@@ -165,10 +162,10 @@ class Missing(_Struct, frozen=True):
 
 
 class Need(_Struct, frozen=True):
-    """A device asks the aggregator for chunks of a broadcast that it missed."""
+    """A device asks the aggregator for chunks of a payload of a job's broadcast that it missed."""
 
     job: Name
-    version: int
+    sha256: Sha256
     bitmap: bytes
 
 

@@ -27,7 +27,7 @@ def check_name(kind: str, name: str) -> str:
 
 
 def read_number(level: str) -> int | None:
-    """A version or the number of a chunk from its topic level, or None if it is none."""
+    """The number of a chunk from its topic level, or None if it is none."""
     return int(level) if _NUMBER.fullmatch(level) else None
 
 
@@ -57,9 +57,13 @@ class Topics:
         """Retained announcement of a job's newest version."""
         return f"{self._root}/g/{job}/current"
 
-    def broadcast_chunk(self, job: str, version: int | str, index: int | str) -> str:
-        """One chunk of the broadcast tensors."""
-        return f"{self._root}/g/{job}/{version}/{index}"
+    def broadcast_chunk(self, job: str, sha256: str, index: int | str) -> str:
+        """One chunk of a payload that all devices need."""
+        return f"{self._root}/g/{job}/{sha256}/{index}"
+
+    def repair_chunk(self, job: str, sha256: str, index: int | str) -> str:
+        """The same once more, for devices that missed it; who has it all does not listen here."""
+        return f"{self._root}/g/{job}/{sha256}/r/{index}"
 
     def upload_manifest(self, device: str, update: str) -> str:
         """Announces an update."""

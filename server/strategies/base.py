@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Protocol
 
 from fleetune.edge.protocol.messages import Stage
@@ -22,14 +20,14 @@ class NextRound:
     Attributes:
         stage: What devices do.
         depth: Depth that SAL's schedule asks for.
-        broadcast: Prefixes of the global tensors that go down, and that may come up.
-        frozen: Prefixes of global tensors that go down once, because the stage does not change them.
+        broadcast: Prefixes of the global tensors whose newest values go down; all others stay as devices have them.
+        trained: Prefixes of those that may come up.
     """
 
     stage: Stage
     depth: int
     broadcast: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,17 +36,11 @@ class ClosedRound:
 
     Attributes:
         stage: What devices did.
-        metrics: Device → its figures.
+        means: Mean of every figure over the devices that reported it as a finite number.
     """
 
     stage: Stage
-    metrics: Mapping[str, Metrics]
-
-    def mean(self, name: str) -> float | None:
-        """Mean of a figure over the devices that reported it as a finite number."""
-        reported = (metrics.get(name) for metrics in self.metrics.values())
-        values = [float(value) for value in reported if isinstance(value, float | int) and math.isfinite(value)]
-        return fmean(values) if values else None
+    means: Mapping[str, float]
 
 
 class Strategy(Protocol):
@@ -73,5 +65,5 @@ def trains(stage: Stage) -> bool:
 
 def depth_after(closed: Sequence[ClosedRound], job: Job) -> int:
     """SAL's depth for the next round, from the fleet's mean accuracy on ``val``."""
-    results = [mean for past in closed if (mean := past.mean("val")) is not None]
+    results = [past.means["val"] for past in closed if "val" in past.means]
     return scheduled_depth(results, job.schedule, int(job.settings["max_depth"]))

@@ -37,11 +37,11 @@ class FedMS:
         if done == 0:
             return NextRound("prepare", depth)
         if done <= first:
-            return NextRound("global", depth, broadcast=EXPERT)
+            return NextRound("global", depth, broadcast=EXPERT, trained=EXPERT)
         if done == first + 1:
-            return NextRound("prepare", depth, frozen=EXPERT)
+            return NextRound("prepare", depth, broadcast=EXPERT)
         if done <= first + 1 + second:
-            return NextRound("personal", depth, broadcast=GATE, frozen=EXPERT)
+            return NextRound("personal", depth, broadcast=GATE, trained=GATE)
         if closed[-1].stage == "personal":
-            return NextRound("evaluate", depth, broadcast=GATE, frozen=EXPERT)
+            return NextRound("evaluate", depth, broadcast=GATE)
         return None

@@ -27,8 +27,8 @@ from fleetune.edge.resources.planner import Plan
 from fleetune.edge.resources.trial import Trial
 
 COSTS = Costs("p", "1", "1", "x", 1, "1 core", (Trial(1, 2, 8, False, 50.0, 50.0, 60.0, 0.01, 0.01, 1e-6, 1e-6),))
-ROUND = Round("global", 1, {}, {}, {}, Guard())
-SETTINGS = {
+ROUND = Round("global", 1, {}, {}, Guard())
+SETTINGS: dict[str, Any] = {
     "rank": 4, "targets": "query,value,fc1", "classes": 2, "seed": 0, "max_depth": 2, "depth": 2, "epochs": 2,
     "batch": 6, "optimiser": "adam", "learning_rate": 5e-3, "weight_decay": 0.0,
 }  # fmt: skip
@@ -156,8 +156,9 @@ def play(device: Device, method: str, stage: Any = "personal", **changes: Any) -
     gate = GATE if method == "fedms" else {}
     layout = Layout.of(device.backbone.pack.manifest, 2)
     announced = {**SETTINGS, **gate, **changes}
-    frozen = Expert.initial(layout, seed=3).tensors if method == "fedms" and stage != "global" else {}
-    return METHODS[method](device).run(Round(stage, 1, announced, {}, frozen, Guard()))
+    shared, initial = Expert.initial(layout, seed=3), Expert.initial(layout, seed=SETTINGS["seed"])
+    gained = shared.gained(initial, layout.blocks) if method == "fedms" and stage != "global" else {}
+    return METHODS[method](device).run(Round(stage, 1, announced, gained, Guard()))
 
 
 def stored(device: Device) -> dict[str, bytes]:

@@ -187,6 +187,20 @@ def test_a_copy_is_independent_and_views_share_memory(layout: Layout) -> None:
     assert copy.vector[-1] == 1
 
 
+def test_what_was_gained_is_what_leads_from_the_start_to_where_training_came(tiny_bert_pack: Pack) -> None:
+    layout = Layout.of(tiny_bert_pack.manifest, classes=3)
+    start, trained = (Expert.initial(layout, seed=seed) for seed in (1, 2))
+    gained = trained.gained(start, depth=2)
+    assert list(gained) == layout.names(2)
+    found = start.copy()
+    found.add({**gained, "gate.A": np.zeros(1, np.float32)})  # of which an expert has no part
+    for name, tensor in found.tensors.items():
+        wanted = trained if name in gained else start
+        np.testing.assert_allclose(tensor, wanted.tensors[name], atol=1e-6)
+    assert not np.array_equal(start.vector, found.vector)
+    assert not start.gained(start, depth=2)["head.weight"].any()
+
+
 def test_the_same_seed_gives_the_same_expert_with_every_b_zero(tiny_bert_pack: Pack) -> None:
     layout = Layout.of(tiny_bert_pack.manifest, classes=2)
     first, again, other = (Expert.initial(layout, seed) for seed in (1, 1, 2))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetune.edge.engine.gate import ADAPTER, HEAD, Gate, mix
+from fleetune.edge.protocol.errors import DataError
 
 CLASSES, RANK, WIDTH = 4, 3, 10
 
@@ -43,6 +44,25 @@ def test_a_fresh_gate_is_the_same_on_every_device() -> None:
     for name, tensor in one.tensors.items():
         np.testing.assert_array_equal(tensor, two.tensors[name])
     assert (one.tensors["gate.A"] != other.tensors["gate.A"]).any()
+
+
+def test_what_others_have_trained_is_added_to_the_adapter_alone() -> None:
+    gate, before = random_gate(0), random_gate(0)
+    rng = np.random.default_rng(1)
+    shapes = {name: tensor.shape for name, tensor in gate.tensors.items()}
+    gained = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    gate.add({**gained, "head.weight": np.zeros(3, np.float32)})
+    for name, tensor in gate.tensors.items():
+        wanted = before.tensors[name] + gained[name] if name in ADAPTER else before.tensors[name]
+        np.testing.assert_array_equal(tensor, wanted)
+    gate.add({})
+    gate.add({"gate.B": -gained["gate.B"]})
+    np.testing.assert_allclose(gate.tensors["gate.B"], before.tensors["gate.B"], atol=1e-6)
+
+
+def test_a_difference_of_another_shape_is_refused() -> None:
+    with pytest.raises(DataError, match=r"gate\.A"):
+        Gate(WIDTH, RANK, seed=0).add({"gate.A": np.zeros((WIDTH, RANK + 1), np.float32)})
 
 
 @given(st.integers(0, 99), st.integers(1, 6), st.floats(1e-3, 1e4))

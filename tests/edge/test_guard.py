@@ -122,7 +122,7 @@ class Run:
 
         run.train(
             self.expert,
-            Round("global", number, {}, {}, {}, guard),
+            Round("global", number, {}, {}, guard),
             np.random.default_rng(0),
             evaluated=0,
             on_batch=count,

@@ -243,7 +243,9 @@ class Trainer:
         self.state = State(folder / "state", "cam-01")
         dataset, backbone = read_dataset(data, pack), Backbone(pack, threads=1)
         self.file = self.state.store("r1", "fedms").folder / FILE
-        self._frozen = Expert.initial(Layout.of(pack.manifest, 2), seed=3).tensors
+        layout = Layout.of(pack.manifest, 2)
+        shared, initial = Expert.initial(layout, seed=3), Expert.initial(layout, seed=SETTINGS["seed"])
+        self._gained = shared.gained(initial, layout.blocks)
         self.device = Device(
             id="cam-01",
             backbone=backbone,
@@ -257,7 +259,7 @@ class Trainer:
 
     def run(self, stage: Any, gate: Tensors | None = None) -> Outcome:
         """A round, after a restart."""
-        return FedMS(self.device).run(Round(stage, 1, SETTINGS, gate or {}, self._frozen, Guard()))
+        return FedMS(self.device).run(Round(stage, 1, SETTINGS, {**self._gained, **(gate or {})}, Guard()))
 
     def model(self) -> Model:
         return Model.read(self.file, self.device.backbone.pack)

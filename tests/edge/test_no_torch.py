@@ -93,7 +93,7 @@ settings = Settings(
 expert = Expert.initial(Layout.of(pack.manifest, 2), seed=0)
 before = expert.vector.copy()
 run = LocalRun(device, settings, expert)
-announced = Round("global", 1, {}, {}, {}, Guard())
+announced = Round("global", 1, {}, {}, Guard())
 losses = [run.train(expert, announced, np.random.default_rng(0), evaluated=0) for _ in range(8)]
 changed = [name for name, view in expert.layout.views(before).items() if (view != expert.tensors[name]).any()]
 answer({"losses": losses, "changed": changed})

@@ -55,7 +55,7 @@ def test_an_emulated_device_takes_part_in_a_fleet(
             agent.wait(30)
         log.seek(0)
         assert done.returncode == 0, done.stderr + log.read()
-    records = read_records(tmp_path / "aggregator" / JOURNAL)
+    records = list(read_records(tmp_path / "aggregator" / JOURNAL))
     assert isinstance(records[-1], Finished)
     last = [record.manifest for record in records if isinstance(record, Accepted)][-1]
     assert last.device == "cam-01"

@@ -108,6 +108,7 @@ class TestFleet:
         return self.start(
             *("serve", "--fleet", str(self.file), "--pack", str(self.pack), "--broker", self.broker),
             *("--state", str(self.folder / "aggregator"), "--classes", "2", "--batch", "4", "--max-depth", "3"),
+            "--keep-history",
             *more,
         )
 
@@ -127,7 +128,7 @@ class TestFleet:
     def records(self) -> list[Record]:
         """The aggregator's journal."""
         path = self.folder / "aggregator" / FILE
-        return read_records(path) if path.exists() else []
+        return list(read_records(path)) if path.exists() else []
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 60.0) -> None:
         """Wait for something; if it does not come, show what every command wrote."""

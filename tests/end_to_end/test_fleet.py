@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import time
@@ -13,17 +14,19 @@ import msgspec
 import numpy as np
 import onnxruntime
 import pytest
+import safetensors.numpy
 
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.codec import Codec
+from fleetune.edge.protocol.link import BrokerAddress, Link, Received
 from fleetune.edge.protocol.modelfile import FILE
+from fleetune.edge.protocol.topics import Topics
 from fleetune.edge.resources.costs import Costs
 from fleetune.edge.resources.limits import TIME_MARGIN
 from fleetune.edge.resources.planner import candidates
 from fleetune.edge.resources.workload import Workload
 from fleetune.server.broker import free_port
-from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal
+from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal, read_records
 
 ROUNDS = ("--global-rounds", "2", "--personal-rounds", "1", "--sal-start", "3")
 STAGES = ["prepare", "global", "global", "prepare", "personal", "evaluate"]
@@ -39,7 +42,7 @@ def answers(records: list[Any]) -> list[tuple[str, int]]:
 
 def final_globals(folder: Path) -> dict[str, Any]:
     journal = Journal(folder)
-    closed = [r.version for r in journal.records if isinstance(r, Closed)][-1]
+    closed = [r.version for r in read_records(journal.path) if isinstance(r, Closed)][-1]
     found = journal.load_globals("fedms", closed)
     journal.close()
     return found
@@ -103,8 +106,8 @@ def test_a_device_sends_only_the_blocks_that_its_budget_lets_it_train(make_fleet
     budget = (cheapest[1] + cheapest[2]) / 2 * (1 + TIME_MARGIN)
     fleet.write({"big": ("1GiB", 100.0), "small": ("1GiB", budget)})
     run_to_the_end(fleet, "--epochs", "20")
-    updates = [r.manifest for r in fleet.records() if isinstance(r, Accepted)]
-    first = {u.device: u for u in updates if u.version == 1}
+    updates = [r for r in fleet.records() if isinstance(r, Accepted)]
+    first = {update.manifest.device: update for update in updates if update.into == 1}
     journal = Journal(fleet.folder / "aggregator")
     blocks = {
         device: {name.split(".")[1] for name in journal.load_update(update) if name.startswith("blocks.")}
@@ -112,7 +115,7 @@ def test_a_device_sends_only_the_blocks_that_its_budget_lets_it_train(make_fleet
     }
     journal.close()
     assert blocks == {"big": {"0", "1", "2"}, "small": {"2"}}
-    assert first["small"].metrics["plan_bound_by"] == "cpu"
+    assert first["small"].manifest.metrics["plan_bound_by"] == "cpu"
 
 
 def test_a_block_is_the_mean_over_the_devices_that_trained_it_weighted_by_samples(
@@ -121,11 +124,11 @@ def test_a_block_is_the_mean_over_the_devices_that_trained_it_weighted_by_sample
     fleet = make_fleet(embedded)
     run_to_the_end(fleet)
     journal = Journal(fleet.folder / "aggregator")
-    first = [r.manifest for r in journal.records if isinstance(r, Accepted) and r.manifest.version == 1]
+    first = [r for r in fleet.records() if isinstance(r, Accepted) and r.into == 1]
     result = journal.load_globals("fedms", 1)
     tensors = [journal.load_update(update) for update in first]
     journal.close()
-    weights = [update.samples for update in first]
+    weights = [update.manifest.samples for update in first]
     assert sorted(weights) == [10, 12]
     for name, mean in result.items():
         expected = sum(w * t[name].astype(np.float64) for w, t in zip(weights, tensors, strict=True)) / sum(weights)
@@ -136,8 +139,8 @@ def test_only_the_gates_adapter_goes_up_in_the_second_stage(make_fleet: Any, emb
     fleet = make_fleet(embedded)
     run_to_the_end(fleet)
     journal = Journal(fleet.folder / "aggregator")
-    personal = [r.announcement.version for r in journal.records if isinstance(r, Announced)][4]
-    sent = [r.manifest for r in journal.records if isinstance(r, Accepted) and r.manifest.version == personal]
+    personal = [r.announcement.version for r in fleet.records() if isinstance(r, Announced)][4]
+    sent = [r for r in fleet.records() if isinstance(r, Accepted) and r.into == personal]
     names = {name for update in sent for name in journal.load_update(update)}
     journal.close()
     assert len(sent) == 2
@@ -440,8 +443,25 @@ def test_a_budget_above_the_machine_is_refused(make_fleet: Any, embedded: str) -
 
 
 def test_payloads_travel_as_safetensors(make_fleet: Any, embedded: str) -> None:
-    fleet = make_fleet(embedded)
+    fleet, topics = make_fleet(embedded), Topics("lab")
+    listener = Link(
+        BrokerAddress.parse(embedded), "listener", subscriptions=[topics.broadcast_chunk("+", "+", "+")], will=None
+    )
+    listener.connect()
     run_to_the_end(fleet)
-    files = sorted((fleet.folder / "aggregator" / "fedms" / "updates" / "1").iterdir())
-    assert [file.name for file in files] == ["big.bin", "small.bin"]
-    assert all("head.weight" in Codec.named("f16").decode(file.read_bytes()) for file in files)
+    down = [(*topics.split(e.topic)[2:], e.payload) for e in listener.events(1.0) if isinstance(e, Received)]
+    listener.close()
+    announced = [r.announcement for r in fleet.records() if isinstance(r, Announced)]
+    told = [announcement.changes.sha256 for announcement in announced if announcement.changes is not None]
+    assert [(sha256, index) for sha256, index, _ in down] == [(sha256, "0") for sha256 in told]
+    assert [set(safetensors.numpy.load(data)) & {"head.weight", "gate.A"} for *_, data in down] == [
+        *({"head.weight"}, {"head.weight"}, {"gate.A"}),  # what each round of training has changed, once for all
+    ]
+    folder = fleet.folder / "aggregator" / "fedms"
+    up = (folder / "updates" / "1.bin").read_bytes()
+    for record in (r for r in fleet.records() if isinstance(r, Accepted) and r.into == 1):
+        payload = record.manifest.payload
+        part = up[record.start : record.start + payload.size]
+        assert hashlib.sha256(part).hexdigest() == payload.sha256
+        assert "head.weight" in safetensors.numpy.load(part)
+    assert "head.weight" in safetensors.numpy.load_file(folder / "globals" / "1.safetensors")

@@ -76,11 +76,9 @@ class HandMade:
         """Send an update and return the answer."""
         update = update or manifest.update
         self.link.publish(TOPICS.upload_manifest(self.name, update), seal(manifest))
-        if manifest.payload and data:
-            self.link.publish_many(
-                (TOPICS.upload_chunk(self.name, update, i), chunks.chunk(data, manifest.payload, i))
-                for i in range(manifest.payload.chunks)
-            )
+        if manifest.payload and data:  # a single chunk follows its manifest at once
+            parts = chunks.cut(data, manifest.payload, range(manifest.payload.chunks))
+            self.link.send((TOPICS.upload_chunk(self.name, update, i), part) for i, part in parts)
         return decode(self.hear("/ack"), Ack)
 
 
@@ -158,7 +156,8 @@ def test_garbage_on_every_topic_stops_nobody(make_fleet: Any, embedded: str, raw
                 TOPICS.upload_manifest("small", "u"),
             ),
             *(TOPICS.upload_chunk("small", "u", 0), TOPICS.upload_chunk("small", "u", "x"), TOPICS.current("other")),
-            *(TOPICS.broadcast_chunk("fedms", 1, 0), TOPICS.broadcast_chunk("fedms", "x", "y")),
+            *(TOPICS.broadcast_chunk("fedms", "ab" * 32, 0), TOPICS.broadcast_chunk("fedms", "x", "y")),
+            *(TOPICS.repair_chunk("fedms", "ab" * 32, 0), TOPICS.repair_chunk("fedms", "x", "y")),
             *(TOPICS.down("small", "ack"), TOPICS.down("small", "missing"), TOPICS.down("small", "dance")),
         ):
             stranger.link.publish(topic, raw)

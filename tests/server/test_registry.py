@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
 from fleetune.edge.protocol.messages import Presence
 from fleetune.server.registry import Registry
+from fleetune.server.store import Store
 
 FLEET = frozenset({"a", "b", "c"})
 
@@ -124,3 +126,28 @@ def test_without_expectations_any_device_that_is_there_is_a_member() -> None:
     assert registry.members() == {"a"}
     assert registry.ready() == {"a"}
     assert registry.knows("b")
+
+
+def test_a_device_that_has_just_gone_is_still_counted_on(fleet: Registry) -> None:
+    fleet.update(presence("a"))
+    fleet.update(presence("b"))
+    fleet.update(presence("b", "offline"))
+    assert fleet.here(patience=10) == {"a", "b"}  # c was never seen
+    time.sleep(0.05)
+    fleet.update(presence("b", "offline"))  # said again: it has been away since then all the same
+    assert fleet.here(patience=0.05) == {"a"}
+    fleet.update(presence("b"))
+    assert fleet.here(patience=0.05) == {"a", "b"}
+
+
+def test_what_is_new_of_a_device_is_kept_once(fleet: Registry) -> None:
+    store = Store(":memory:")
+    for state in ("online", "working"):
+        fleet.update(presence("a", state, boot=3, detail="trains"))
+    fleet.update(presence("stranger"))
+    fleet.save(store)
+    (row,) = store.devices()
+    assert (row.id, row.state, row.detail, row.boot, row.kit) == ("a", "working", "trains", 3, "1")
+    fleet.save(store)  # nothing is new
+    assert store.devices() == [row]
+    store.close()

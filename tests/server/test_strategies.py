@@ -38,8 +38,7 @@ def play(leader: Job, accuracies: list[float]) -> list[NextRound]:
     scores = iter(accuracies)
     while (upcoming := strategy.next(closed)) is not None:
         announced.append(upcoming)
-        score = {} if upcoming.stage == "prepare" else {"val": next(scores, 0.9)}
-        closed.append(ClosedRound(upcoming.stage, {"a": score, "b": score}))
+        closed.append(ClosedRound(upcoming.stage, {} if upcoming.stage == "prepare" else {"val": next(scores, 0.9)}))
         assert len(closed) <= 50
     return announced
 
@@ -59,13 +58,14 @@ def test_fedms_prepares_trains_the_global_expert_then_the_personal_ones_and_eval
     assert STRATEGIES["fedms"](FEDMS).rounds == 5
 
 
-def test_fedms_sends_the_expert_in_stage_one_and_the_gate_beside_the_frozen_expert_in_stage_two() -> None:
+def test_fedms_sends_the_expert_in_stage_one_once_more_before_stage_two_and_then_the_gate_alone() -> None:
     announced = play(FEDMS, [])
-    sent = {upcoming.stage: (upcoming.broadcast, upcoming.frozen) for upcoming in announced}
-    assert sent == {
-        "prepare": ((), EXPERT), "global": (EXPERT, ()), "personal": (GATE, EXPERT), "evaluate": (GATE, EXPERT),
-    }  # fmt: skip
-    assert (announced[0].broadcast, announced[0].frozen) == ((), ())
+    assert [upcoming.broadcast for upcoming in announced] == [(), *[EXPERT] * 3, EXPERT, *[GATE] * 2, GATE]
+
+
+def test_fedms_takes_nothing_up_but_what_the_stage_trains() -> None:
+    trained = {upcoming.stage: upcoming.trained for upcoming in play(FEDMS, [])}
+    assert trained == {"prepare": (), "global": EXPERT, "personal": GATE, "evaluate": ()}
 
 
 def test_fedms_deepens_when_validation_stands_still() -> None:
@@ -85,7 +85,8 @@ def test_in_stage_two_the_depth_stays_where_stage_one_left_it(accuracies: list[f
     leader = job("fedms", {"global": 3, "personal": 3}, start=1, step=1, window=2, threshold=0.01)
     announced = play(leader, [*accuracies, 0.1, 0.1, 0.1])
     left = [upcoming.depth for upcoming in announced if upcoming.stage == "global"][-1]
-    assert {upcoming.depth for upcoming in announced if upcoming.frozen} == {left}
+    assert {upcoming.depth for upcoming in announced[4:]} == {left}
+    assert [upcoming.stage for upcoming in announced[4:]] == ["prepare", *["personal"] * 3, "evaluate"]
 
 
 # --- baselines ----------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ def test_standalone_trains_for_its_rounds_and_nothing_is_sent() -> None:
     announced = play(leader, [0.5, 0.5, 0.5, 0.5])
     assert [upcoming.stage for upcoming in announced] == ["prepare", *["train"] * 4]
     assert [upcoming.depth for upcoming in announced[1:]] == [1, 1, 2, 2]
-    assert all(upcoming.broadcast == upcoming.frozen == () for upcoming in announced)
+    assert all(upcoming.broadcast == upcoming.trained == () for upcoming in announced)
     assert STRATEGIES["standalone"](leader).rounds == 4
 
 
@@ -118,22 +119,8 @@ def test_a_strategy_is_a_pure_function_of_the_history(leader: Job) -> None:
         restarted = STRATEGIES[leader.method](leader)
         assert restarted.next(closed) == strategy.next(closed) == upcoming
         assert closed == before
-        closed.append(ClosedRound(upcoming.stage, {"a": {"val": 0.5 + len(closed) / 100}}))
+        closed.append(ClosedRound(upcoming.stage, {"val": 0.5 + len(closed) / 100}))
     for count in reversed(range(len(closed))):  # asked about the past again, it gives the same answers
         assert strategy.next(closed[:count]) is not None
     assert strategy.next(closed) is None
     assert strategy.next([*closed, closed[-1]]) is None
-
-
-def test_a_mean_is_over_the_devices_that_reported_the_figure() -> None:
-    closed = ClosedRound("global", {"a": {"val": 0.5}, "b": {"val": 1.0, "loss": 3}, "c": {}})
-    assert closed.mean("val") == 0.75
-    assert closed.mean("loss") == 3.0
-    assert closed.mean("test") is None
-    assert ClosedRound("global", {}).mean("val") is None
-
-
-def test_figures_that_are_no_numbers_do_not_count() -> None:
-    closed = ClosedRound("global", {"a": {"val": 0.5}, "b": {"val": "high"}, "c": {"val": float("nan")}, "d": {}})
-    assert closed.mean("val") == 0.5
-    assert closed.mean("loss") is None

@@ -67,7 +67,7 @@ def test_options_arrive_in_the_job() -> None:
 def test_a_device_understands_the_settings_of_every_job() -> None:
     for job in jobs("--job", "fedms", "--job", "standalone", "--job", "frozen-head"):
         kind = FedMSSettings if job.method == "fedms" else Settings
-        announced = Round("prepare", 0, {**job.settings, "depth": 1}, {}, {}, Guard())
+        announced = Round("prepare", 0, {**job.settings, "depth": 1}, {}, Guard())
         assert read_settings(announced, kind).batch == 16
         assert job.method in METHODS
         assert STRATEGIES[job.method](job).next([]) is not None
@@ -137,6 +137,6 @@ def test_a_task_with_too_few_classes_is_refused(classes: int) -> None:
 ])  # fmt: skip
 def test_a_device_refuses_settings_that_it_cannot_train_with(name: str, value: float | str) -> None:
     (job,) = jobs("--job", "standalone")
-    announced = Round("prepare", 0, {**job.settings, "depth": 1, name: value}, {}, {}, Guard())
+    announced = Round("prepare", 0, {**job.settings, "depth": 1, name: value}, {}, Guard())
     with pytest.raises(MessageError, match=name):
         read_settings(announced, Settings)

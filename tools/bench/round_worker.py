@@ -42,29 +42,21 @@ def main(path: str) -> None:
         Path(spec.group, "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-    from fleetune.edge.agent.config import AgentConfig
-    from fleetune.edge.agent.rounds import Rounds
+    from fleetune.edge.agent.rounds import Rounds, RoundsConfig
     from fleetune.edge.agent.state import State
-    from fleetune.edge.engine.dataset import read_dataset
     from fleetune.edge.pack.pack import Pack
-    from fleetune.edge.protocol.link import BrokerAddress
     from fleetune.edge.protocol.messages import Announcement
     from fleetune.edge.resources.costs import Costs
     from fleetune.edge.resources.limits import Budget
 
-    config = AgentConfig(
-        device="bench",
-        fleet="bench",
-        broker=BrokerAddress("127.0.0.1", 1883),
+    config = RoundsConfig(
         pack=Path(spec.pack),
         data=Path(spec.data),
-        state=Path(spec.state),
         budget=Budget(spec.memory_mib),
         threads=spec.threads,
         costs=(msgspec.json.decode(Path(spec.costs).read_bytes(), type=Costs),),
     )
-    pack = Pack.open(config.pack)
-    manifest = pack.manifest
+    manifest = Pack.open(config.pack).manifest
     announced = Announcement(
         fleet="bench",
         run="bench",
@@ -84,15 +76,14 @@ def main(path: str) -> None:
         },
         expires=time.time() + 1e6,
     )  # fmt: skip
-    rounds = Rounds(
-        config, pack, read_dataset(config.data, pack), State(config.state, "bench"), say=_quiet, progress=_quiet
-    )
+    rounds = Rounds(config, "bench")
+    rounds.prepare(State(Path(spec.state), "bench"), _quiet)
     print(json.dumps({"ready": True}), flush=True)  # noqa: T201
     for _ in sys.stdin:
         hindrance = rounds.hindrance(announced)
         answer: dict[str, object] = {"waits": hindrance}
         if not hindrance:
-            outcome = rounds.run(announced, {}, {})
+            outcome = rounds.answer(announced, {}, _quiet, _quiet)
             answer |= {**outcome.metrics, "tensors": len(outcome.tensors)}
         print(json.dumps(answer), flush=True)  # noqa: T201
     rounds.close()

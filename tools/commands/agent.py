@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ def register(subparsers: Any) -> None:
         examples=(
             "  fleetune agent --fleet fleet.yaml --id nano-1 --pack packs/minilm --data samples.jsonl \\\n"
             "                 --broker mqtt://192.168.1.10 --state /var/lib/fleetune\n"
+            "  fleetune agent … --unit | sudo tee /etc/systemd/system/fleetune-agent.service\n"
         ),
     )
     add_fleet(parser)
@@ -44,7 +47,10 @@ def register(subparsers: Any) -> None:
     add_state(parser)
     add_threads(parser, "training")
     parser.add_argument(
-        "--codec", choices=("f32", "f16"), default="f16", help="number format of updates (default: %(default)s)"
+        "--codec",
+        metavar="CODEC",
+        default="int8",
+        help="how updates become bytes: f32, f16, int8 or int4, and +zlib to compress them (default: %(default)s)",
     )
     parser.add_argument(
         "--costs",
@@ -60,6 +66,9 @@ def register(subparsers: Any) -> None:
         default=Path("/"),
         help="folder whose sys/class/thermal says how hot it is, to rehearse heat (default: the board's own, /)",
     )
+    parser.add_argument(
+        "--unit", action="store_true", help="print a systemd unit that runs this command, and do nothing else"
+    )
     parser.set_defaults(run=_run)
 
 
@@ -74,6 +83,9 @@ def _run(args: argparse.Namespace) -> None:
 
     from fleetune.edge.agent.agent import Agent
     from fleetune.edge.agent.config import AgentConfig
+    from fleetune.edge.agent.rounds import Rounds, RoundsConfig
+    from fleetune.edge.agent.unit import systemd_unit
+    from fleetune.edge.protocol.codec import CODECS
     from fleetune.edge.protocol.link import BrokerAddress
     from fleetune.edge.resources.costs import Costs
     from fleetune.profiles.fleet import read_fleet
@@ -94,18 +106,37 @@ def _run(args: argparse.Namespace) -> None:
             costs = (msgspec.json.decode(args.costs.read_bytes(), type=Costs), *costs)
         except (OSError, *UNDECODABLE) as error:
             raise ConfigError(f"--costs: {args.costs}: {error}", "leave the option out to measure again") from error
+    if args.codec not in CODECS:
+        raise ConfigError(f"--codec: {args.codec} is unknown", f"choose from {', '.join(CODECS)}")
+    if args.unit:
+        print(systemd_unit(device.id, _command(args), args.state.resolve()), end="")  # noqa: T201
+        return
     config = AgentConfig(
         device=device.id,
         fleet=fleet.name,
         broker=BrokerAddress.parse(args.broker),
+        state=args.state,
+        codec=args.codec,
+    )
+    rounds = RoundsConfig(
         pack=args.pack,
         data=args.data,
-        state=args.state,
         budget=device.budget,
         threads=args.threads,
-        codec=args.codec,
         costs=costs,
         sensors=args.sensors,
         throttles_c=device.profile.thermal.throttles_c if device.profile.thermal else None,
     )
-    Agent(config).run()
+
+    Agent(config, Rounds(rounds, device.id)).run()
+
+
+def _command(args: argparse.Namespace) -> list[str]:
+    """The same command again, wherever it is started from."""
+    program = shutil.which("fleetune")
+    words = [program] if program else [sys.executable, "-m", "fleetune.tools.cli"]
+    words += ["agent", "--id", args.id, "--broker", args.broker]
+    for name in ("fleet", "pack", "data", "state", "costs"):
+        if (path := getattr(args, name)) is not None:
+            words += [f"--{name}", str(path.resolve())]
+    return [*words, "--threads", str(args.threads), "--codec", args.codec]

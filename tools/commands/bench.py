@@ -21,6 +21,8 @@ def register(subparsers: Any) -> None:
             "Measure Fleetune beside its peers on this machine, in turns, in one run, several times; prints medians,\n"
             "ranges and ratios. `step` trains adapters, `infer` answers one sample at a time, both beside PEFT on\n"
             "torch; `plan` holds predicted memory and time against measured ones, and trains under hard limits.\n"
+            "`round` is a round in which nobody trains, beside Flower; `fleet` hundreds of agents and thousands of\n"
+            "updates on one aggregator; `bytes` what each codec puts on the link, and at which accuracy.\n"
             "Peers are installed into an environment of their own in the cache (1.3 GB), never into Fleetune's.\n"
             "Needs the `all` extra."
         ),
@@ -29,22 +31,25 @@ def register(subparsers: Any) -> None:
             "  fleetune bench step --json step.json\n"
             "  fleetune bench infer --json infer.json\n"
             "  fleetune bench plan --json plan.json          half an hour\n"
+            "  fleetune bench round --peers streams          Flower's quick interface alone\n"
+            "  fleetune bench bytes --json bytes.json        half an hour\n"
             "  fleetune bench step --quick --peers none      Fleetune alone, nothing to install\n"
         ),
     )
     parser.add_argument(
         "name",
         metavar="NAME",
-        choices=("step", "infer", "plan"),
-        help="step: a training step; infer: an answer; plan: predictions, and rounds under hard limits",
+        choices=("step", "infer", "plan", "round", "fleet", "bytes"),
+        help="step: a training step; infer: an answer; plan: predictions, and rounds under hard limits; round, fleet, "
+        "bytes: what travels",
     )
     parser.add_argument("--quick", action="store_true", help="fewer models, samples and repeats: under two minutes")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to this file")
     parser.add_argument(
         "--peers",
         metavar="LIST",
-        help="all: PEFT in fp32 on all blocks; same: on the same blocks; nf4: in 4 bits; none (default: all that there "
-        "are; infer has only `same`)",
+        help="all: PEFT in fp32 on all blocks; same: on the same blocks; nf4: in 4 bits; deployed, streams: two ways "
+        "to run Flower; none (default: all that a benchmark has; infer has only `same`)",
     )
     parser.add_argument(
         "--threads", type=int, default=2, metavar="N", help="threads of every contender (default: %(default)s)"
@@ -64,13 +69,17 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.edge.protocol.files import FolderLock, write_atomic
     from fleetune.tools.assets import cache_root
-    from fleetune.tools.bench import infer, plan, step
+    from fleetune.tools.bench import bytes as bytes_
+    from fleetune.tools.bench import fleet, infer, plan, rounds, step
     from fleetune.tools.terminal import open_console, show_steps
 
     run, known = {
         "step": (step.bench_step, step.PEERS),
         "infer": (infer.bench_infer, infer.PEERS),
         "plan": (plan.bench_plan, plan.PEERS),
+        "round": (rounds.bench_round, rounds.PEERS),
+        "fleet": (fleet.bench_fleet, fleet.PEERS),
+        "bytes": (bytes_.bench_bytes, bytes_.PEERS),
     }[args.name]
     peers = list(known) if args.peers is None else [] if args.peers == "none" else args.peers.split(",")
     if unknown := [peer for peer in peers if peer not in known]:

@@ -43,6 +43,23 @@ def register(subparsers: Any) -> None:
         metavar="S",
         help="seconds after which a quorum closes a round (default: %(default)s)",
     )
+    parser.add_argument(
+        "--buffer",
+        type=int,
+        metavar="K",
+        help="asynchronous rounds: each closes after K updates, whoever still trains; what comes later counts in the "
+        "next ones (default: rounds wait for the devices)",
+    )
+    parser.add_argument(
+        "--max-staleness",
+        type=int,
+        default=8,
+        metavar="N",
+        help="closed rounds after which an update that comes late no longer counts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep-history", action="store_true", help="keep every round's updates and global tensors, to study the run"
+    )
     parser.set_defaults(run=_run)
 
 
@@ -119,7 +136,7 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.link import BrokerAddress
     from fleetune.profiles.fleet import read_fleet
     from fleetune.server.aggregator import Aggregator, AggregatorConfig
-    from fleetune.tools.jobs import build_cards, build_jobs
+    from fleetune.tools.jobs import build_jobs, build_models
 
     fleet = read_fleet(args.fleet)
     quorum = args.quorum if args.quorum is not None else len(fleet.devices)
@@ -127,6 +144,10 @@ def _run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--quorum: {quorum} is out of range", f"choose from 1 to {len(fleet.devices)}")
     if not 0 < args.deadline < math.inf:
         raise ConfigError(f"--deadline: {args.deadline} is out of range", "use a finite number above zero")
+    if args.buffer is not None and not 1 <= args.buffer <= len(fleet.devices):
+        raise ConfigError(f"--buffer: {args.buffer} is out of range", f"choose from 1 to {len(fleet.devices)}")
+    if args.max_staleness < 0:
+        raise ConfigError(f"--max-staleness: {args.max_staleness} is out of range", "use 0 or more")
     check_state(args.state)
     pack = Pack.open(args.pack)
     jobs = build_jobs(args, pack.manifest, classes=args.classes)
@@ -138,6 +159,9 @@ def _run(args: argparse.Namespace) -> None:
         devices=frozenset(device.id for device in fleet.devices),
         quorum=quorum,
         deadline_s=args.deadline,
-        cards=build_cards(args, jobs, pack),
+        buffer=args.buffer,
+        max_staleness=args.max_staleness,
+        keep_history=args.keep_history,
+        models=build_models(args, jobs, pack),
     )
     Aggregator(config).run()

@@ -82,23 +82,21 @@ class FedMS:
         """Do one round."""
         settings = read_settings(announced, FedMSSettings)
         shared = Expert.initial(task_layout(self._device, settings), settings.seed)
+        shared.add(announced.tensors)
         if announced.stage == "prepare":
-            shared.load(announced.frozen)
             boundary = self._device.backbone.blocks - settings.max_depth
             self._device.cache.prefix(boundary, shared)
-            if announced.frozen:
+            if announced.tensors:
                 self._gate_input(boundary, shared)
                 self._features_of(shared, LocalRun(self._device, settings, shared))
             return Outcome({"samples": len(self._device.dataset.indices("train"))})
         if announced.stage == "global":
-            shared.load(announced.tensors)
             return self._global(announced, settings, shared)
-        shared.load(announced.frozen)
         return self._personal(announced, settings, shared)
 
     def _global(self, announced: Round, settings: FedMSSettings, shared: Expert) -> Outcome:
         dataset = self._device.dataset
-        run = LocalRun(self._device, settings, shared)
+        start, run = shared.copy(), LocalRun(self._device, settings, shared)
         val, test = dataset.indices("val"), dataset.indices("test")
         scores = {
             part: accuracy(shared.logits(run.features(shared, indices)), dataset.labels[indices])
@@ -106,13 +104,14 @@ class FedMS:
         }
         loss = run.train(shared, announced, random_for(self._device, settings, announced), evaluated=0)
         metrics: Metrics = {"loss": loss, "val": scores["val"], "test": scores["test"]}
-        return Outcome(metrics, shared.active(run.depth), run.depth)
+        return Outcome(metrics, shared.gained(start, run.depth), run.depth)
 
     def _personal(self, announced: Round, settings: FedMSSettings, shared: Expert) -> Outcome:
         device = self._device
         local = shared.copy()
         gate = Gate(shared.layout.width, settings.gate_rank, settings.seed)
-        gate.load({name: announced.tensors[name] for name in ADAPTER if name in announced.tensors})
+        gate.add(announced.tensors)
+        start = {name: gate.tensors[name].copy() for name in ADAPTER}
         file = device.store.folder / FILE
         if file.is_file():
             kept = Model.read(file, device.backbone.pack).mixture
@@ -131,7 +130,7 @@ class FedMS:
         self._keep(settings, mixture)  # after the scores: they refuse what is not finite, and what was stored stays
         if loss is not None:
             metrics["loss"] = loss
-        tensors = {name: gate.tensors[name] for name in ADAPTER} if trains else {}
+        tensors = {name: gate.tensors[name] - start[name] for name in ADAPTER} if trains else {}
         return Outcome(metrics, tensors, run.depth)
 
     def _keep(self, settings: FedMSSettings, mixture: Mixture) -> None:

@@ -23,7 +23,7 @@ NUMBERS: dict[str, NumberFormat] = {
     "f32": Floats(np.float32),
     "f16": Floats(np.float16),
     "int8": Integers(8),
-    "int4": Integers(4),
+    "int4": Integers(4, spread=5.0),
 }
 """Name → number format."""
 
@@ -55,6 +55,11 @@ class Codec:
     name: str
     numbers: NumberFormat
     compressed: bool
+
+    @property
+    def exact(self) -> bool:
+        """Whether what arrives is what was sent."""
+        return self.name.startswith("f32")
 
     @classmethod
     def named(cls, name: str) -> Codec:

@@ -19,7 +19,7 @@ from fleetune.edge.protocol.errors import MessageError
 from fleetune.edge.protocol.messages import MAX_PAYLOAD
 
 EXACT = [name for name in CODECS if name.startswith("f")]
-COARSE = {"int8": 127, "int4": 7, "int8+zlib": 127, "int4+zlib": 7}
+COARSE = [name for name in CODECS if name.startswith("int")]
 
 names = st.text(st.sampled_from("abc.019_AB"), min_size=1, max_size=12)
 shapes = arrays.array_shapes(min_dims=0, max_dims=3, min_side=0)
@@ -49,28 +49,30 @@ def test_half_precision_rounds_to_eleven_bits(sent: Any) -> None:
     np.testing.assert_allclose(there_and_back({"x": sent}, "f16")["x"], sent, rtol=2**-11, atol=2**-24)
 
 
-@given(tensors(32), st.sampled_from(sorted(COARSE)))
+@given(tensors(32), st.sampled_from(COARSE))
 def test_whole_numbers_are_off_by_half_a_step_of_their_block(sent: dict[str, Any], codec: str) -> None:
     found = there_and_back(sent, codec)
     assert {name: tensor.shape for name, tensor in found.items()} == {name: t.shape for name, t in sent.items()}
     for name, tensor in sent.items():
         assert found[name].dtype == np.float32
-        levels = 127 if tensor.shape and tensor.shape[-1] % 2 else COARSE[codec]
-        levels = 127 if not tensor.shape else levels
+        whole = codec.startswith("int4") and tensor.shape and tensor.shape[-1] % 2 == 0
+        levels, spread = (7, 5) if whole else (127, 0)
         for start in range(0, tensor.size, BLOCK):
-            some = tensor.reshape(-1)[start : start + BLOCK]
-            step = np.abs(some).max() / levels
+            some = tensor.reshape(-1)[start : start + BLOCK].astype(np.float64)
+            span = max(np.abs(some).max(), spread * np.sqrt(np.square(some).sum() / BLOCK))
             # The scale itself is float16: eleven bits, and nothing below its smallest number.
-            off = step / 2 + np.abs(some).max() * 2**-11 + levels * 2.0**-25
-            assert np.abs(found[name].reshape(-1)[start : start + BLOCK] - some).max(initial=0) <= off * 1.001
+            off = span / levels / 2 + span * 2**-11 + levels * 2.0**-25
+            assert np.abs(found[name].reshape(-1)[start : start + BLOCK] - some).max() <= off * 1.001
 
 
 def test_a_large_value_spoils_only_its_own_block() -> None:
     sent = np.full((4, BLOCK), 1e-3, np.float32)
     sent[1, 5] = 1000
-    found = there_and_back({"x": sent}, "int4")["x"]
-    np.testing.assert_allclose(found[[0, 2, 3]], sent[[0, 2, 3]], rtol=1e-3)
-    assert found[1, 5] == pytest.approx(1000, rel=1e-3)
+    plain = np.full((4, BLOCK), 1e-3, np.float32)
+    for codec in COARSE:
+        found, alone = (there_and_back({"x": some}, codec)["x"] for some in (sent, plain))
+        np.testing.assert_array_equal(found[[0, 2, 3]], alone[[0, 2, 3]])
+        assert found[1, 5] == pytest.approx(1000, rel=1e-3)
 
 
 def test_views_are_sent_as_what_they_show() -> None:
@@ -93,7 +95,7 @@ def test_fewer_bits_are_fewer_bytes() -> None:
     assert size["f32"] / size["f16"] == pytest.approx(2, rel=0.01)
     assert size["f32"] / size["int8"] == pytest.approx(4 / (1 + 2 / BLOCK), rel=0.01)
     assert size["f32"] / size["int4"] == pytest.approx(8 / (1 + 4 / BLOCK), rel=0.01)
-    assert size["int4+zlib"] < 0.95 * size["int4"]
+    assert size["int4+zlib"] < 0.75 * size["int4"]
 
 
 SENT = {

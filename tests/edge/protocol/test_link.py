@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
+import socket
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from shutil import which
 
+import psutil
 import pytest
 
 from fleetune.edge.protocol.errors import BrokerProtocolError, BrokerUnreachableError
-from fleetune.edge.protocol.link import BrokerAddress, Connected, Disconnected, Event, Link, Received, Refused
+from fleetune.edge.protocol.link import BrokerAddress, Connected, Disconnected, Event, Link, Received, Refused, Sending
 from fleetune.server.broker import embedded_broker, free_port
+from support.mosquitto import mosquitto
 
 WILL = ("t/will", b"gone")
 
@@ -38,9 +40,17 @@ def collect(link: Link, kind: type[Event], count: int = 1, timeout: float = 10.0
     return found
 
 
+def send(link: Link, messages: Iterable[tuple[str, bytes]], timeout: float = 10.0) -> Sending:
+    sending = link.send(messages)
+    deadline = time.monotonic() + timeout
+    while not sending.done and not sending.lost and time.monotonic() < deadline:
+        list(link.events(0.05))
+    return sending
+
+
 def test_what_is_published_arrives_in_order(broker: BrokerAddress) -> None:
     receiver, sender = connect(broker, "receiver", "t/#"), connect(broker, "sender")
-    sender.publish_many((f"t/{i}", bytes([i]) * 65536) for i in range(20))
+    assert send(sender, ((f"t/{i}", bytes([i]) * 65536) for i in range(20))).done
     received = collect(receiver, Received, 20)
     assert [(e.topic, e.payload) for e in received] == [(f"t/{i}", bytes([i]) * 65536) for i in range(20)]
     assert receiver.bytes_in == sender.bytes_out == 20 * 65536
@@ -91,30 +101,123 @@ def test_the_link_restores_itself_and_its_subscriptions() -> None:
         link.close()
 
 
-@contextmanager
-def mosquitto(folder: Path, *lines: str) -> Iterator[BrokerAddress]:
-    program = which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin")
-    if program is None:
-        pytest.skip("Mosquitto is not installed (apt-get install mosquitto)")
-    port = free_port()
-    config = folder / "mosquitto.conf"
-    own = (f"listener {port} 127.0.0.1", "allow_anonymous true", "user root")  # who may read pytest's folders
-    config.write_text("\n".join([*own, *lines]) + "\n")
-    process = subprocess.Popen([program, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield BrokerAddress("127.0.0.1", port)
-    finally:
-        process.terminate()
-        process.wait()
-
-
 def test_the_brokers_packet_limit_is_obeyed(tmp_path: Path) -> None:
+    with mosquitto(tmp_path, "max_packet_size 20000") as address:
+        link = connect(address, "sender")
+        with pytest.raises(BrokerProtocolError, match="maximum packet size of 20000"):
+            link.publish("t", bytes(20001))
+        assert send(link, [("t", bytes(link.max_chunk))]).done
+        assert 10_000 < link.max_chunk < 20_000
+        link.close()
+
+
+def test_a_broker_that_takes_no_manifest_is_named_as_such(tmp_path: Path) -> None:
     with mosquitto(tmp_path, "max_packet_size 2000") as address:
         link = connect(address, "sender")
-        with pytest.raises(BrokerProtocolError, match="maximum packet size of 2000"):
-            link.publish("t", bytes(4000))
-        link.publish_many([("t", bytes(1000))], timeout=5)
+        with pytest.raises(BrokerProtocolError, match="messages of 2000 bytes at most") as caught:
+            collect(link, Connected)
+        assert "max_packet_size" in caught.value.remedy
         link.close()
+
+
+class Moody(threading.Thread):
+    """Between clients and a broker: hangs up, without a word, on whoever sends a packet larger than it likes."""
+
+    def __init__(self, broker: BrokerAddress, limit: int) -> None:
+        super().__init__(daemon=True)
+        self.hangups = 0
+        self._broker, self._limit = broker, limit
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = BrokerAddress("127.0.0.1", self._listener.getsockname()[1])
+
+    def run(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection((self._broker.host, self._broker.port))
+            threading.Thread(target=self._down, args=(server, client), daemon=True).start()
+            threading.Thread(target=self._up, args=(client, server), daemon=True).start()
+
+    def _down(self, server: socket.socket, client: socket.socket) -> None:
+        with suppress(OSError):
+            while data := server.recv(65536):
+                client.sendall(data)
+            client.shutdown(socket.SHUT_RDWR)
+
+    def _up(self, client: socket.socket, server: socket.socket) -> None:
+        with suppress(OSError), client.makefile("rb") as stream:
+            while first := stream.read(1):
+                length, shift, head = 0, 0, bytearray(first)
+                while True:  # the variable byte integer of every MQTT packet
+                    head += stream.read(1)
+                    length |= (head[-1] & 127) << shift
+                    shift += 7
+                    if head[-1] < 128:
+                        break
+                if length > self._limit:
+                    self.hangups += 1
+                    break
+                server.sendall(head + stream.read(length))
+        with suppress(OSError):
+            client.shutdown(socket.SHUT_RDWR)
+            server.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def test_a_broker_that_hangs_up_at_large_packets_gets_smaller_chunks(broker: BrokerAddress) -> None:
+    moody = Moody(broker, 20_000)
+    moody.start()
+    link = connect(moody.address, "sender")
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not send(link, [("t", bytes(link.max_chunk))], timeout=1).done:
+        list(link.events(0.2))
+    assert 8000 < link.max_chunk <= 20_000
+    assert moody.hangups == 4  # two for each time that chunks were halved
+    link.close()
+    moody.close()
+
+
+def test_one_who_does_not_listen_holds_no_more_than_a_bit_of_what_comes(broker: BrokerAddress) -> None:
+    receiver, sender = connect(broker, "receiver", "t/#"), connect(broker, "sender")
+    before = psutil.Process().memory_info().rss
+    assert send(sender, ((f"t/{i}", bytes(65536)) for i in range(1200)), timeout=30).done
+    time.sleep(1)
+    assert receiver.bytes_in < 40 << 20
+    assert psutil.Process().memory_info().rss - before < 120 << 20
+    receiver.close()
+    sender.close()
+
+
+def test_a_topic_can_be_added_and_left_again(broker: BrokerAddress) -> None:
+    receiver, sender = connect(broker, "receiver", "t/a"), connect(broker, "sender")
+    collect(receiver, Connected)
+    receiver.subscribe("t/b")
+    time.sleep(0.3)
+    assert send(sender, [("t/b", b"1"), ("t/a", b"2")]).done
+    assert [e.payload for e in collect(receiver, Received, 2)] == [b"1", b"2"]
+    receiver.unsubscribe("t/b")
+    time.sleep(0.3)
+    assert send(sender, [("t/b", b"3"), ("t/a", b"4")]).done
+    assert [e.payload for e in collect(receiver, Received, 1)] == [b"4"]
+    receiver.close()
+    sender.close()
+
+
+def test_what_is_on_its_way_when_the_link_breaks_is_told_as_lost() -> None:
+    port = free_port()
+    with embedded_broker(port) as address:
+        link = connect(address, "sender")
+        collect(link, Connected)
+        sending = link.send((f"t/{i}", bytes(65536)) for i in range(4000))
+        assert not sending.done
+    collect(link, Disconnected)
+    assert sending.lost
+    assert not sending.done
+    link.close()
 
 
 def test_a_message_that_the_broker_acknowledged_and_dropped_is_told(tmp_path: Path) -> None:
@@ -122,7 +225,7 @@ def test_a_message_that_the_broker_acknowledged_and_dropped_is_told(tmp_path: Pa
     with mosquitto(tmp_path, f"acl_file {tmp_path / 'acl'}") as address:
         link = connect(address, "sender")
         link.publish("t/mine", b"")
-        assert link.publish_many([("t/theirs", b"")], timeout=5)  # acknowledged, and that is all that MQTT 3.1.1 knows
+        link.publish("t/theirs", b"")  # acknowledged, and that is all that MQTT 3.1.1 knows
         assert collect(link, Refused) == [Refused("Not authorized")]
         link.close()
 

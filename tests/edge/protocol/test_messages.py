@@ -1,8 +1,7 @@
-"""Tensors, chunks, messages, topics: good ones arrive as they left, bad ones are refused for a reason."""
+"""Messages, topics, addresses: good ones arrive as they left, bad ones are refused for a reason."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
 
@@ -11,17 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetune.edge.protocol.chunks import Assembly, chunk, describe, pack_bitmap, unpack_bitmap
 from fleetune.edge.protocol.errors import ConfigError, MessageError
 from fleetune.edge.protocol.link import BrokerAddress
 from fleetune.edge.protocol.messages import (
-    MAX_CHUNK,
     MAX_MESSAGE,
-    MAX_PAYLOAD,
     Ack,
     Announcement,
     Envelope,
-    Frozen,
     Missing,
     Need,
     Payload,
@@ -32,7 +27,7 @@ from fleetune.edge.protocol.messages import (
     open_envelope,
     seal,
 )
-from fleetune.edge.protocol.topics import Topics, check_name
+from fleetune.edge.protocol.topics import Topics, check_name, read_number
 
 
 def reason(call: Any, *arguments: Any) -> str:
@@ -40,123 +35,6 @@ def reason(call: Any, *arguments: Any) -> str:
         call(*arguments)
     assert caught.value.remedy
     return caught.value.reason
-
-
-# --- chunks -------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def deliveries(draw: st.DrawFn) -> tuple[bytes, Payload, list[int]]:
-    """A payload, and the order in which its chunks come: every one at least once."""
-    data = draw(st.binary(min_size=1, max_size=300))
-    payload = describe(data, "f16", draw(st.integers(1, 320)))
-    extra = draw(st.lists(st.integers(0, payload.chunks - 1), max_size=20))
-    return data, payload, draw(st.permutations([*range(payload.chunks), *extra]))
-
-
-@given(deliveries())
-def test_chunks_may_come_twice_and_in_any_order(delivery: tuple[bytes, Payload, list[int]]) -> None:
-    data, payload, order = delivery
-    assembly = Assembly(payload)
-    for index in order:
-        assembly.add(index, chunk(data, payload, index))
-    assert assembly.missing == []
-    assert assembly.finish() == data
-
-
-@given(deliveries(), st.data())
-def test_missing_chunks_are_known_and_can_be_asked_for(delivery: tuple[bytes, Payload, list[int]], draw: Any) -> None:
-    data, payload, order = delivery
-    lost = draw.draw(st.sets(st.sampled_from(order)))
-    assembly = Assembly(payload)
-    for index in order:
-        if index not in lost:
-            assembly.add(index, chunk(data, payload, index))
-    assert assembly.missing == sorted(lost)
-    bitmap = pack_bitmap(assembly.missing, payload.chunks)
-    assert len(bitmap) <= payload.chunks // 8 + 1
-    for index in unpack_bitmap(bitmap, payload.chunks):
-        assembly.add(index, chunk(data, payload, index))
-    assert assembly.finish() == data
-
-
-@given(deliveries(), st.data())
-def test_a_chunk_of_a_wrong_length_or_number_is_refused_and_changes_nothing(
-    delivery: tuple[bytes, Payload, list[int]], draw: Any
-) -> None:
-    data, payload, order = delivery
-    assembly = Assembly(payload)
-    index = draw.draw(st.sampled_from(order))
-    good = chunk(data, payload, index)
-    for number, raw in (
-        (index, good[:-1]),
-        (index, good + b"x"),
-        (-1, good),
-        (payload.chunks, good),
-        (1 << 80, good),
-    ):
-        assert reason(assembly.add, number, raw) == "wrong-chunk"
-    assert assembly.missing == sorted(set(order))
-    for number in order:
-        assembly.add(number, chunk(data, payload, number))
-    assert assembly.finish() == data
-
-
-@given(deliveries(), st.data())
-def test_altered_bytes_are_noticed_and_the_assembly_starts_over(
-    delivery: tuple[bytes, Payload, list[int]], draw: Any
-) -> None:
-    data, payload, order = delivery
-    assembly = Assembly(payload)
-    altered = bytearray(data)
-    altered[draw.draw(st.integers(0, len(data) - 1))] ^= 1 << draw.draw(st.integers(0, 7))
-    for index in order:
-        assembly.add(index, chunk(bytes(altered), payload, index))
-    assert reason(assembly.finish) == "wrong-hash"
-    assert assembly.missing == sorted(set(order))
-    for index in order:
-        assembly.add(index, chunk(data, payload, index))
-    assert assembly.finish() == data
-
-
-@pytest.mark.parametrize(("size", "chunk_size"), [
-    (0, 10), (-1, 10), (MAX_PAYLOAD + 1, MAX_CHUNK), (1 << 60, MAX_CHUNK),
-    (10, 0), (10, -1), (10, MAX_CHUNK + 1),
-])  # fmt: skip
-def test_sizes_beyond_the_limits_are_refused_before_memory_is_taken(size: int, chunk_size: int) -> None:
-    assert reason(Assembly, Payload("f16", "0" * 64, size, chunk_size)) in (
-        "payload-too-large",
-        "chunk-too-large",
-    )
-
-
-def test_more_chunks_than_a_request_for_missing_ones_can_name_are_refused() -> None:
-    payload = Payload("f16", "0" * 64, size=1 << 20, chunk_size=1)
-    need = encode(Need(job="fedms", version=1, bitmap=pack_bitmap([], payload.chunks)))
-    assert len(need) > MAX_MESSAGE
-    reason(Assembly, payload)
-
-
-def test_the_largest_payload_is_accepted_in_the_usual_chunks() -> None:
-    payload = Payload("f16", "0" * 64, MAX_PAYLOAD, MAX_CHUNK)
-    assert len(Assembly(payload).missing) == payload.chunks == 1024
-
-
-def test_a_description_fits_its_data() -> None:
-    payload = describe(b"x" * (MAX_CHUNK + 1), "f16")
-    assert (payload.size, payload.chunk_size, payload.chunks) == (MAX_CHUNK + 1, MAX_CHUNK, 2)
-    assert payload.sha256 == hashlib.sha256(b"x" * (MAX_CHUNK + 1)).hexdigest()
-
-
-@given(st.integers(1, 200), st.data())
-def test_bitmaps_round_trip(count: int, data: Any) -> None:
-    indices = data.draw(st.sets(st.integers(0, count - 1)))
-    assert list(unpack_bitmap(pack_bitmap(sorted(indices), count), count)) == sorted(indices)
-
-
-@given(st.binary(max_size=30), st.integers(0, 100))
-def test_a_bitmap_from_the_network_names_no_chunk_beyond_the_count(bitmap: bytes, count: int) -> None:
-    assert all(0 <= index < count for index in unpack_bitmap(bitmap, count))
 
 
 # --- messages -----------------------------------------------------------------------------------------------
@@ -175,8 +53,9 @@ ANNOUNCEMENT = Announcement(
     quantisation="nf4",
     settings={"learning_rate": 1e-3, "depth": 2, "mix": "logits", "fast": True},
     expires=1.5e9,
-    payload=PAYLOAD,
-    frozen=Frozen(1, PAYLOAD),
+    whole=PAYLOAD,
+    since="ef" * 32,
+    changes=PAYLOAD,
 )
 UPDATE = UpdateManifest(
     fleet="lab", device="nano-1", update="fedms-3", run="5f0c", job="fedms", version=3, backbone="cd" * 32, samples=7,
@@ -188,7 +67,7 @@ MESSAGES = [
     msgspec.structs.replace(UPDATE, payload=PAYLOAD),
     Ack("fedms-3", accepted=False, reason="stale-round"),
     Missing("fedms-3", b"\x05\x00\xff"),
-    Need("fedms", 3, b"\x01"),
+    Need("fedms", "ab" * 32, b"\x01"),
     Presence("nano-1", "working", 3, "0.1.0", "trains", {"loss": 0.5, "round": 2}),
 ]
 
@@ -210,7 +89,11 @@ def test_whole_numbers_and_truth_values_keep_their_type() -> None:
 
 def test_canonical_bytes_are_these_whatever_the_order_of_the_settings() -> None:
     turned = msgspec.structs.replace(
-        ANNOUNCEMENT, settings=dict(reversed(ANNOUNCEMENT.settings.items())), payload=None, frozen=None
+        ANNOUNCEMENT,
+        settings=dict(reversed(ANNOUNCEMENT.settings.items())),
+        whole=None,
+        since=None,
+        changes=None,
     )
     assert encode(turned) == (
         b'{"fleet":"lab","run":"5f0c","job":"fedms","version":3,"method":"fedms","stage":"global","round":2,"rounds":11,"backbone":"'
@@ -272,6 +155,22 @@ def test_an_answer_cannot_name_a_file_elsewhere() -> None:
     assert reason(decode, b'{"update": "../counters", "accepted": true}', Ack) == "malformed"
 
 
+@pytest.mark.parametrize("sha256", ["", "../current", "ab" * 31, "AB" * 32, "+", "#"])
+def test_a_broadcast_is_asked_for_by_a_proper_hash(sha256: str) -> None:
+    raw = encode(Need("fedms", "ab" * 32, b"\x01"))
+    assert reason(decode, raw.replace(b"ab" * 32, sha256.encode()), Need) == "malformed"
+
+
+@pytest.mark.parametrize("level", ["", "-1", "x", "1.0", " 1", "1\n", "1000000", "٣"])
+def test_a_level_that_is_no_chunks_number_is_none(level: str) -> None:
+    assert read_number(level) is None
+
+
+@pytest.mark.parametrize(("level", "number"), [("0", 0), ("65535", 65535), ("007", 7)])
+def test_a_chunks_number_is_read(level: str, number: int) -> None:
+    assert read_number(level) == number
+
+
 def test_a_bitmap_that_is_not_base64_is_malformed() -> None:
     assert reason(decode, b'{"update": "u", "bitmap": "%%%"}', Missing) == "malformed"
 
@@ -331,7 +230,8 @@ def test_topics_split_into_what_they_were_made_of() -> None:
     assert topics.split(topics.presence("nano-1")) == ("st", "nano-1")
     assert topics.split(topics.aggregator_presence) == ("agg", "st")
     assert topics.split(topics.current("fedms")) == ("g", "fedms", "current")
-    assert topics.split(topics.broadcast_chunk("fedms", 3, 7)) == ("g", "fedms", "3", "7")
+    assert topics.split(topics.broadcast_chunk("fedms", "ab" * 32, 7)) == ("g", "fedms", "ab" * 32, "7")
+    assert topics.split(topics.repair_chunk("fedms", "ab" * 32, 7)) == ("g", "fedms", "ab" * 32, "r", "7")
     assert topics.split(topics.upload_manifest("nano-1", "u")) == ("up", "nano-1", "u", "m")
     assert topics.split(topics.upload_chunk("nano-1", "u", 2)) == ("up", "nano-1", "u", "2")
     assert topics.split(topics.need("nano-1")) == ("up", "nano-1", "need")

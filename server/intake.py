@@ -1,0 +1,214 @@
+"""What comes up from devices: checked, put together, journaled, acknowledged.
+
+Nothing is acknowledged before it is on disk; what came in one go is synced in one go.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fleetune.edge.protocol.codec import Codec
+from fleetune.edge.protocol.errors import MessageError
+from fleetune.edge.protocol.link import Link
+from fleetune.edge.protocol.messages import Ack, UpdateManifest, encode, open_envelope
+from fleetune.edge.protocol.topics import Topics
+from fleetune.server.job import Job
+from fleetune.server.journal import Accepted, Journal, Tensors
+from fleetune.server.registry import Registry
+from fleetune.server.round import OpenRound
+from fleetune.server.store import Store
+from fleetune.server.strategies.base import Metrics
+from fleetune.server.uploads import Uploads
+
+log = logging.getLogger(__name__)
+
+
+class Intake:
+    """The updates of one job.
+
+    Args:
+        link: To the broker.
+        topics: Of the fleet.
+        run: The run.
+        job: The job.
+        journal: Where updates are kept.
+        store: Knows which are there.
+        registry: Knows the devices.
+        max_staleness: Closed rounds after which an update no longer counts.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        topics: Topics,
+        run: str,
+        job: Job,
+        journal: Journal,
+        store: Store,
+        registry: Registry,
+        *,
+        max_staleness: int,
+    ) -> None:
+        self._link, self._topics, self._run, self._job = link, topics, run, job
+        self._journal, self._store, self._registry = journal, store, registry
+        self._max_staleness = max_staleness
+        self._uploads = Uploads(journal.parts(job.id))
+        self._whole: list[tuple[UpdateManifest, bytes, Tensors]] = []
+        self._closed: list[int] = []  # versions of the closed rounds that an update may still answer, oldest first
+
+    def close_round(self, version: int) -> None:
+        """A round is closed; what answers it from now on comes late."""
+        self._closed = [*self._closed, version][-self._max_staleness :] if self._max_staleness else []
+
+    def end(self) -> None:
+        """The job is over."""
+        self._uploads.clear()
+
+    # --- manifests ----------------------------------------------------------------------------------------------
+
+    def manifest(self, device: str, update: str, raw: bytes, current: OpenRound) -> None:
+        """Take a manifest.
+
+        Raises:
+            MessageError: The update is refused; the device was told why.
+        """
+        with self._refusing(device, update):
+            manifest = open_envelope(raw, UpdateManifest)
+            self._check(manifest, device, update)
+            if self._store.has_update(device, update):
+                self._answer(device, update)
+                return
+            if any((m.device, m.update) == (device, update) for m, _, _ in self._whole):
+                return  # it is on its way into the journal
+            self._staleness(manifest, current)
+            if manifest.payload is None:
+                self._whole.append((manifest, b"", {}))
+            else:
+                self._uploads.begin(manifest)
+
+    def _check(self, manifest: UpdateManifest, device: str, update: str) -> None:
+        if (manifest.device, manifest.update, manifest.fleet) != (device, update, self._topics.fleet):
+            raise MessageError("the manifest belongs to another topic", "send it to its own", reason="wrong-topic")
+        if not self._registry.knows(device):
+            raise MessageError(f"{device} is not of this fleet", "add it to the fleet file", reason="unknown-device")
+        if manifest.backbone != self._job.backbone:
+            raise MessageError("the update is for another backbone", "pack the job's one", reason="wrong-backbone")
+        if manifest.run != self._run:
+            raise MessageError("the update is of another run", "answer the newest announcement", reason="wrong-run")
+        if manifest.samples < 1:
+            raise MessageError("the update has no samples", "train on at least one", reason="no-samples")
+
+    def _staleness(self, manifest: UpdateManifest, current: OpenRound) -> int:
+        """Rounds that were closed since the update was asked for."""
+        if manifest.job == self._job.id:
+            if manifest.version == current.announcement.version:
+                return 0
+            if manifest.version in self._closed and manifest.payload is not None:
+                return len(self._closed) - self._closed.index(manifest.version)
+        raise MessageError("the update is for a round that is closed", "wait for the next", reason="stale-round")
+
+    # --- chunks -------------------------------------------------------------------------------------------------
+
+    def chunk(self, device: str, update: str, index: int, data: bytes, current: OpenRound) -> None:
+        """Take a chunk.
+
+        Raises:
+            MessageError: It does not fit, or it completes an update that is refused; the device was told why.
+        """
+        with self._refusing(device, update):
+            complete = self._uploads.add(device, update, index, data)
+            if complete is not None:
+                manifest, whole = complete
+                staleness = self._staleness(manifest, current)
+                self._whole.append((manifest, whole, self._decode(manifest, whole, current, late=staleness > 0)))
+
+    def _decode(self, manifest: UpdateManifest, data: bytes, current: OpenRound, *, late: bool) -> Tensors:
+        assert manifest.payload is not None
+        tensors = Codec.named(manifest.payload.codec).decode(data)
+        for name, tensor in tensors.items():
+            if self._job.shapes.get(name) != tensor.shape or not name.startswith(current.plan.trained):
+                stale = late and self._job.shapes.get(name) == tensor.shape  # of the stage before
+                raise MessageError(
+                    f"tensor {name} of shape {tensor.shape} is not expected in this stage",
+                    "use the same pack and the same number of classes",
+                    reason="stale-round" if stale else "unexpected-tensor",
+                )
+        return tensors
+
+    @contextmanager
+    def _refusing(self, device: str, update: str) -> Iterator[None]:
+        """Tell a device why its update is refused. It lets go of it, or tries again where that may help."""
+        try:
+            yield
+        except MessageError as error:
+            self._refuse(device, update, error.reason, keep=error.reason in ("wrong-chunk", "wrong-hash"))
+            raise
+        except OSError as error:
+            self._refuse(device, update, "no-room")
+            raise MessageError(
+                f"{self._journal.folder}: {error.strerror}", "make room there", reason="no-room"
+            ) from error
+
+    def _refuse(self, device: str, update: str, reason: str, *, keep: bool = False) -> None:
+        if not keep:
+            self._uploads.drop(device, update)
+        if self._registry.knows(device):
+            self._store.refuse(device, reason)
+        self._answer(device, update, reason)
+
+    def _answer(self, device: str, update: str, reason: str = "") -> None:
+        answer = Ack(update=update, accepted=not reason, reason=reason)
+        self._link.publish(self._topics.down(device, "ack"), encode(answer))
+
+    # --- the journal --------------------------------------------------------------------------------------------
+
+    def ask(self) -> None:
+        """Ask devices whose turn it is for chunks."""
+        for device, missing in self._uploads.grants():
+            self._link.publish(self._topics.down(device, "missing"), encode(missing))
+
+    def commit(self, current: OpenRound) -> bool:
+        """Journal what has come whole, then acknowledge it: in this order nothing acknowledged can be lost.
+
+        Returns:
+            Whether there was something.
+        """
+        whole, self._whole = self._whole, []
+        if not whole:
+            return False
+        into, now = current.announcement.version, time.time()
+        records = [Accepted(manifest, now, into, self._staleness(manifest, current)) for manifest, _, _ in whole]
+        try:
+            accepted = self._journal.accept(zip(records, (data for _, data, _ in whole), strict=True))
+        except OSError as error:
+            log.error("%s: %s; updates wait on their devices", self._journal.folder, error.strerror)  # noqa: TRY400
+            for manifest, _, _ in whole:
+                self._refuse(manifest.device, manifest.update, "no-room")
+            return True
+        self._store.add(accepted, self._journal.size)
+        for record, (manifest, data, tensors) in zip(accepted, whole, strict=True):
+            current.add(record, tensors)
+            log.info(
+                "%s: update of %s, %d bytes%s%s",
+                *(manifest.job, manifest.device, len(data), in_words(manifest.metrics)),
+                f", {record.staleness} rounds late" if record.staleness else "",
+            )
+            self._answer(manifest.device, manifest.update)
+        return True
+
+
+def in_words(metrics: Metrics) -> str:
+    """The figures of an update that an operator looks for first."""
+    forms = {"loss": "loss {:.3f}", "cpu_s": "{:.1f} CPU s", "peak_mib": "{:.0f} MiB"}
+    shown = {name: value for name in forms if isinstance(value := metrics.get(name), float | int)}
+    return accuracies(metrics) + "".join(f", {forms[name].format(value)}" for name, value in shown.items())
+
+
+def accuracies(metrics: Metrics) -> str:
+    """Accuracies on ``test``: of each expert where there are several, else of the one that the round is about."""
+    experts = [name for name in metrics if name.startswith("test_")] or [name for name in metrics if name == "test"]
+    words = [f"{name.removeprefix('test').removeprefix('_')} {metrics[name]:.3f}".strip() for name in experts]
+    return f", test accuracy {', '.join(words)}" if words else ""

@@ -1,0 +1,119 @@
+"""A fleet has one aggregator: the one that came first stays, and says where it stands."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from fleetune.edge.protocol.errors import RunFailedError
+from fleetune.edge.protocol.link import Link
+from fleetune.edge.protocol.messages import KIT, Announcement, Presence, PresenceState, decode, encode, open_envelope
+from fleetune.edge.protocol.topics import Topics
+
+log = logging.getLogger(__name__)
+
+_CLAIM_AFTER = 0.5
+"""Seconds in which the broker shows whether another aggregator is there."""
+
+_RIVAL_PATIENCE = 30.0
+"""Seconds after which a broker has noticed that a client is gone; the keep-alive is 15."""
+
+_SPEAK_EVERY = 0.5
+"""Seconds between two words on how far a round is."""
+
+Facts = dict[str, float | int | str | bool]
+
+
+class Leadership:
+    """This aggregator's place in its fleet.
+
+    Args:
+        topics: Of the fleet.
+        run: The run that it leads.
+        facts: Tells what a presence shows.
+    """
+
+    def __init__(self, topics: Topics, run: str, facts: Callable[[], Facts]) -> None:
+        self._topics, self._run, self._facts = topics, run, facts
+        self.boot = time.time_ns() // 1_000_000
+        self.claimed = False
+        self._rival: Presence | None = None
+        self._abandoned: set[str] = set()
+        self._said: tuple[PresenceState, str] = ("online", "starts")
+        self._spoke = 0.0
+
+    @property
+    def will(self) -> tuple[str, bytes]:
+        """What the broker says when this process dies."""
+        return self._topics.aggregator_presence, encode(self._presence("offline", "the connection broke"))
+
+    def claim(self, link: Link, pump: Callable[[float], None]) -> None:
+        """Make sure that this is the fleet's only aggregator; one whose machine died is gone after a while.
+
+        Args:
+            link: To the broker.
+            pump: Looks at what comes for so many seconds.
+
+        Raises:
+            RunFailedError: Another one leads the fleet.
+        """
+        now = time.monotonic()
+        look, give_up = now + _CLAIM_AFTER, now + _RIVAL_PATIENCE
+        while self._rival is not None or time.monotonic() < look:
+            if time.monotonic() > give_up:
+                raise self._not_alone()
+            before = self._rival
+            pump(0.1)
+            if self._rival is not None and before is None:
+                log.warning("another aggregator leads the fleet %s; waits for it to leave", self._topics.fleet)
+        self.claimed = True
+        self.say(link, "online", "starts")
+        for topic in self._abandoned:
+            link.publish(topic, b"", retain=True)
+
+    def _not_alone(self) -> RunFailedError:
+        return RunFailedError(
+            f"another aggregator leads the fleet {self._topics.fleet}", "stop that one, or give this fleet another name"
+        )
+
+    def meet(self, link: Link, raw: bytes) -> None:
+        """Another aggregator's presence, or one's own; the one that came first stays.
+
+        Raises:
+            RunFailedError: Both came at once, and the other one was first.
+        """
+        presence = decode(raw, Presence)
+        if presence.boot == self.boot:
+            return
+        there = presence.state not in ("offline", "failed")
+        if not self.claimed:
+            self._rival = presence if there else None
+        elif there and presence.boot < self.boot:  # both came at once
+            raise self._not_alone()
+        else:  # a late Will must not say that nobody is there
+            self.say(link, *self._said)
+
+    def clear(self, link: Link, topic: str, raw: bytes) -> None:
+        """Take back the announcement of a run that nobody leads any more, or devices would answer it."""
+        if not raw or open_envelope(raw, Announcement).run == self._run:
+            return
+        if self.claimed:
+            link.publish(topic, b"", retain=True)
+        else:
+            self._abandoned.add(topic)
+
+    # --- presence -----------------------------------------------------------------------------------------------
+
+    def _presence(self, state: PresenceState, detail: str) -> Presence:
+        return Presence(name="aggregator", state=state, boot=self.boot, kit=KIT, detail=detail, facts=self._facts())
+
+    def say(self, link: Link, state: PresenceState, detail: str) -> None:
+        """Where the aggregator stands."""
+        self._said, self._spoke = (state, detail), time.monotonic()
+        link.publish(self._topics.aggregator_presence, encode(self._presence(state, detail)), retain=True)
+
+    def say_sometimes(self, link: Link, state: PresenceState, detail: str) -> None:
+        """The same, if it is long enough since the last time: five hundred answers are not five hundred words."""
+        if time.monotonic() - self._spoke > _SPEAK_EVERY:
+            self.say(link, state, detail)

@@ -1,0 +1,243 @@
+"""What one asks an aggregator about: devices, rounds, and which updates it has.
+
+SQLite beside the journal. The journal is the truth and this is an index of it: it notes up to which byte it has read
+the journal, so that whatever a power cut takes from it is read again, and a file that is lost is made anew.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from fleetune.edge.protocol.messages import Announcement, Presence
+from fleetune.server.journal import Accepted, Announced, Closed, Finished, Record
+
+FILE = "aggregator.sqlite"
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS journal (read INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS devices (
+    id TEXT PRIMARY KEY, state TEXT NOT NULL DEFAULT '', detail TEXT NOT NULL DEFAULT '', boot INTEGER,
+    kit TEXT NOT NULL DEFAULT '', first_seen REAL, last_seen REAL, accepted INTEGER NOT NULL DEFAULT 0,
+    late INTEGER NOT NULL DEFAULT 0, refused INTEGER NOT NULL DEFAULT 0, reason TEXT NOT NULL DEFAULT ''
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS updates (
+    device TEXT, id TEXT, job TEXT NOT NULL, into_version INTEGER NOT NULL, start INTEGER NOT NULL, record BLOB,
+    PRIMARY KEY (device, id)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS updates_of_a_round ON updates (job, into_version);
+CREATE TABLE IF NOT EXISTS rounds (
+    job TEXT, version INTEGER, announcement BLOB NOT NULL, closed REAL, answers INTEGER NOT NULL DEFAULT 0,
+    late INTEGER NOT NULL DEFAULT 0, means BLOB, PRIMARY KEY (job, version)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS finished (job TEXT PRIMARY KEY) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """What is known of a device.
+
+    Attributes:
+        id: Its id.
+        state: Where it stood when it was last heard of.
+        detail: What it was doing.
+        boot: Starts of its agent.
+        kit: Version of Fleetune.
+        first_seen: Unix time; absent if only its updates were.
+        last_seen: Unix time.
+        accepted: Updates that counted in the round that they answered.
+        late: Updates that counted in a later one.
+        refused: Updates that were refused by this aggregator.
+        reason: Why the last of them was.
+    """
+
+    id: str
+    state: str
+    detail: str
+    boot: int | None
+    kit: str
+    first_seen: float | None
+    last_seen: float | None
+    accepted: int
+    late: int
+    refused: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """What is known of a round.
+
+    Attributes:
+        announcement: As it was announced.
+        closed: Unix time; absent while it is open.
+        answers: Devices that answered it in time.
+        late: Updates of earlier rounds that it took in.
+        means: Mean of every figure over its answers.
+    """
+
+    announcement: Announcement
+    closed: float | None
+    answers: int
+    late: int
+    means: dict[str, float]
+
+
+class Store:
+    """An SQLite database.
+
+    Args:
+        path: Its file, made if it is not there; ``:memory:`` for none.
+
+    Raises:
+        sqlite3.DatabaseError: The file is not such a database.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._database = sqlite3.connect(path, isolation_level=None)
+        # Written ahead, but not synced: what a power cut takes is in the journal.
+        for line in ("journal_mode = WAL", "synchronous = NORMAL"):
+            self._database.execute(f"PRAGMA {line}")
+        self._database.executescript(_SCHEMA)
+        if self._database.execute("SELECT COUNT(*) FROM journal").fetchone()[0] == 0:
+            self._database.execute("INSERT INTO journal VALUES (0)")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    # --- the journal's records ----------------------------------------------------------------------------------
+
+    @property
+    def read(self) -> int:
+        """Bytes of the journal that are in here."""
+        found: int = self._database.execute("SELECT read FROM journal").fetchone()[0]
+        return found
+
+    def add(self, records: Iterable[Record], read: int) -> None:
+        """Take records of the journal.
+
+        Args:
+            records: Those that follow the ones before.
+            read: Bytes of the journal up to their end.
+        """
+        with self._transaction():
+            for record in records:
+                self._add(record)
+            self._database.execute("UPDATE journal SET read = ?", (read,))
+
+    def _add(self, record: Record) -> None:
+        execute = self._database.execute
+        if isinstance(record, Announced):
+            announcement = record.announcement
+            execute(
+                "INSERT OR REPLACE INTO rounds (job, version, announcement) VALUES (?, ?, ?)",
+                (announcement.job, announcement.version, msgspec.json.encode(announcement)),
+            )
+        elif isinstance(record, Accepted):
+            manifest = record.manifest
+            done = execute(
+                "INSERT OR IGNORE INTO updates VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    *(manifest.device, manifest.update, manifest.job),
+                    record.into,
+                    record.start,
+                    msgspec.json.encode(record),
+                ),
+            )
+            late = int(manifest.version != record.into)
+            execute("INSERT OR IGNORE INTO devices (id) VALUES (?)", (manifest.device,))
+            execute(
+                "UPDATE devices SET accepted = accepted + ?, late = late + ? WHERE id = ?",
+                (done.rowcount * (1 - late), done.rowcount * late, manifest.device),
+            )
+        elif isinstance(record, Closed):
+            means = msgspec.json.encode(record.means)
+            execute(
+                "UPDATE rounds SET closed = ?, answers = ?, late = ?, means = ? WHERE job = ? AND version = ?",
+                (record.closed, len(record.devices), record.late, means, record.job, record.version),
+            )
+        elif isinstance(record, Finished):
+            execute("INSERT OR IGNORE INTO finished VALUES (?)", (record.job,))
+
+    def has_update(self, device: str, update: str) -> bool:
+        """Whether an update was accepted."""
+        query = "SELECT 1 FROM updates WHERE device = ? AND id = ?"
+        return self._database.execute(query, (device, update)).fetchone() is not None
+
+    def accepted(self, job: str, version: int) -> Iterator[Accepted]:
+        """What was accepted into a round that is in no checkpoint, in that order."""
+        query = "SELECT record FROM updates WHERE job = ? AND into_version = ? AND record IS NOT NULL ORDER BY start"
+        for (record,) in self._database.execute(query, (job, version)):
+            yield msgspec.json.decode(record, type=Accepted)
+
+    def forget(self, job: str, version: int) -> None:
+        """Of the updates of rounds up to this one, know only that they were accepted."""
+        with self._transaction():
+            query = "UPDATE updates SET record = NULL WHERE job = ? AND into_version <= ? AND record IS NOT NULL"
+            self._database.execute(query, (job, version))
+
+    def rounds(self, job: str) -> list[RoundRow]:
+        """The rounds of a job, oldest first."""
+        query = "SELECT announcement, closed, answers, late, means FROM rounds WHERE job = ? ORDER BY version"
+        return [
+            RoundRow(
+                msgspec.json.decode(announcement, type=Announcement),
+                closed,
+                answers,
+                late,
+                msgspec.json.decode(means, type=dict[str, float]) if means else {},
+            )
+            for announcement, closed, answers, late, means in self._database.execute(query, (job,))
+        ]
+
+    def is_finished(self, job: str) -> bool:
+        """Whether a job has no more rounds."""
+        return self._database.execute("SELECT 1 FROM finished WHERE job = ?", (job,)).fetchone() is not None
+
+    # --- the registry -------------------------------------------------------------------------------------------
+
+    def see(self, presences: Iterable[Presence], now: float) -> None:
+        """Take the newest presence of some devices."""
+        with self._transaction():
+            self._database.executemany(
+                "INSERT INTO devices (id, state, detail, boot, kit, first_seen, last_seen) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET state = excluded.state, "
+                "detail = excluded.detail, boot = excluded.boot, kit = excluded.kit, "
+                "first_seen = COALESCE(first_seen, excluded.first_seen), last_seen = excluded.last_seen",
+                [(p.name, p.state, p.detail, p.boot, p.kit, now, now) for p in presences],
+            )
+
+    def refuse(self, device: str, reason: str) -> None:
+        """Count an update that was refused."""
+        with self._transaction():
+            self._database.execute("INSERT OR IGNORE INTO devices (id) VALUES (?)", (device,))
+            query = "UPDATE devices SET refused = refused + 1, reason = ? WHERE id = ?"
+            self._database.execute(query, (reason, device))
+
+    def devices(self) -> list[DeviceRow]:
+        """Every device that was ever seen."""
+        query = (
+            "SELECT id, state, detail, boot, kit, first_seen, last_seen, accepted, late, refused, reason "
+            "FROM devices ORDER BY id"
+        )
+        return [DeviceRow(*row) for row in self._database.execute(query)]
+
+    def _transaction(self) -> _Transaction:
+        return _Transaction(self._database)
+
+
+class _Transaction:
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+
+    def __enter__(self) -> None:
+        self._database.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: type[BaseException] | None, _error: BaseException | None, _trace: object) -> None:
+        self._database.execute("COMMIT" if kind is None else "ROLLBACK")

@@ -1,0 +1,44 @@
+"""The aggregator of rounds in which nobody trains; what each took is in its journal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import msgspec
+
+from fleetune.edge.protocol.link import BrokerAddress
+from fleetune.server.aggregator import Aggregator, AggregatorConfig
+from fleetune.server.job import Job
+from fleetune.tools.bench.noop import BACKBONE, FLEET, NoOpSpec
+
+
+def main(path: str) -> None:
+    """Lead one job to its end."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    spec = msgspec.json.decode(Path(path).read_bytes(), type=NoOpSpec)
+    job = Job(
+        id="noop",
+        method="fedms",
+        backbone=BACKBONE,
+        quantisation="nf4",
+        shapes=spec.shapes,
+        rounds={"global": spec.rounds, "personal": 0},
+        settings={"max_depth": 12},
+        codec=spec.codec,
+    )
+    config = AggregatorConfig(
+        fleet=FLEET,
+        broker=BrokerAddress(spec.host, spec.port),
+        state=Path(spec.folder),
+        jobs=(job,),
+        devices=frozenset(spec.devices),
+        quorum=len(spec.devices) if spec.quorum is None else spec.quorum,
+        buffer=spec.buffer,
+    )
+    Aggregator(config).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,160 @@
+"""``fleetune bench round``: a round in which nobody trains, beside Flower's and beside what the broker alone takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import psutil
+
+from fleetune.edge.protocol.errors import RunFailedError
+from fleetune.tools.bench.broker import mosquitto
+from fleetune.tools.bench.figures import Document, Figure, Target, figure
+from fleetune.tools.bench.fleet import lead, spec_for, start
+from fleetune.tools.bench.flower import flower_idle, flower_rounds, lora_matrices
+from fleetune.tools.bench.noop import lora_shapes
+from fleetune.tools.bench.peers import FLOWER, peer_versions, peers_python
+
+PEERS = {"deployed": "Flower, deployed", "streams": "Flower, streams"}
+"""As its documentation has it, and its older interface of one gRPC stream for each device, which is deprecated."""
+
+_ROUND = {2: Target(60.0, lower=True), 8: Target(150.0, lower=True)}
+_FASTER = Target(100.0, lower=False)
+_IDLE = Target(40.0, lower=True)
+_TURNS = 3
+
+
+def bench_round(
+    folder: Path, *, quick: bool, peers: Sequence[str], threads: int, say: Callable[[str], None]
+) -> Document:
+    """Run the benchmark.
+
+    Args:
+        folder: For configurations, state and logs.
+        quick: Two devices, one turn, few rounds.
+        peers: Of :data:`PEERS`.
+        threads: Not used: nobody trains.
+        say: Is told what happens next.
+    """
+    del threads
+    folder.mkdir(parents=True, exist_ok=True)
+    python = peers_python(say, FLOWER) if peers else None
+    figures, notes = list[Figure](), list[str]()
+    for devices in (2,) if quick else (2, 8, 64):
+        place = folder / f"{devices}"
+        place.mkdir()
+        ours, bare = list[float](), list[float]()
+        for turn in range(1 if quick else _TURNS):
+            say(f"{devices} devices, turn {turn + 1}")
+            rounds = 20 if devices < 64 else 8
+            ours.append(1e3 * median(_fleetune(place / f"turn-{turn}", devices, rounds)))
+            bare.append(1e3 * median(_bare(place / f"bare-{turn}", devices, rounds)))
+        name = f"{devices} devices: a round"
+        figures.append(figure(name, "ms", ours, target=_ROUND.get(devices)))
+        figures.append(figure(name, "ms", ours, peer="paho and Mosquitto alone", peer_values=bare))
+        for peer in peers:
+            assert python is not None
+            say(f"{devices} devices: {PEERS[peer]}")
+            try:
+                theirs = _flower(python, place / peer, devices, say, streams=peer == "streams", quick=quick)
+            except RunFailedError as error:
+                notes.append(f"{devices} devices: {PEERS[peer]} does not get through a round: {error}")
+                continue
+            target = _FASTER if peer == "deployed" else None
+            some = [median(ours)] * len(theirs)
+            figures.append(figure(name, "ms", some, peer=PEERS[peer], peer_values=theirs, target=target))
+    idle = _idle(folder / "idle", 1 if quick else 5)
+    figures.append(figure("idle agent without a pack, resident", "MiB", idle, target=_IDLE))
+    for peer in peers:
+        assert python is not None
+        say(f"an idle device of {PEERS[peer]}")
+        held = flower_idle(python, folder / f"idle-{peer}", streams=peer == "streams").rss_mib
+        figures.append(
+            figure("idle agent without a pack, resident", "MiB", [median(idle)], peer=PEERS[peer], peer_values=[held])
+        )
+    return Document("round", tuple(figures), peer_versions(python, FLOWER) if python else {}, tuple(notes))
+
+
+def _fleetune(place: Path, count: int, rounds: int) -> list[float]:
+    """Seconds of each round: an aggregator, Mosquitto, and a process for each device."""
+    place.mkdir()
+    devices = tuple(f"device-{number}" for number in range(count))
+    shapes = lora_shapes()
+    with mosquitto(place) as (broker, _):
+        fleet = [start("noop_agent", place / one, spec_for(broker, place, (one,), shapes, rounds)) for one in devices]
+        try:
+            return lead(place / "aggregator", spec_for(broker, place / "aggregator", devices, shapes, rounds))[0]
+        finally:
+            for one in fleet:
+                one.kill()
+                one.wait()
+
+
+def _bare(place: Path, count: int, rounds: int) -> list[float]:
+    """Seconds of the same bytes down and up through paho and Mosquitto, with nobody looking at them."""
+    place.mkdir()
+    with mosquitto(place) as (broker, _):
+        command = [sys.executable, "-m", "fleetune.tools.bench.bare"]
+        fleet = [
+            subprocess.Popen([*command, str(broker.port), "device", f"device-{number}"]) for number in range(count)
+        ]
+        try:
+            done = subprocess.run(
+                [*command, str(broker.port), "lead", str(count), str(rounds)],
+                capture_output=True,
+                text=True,
+                timeout=600,
+                check=True,
+            )
+        finally:
+            for one in fleet:
+                one.kill()
+                one.wait()
+    return [float(line) for line in done.stdout.split()]
+
+
+def _flower(
+    python: Path, place: Path, devices: int, say: Callable[[str], None], *, streams: bool, quick: bool
+) -> list[float]:
+    """Milliseconds of each of Flower's rounds.
+
+    Raises:
+        RunFailedError: It does not get through one.
+    """
+    rounds = (30 if devices < 64 else 10) if streams else 4 if quick else 10
+    found = flower_rounds(
+        *(python, place),
+        devices=devices,
+        rounds=rounds,
+        tensors=lora_matrices(),
+        streams=streams,
+        limit_s=400.0,
+        say=say,
+    )
+    if not found:
+        raise RunFailedError("no round ended within 400 s", f"see {place}")
+    return [1e3 * seconds for seconds in found]
+
+
+def _idle(place: Path, repeats: int) -> list[float]:
+    """Resident set of an agent that waits, in MiB."""
+    place.mkdir()
+    found = list[float]()
+    with mosquitto(place) as (broker, _):
+        for repeat in range(repeats):
+            agent = start(
+                "noop_agent", place / f"{repeat}", spec_for(broker, place / f"state-{repeat}", ("idle",), {}, 1)
+            )
+            try:
+                time.sleep(3.0)
+                if agent.poll() is not None:
+                    raise RunFailedError("the agent has ended", f"see {place / f'{repeat}.log'}")
+                found.append(psutil.Process(agent.pid).memory_info().rss / 2**20)
+            finally:
+                agent.kill()
+                agent.wait()
+    return found
