@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,13 +23,12 @@ from fleetune.server.broadcast import Broadcast
 from fleetune.server.globals import Globals
 from fleetune.server.intake import Intake, accuracies
 from fleetune.server.job import Job
-from fleetune.server.journal import Announced, Closed, Finished, Journal, read_records
+from fleetune.server.journal import Announced, Closed, Finished, Journal
 from fleetune.server.leadership import Facts, Leadership
 from fleetune.server.registry import Registry
 from fleetune.server.round import OpenRound
 from fleetune.server.run import identify
-from fleetune.server.store import FILE as STORE_FILE
-from fleetune.server.store import Store
+from fleetune.server.store import open_store
 from fleetune.server.strategies import STRATEGIES
 from fleetune.server.strategies.base import ClosedRound, Metrics, NextRound, Strategy, trains
 
@@ -113,7 +111,7 @@ class Aggregator:
             started = self._journal.started()
             self._run = identify(started, config.state, config.fleet, config.jobs)
             self._is_new = started is None
-            self._store = _open_store(self._journal)
+            self._store = open_store(self._journal)
         except RunFolderError:
             self._journal.close()
             raise
@@ -464,22 +462,3 @@ class Aggregator:
             "depth": int(announcement.settings["depth"]),
             "updates": self._open.updates,
         }
-
-
-def _open_store(journal: Journal) -> Store:
-    """The store of a journal, up to date with it; one that is damaged or ahead is made anew."""
-    path = journal.folder / STORE_FILE
-    try:
-        store = Store(path)
-        if store.read <= journal.size:
-            store.add(read_records(journal.path, store.read), journal.size)
-            return store
-        log.warning("%s is ahead of the journal; it is made anew", path)
-        store.close()
-    except sqlite3.DatabaseError as error:
-        log.warning("%s: %s; it is made anew from the journal", path, error)
-    for file in path.parent.glob(f"{path.name}*"):
-        file.unlink()
-    store = Store(path)
-    store.add(read_records(journal.path), journal.size)
-    return store

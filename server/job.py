@@ -19,7 +19,7 @@ class Job:
         rounds: Rounds of each training stage.
         settings: Hyper-parameters that do not change from round to round.
         schedule: When SAL deepens.
-        codec: Number format of the broadcast.
+        codec: How what is broadcast becomes bytes.
     """
 
     id: str
@@ -30,7 +30,7 @@ class Job:
     rounds: Mapping[str, int]
     settings: Mapping[str, float | int | str | bool]
     schedule: ScheduleSettings = field(default_factory=lambda: ScheduleSettings())
-    codec: str = "f16"
+    codec: str = "int8"
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,19 @@ the journal, so that whatever a power cut takes from it is read again, and a fil
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import msgspec
 
 from fleetune.edge.protocol.messages import Announcement, Presence
-from fleetune.server.journal import Accepted, Announced, Closed, Finished, Record
+from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal, Record, read_records
+
+log = logging.getLogger(__name__)
 
 FILE = "aggregator.sqlite"
 
@@ -93,12 +97,16 @@ class Store:
 
     Args:
         path: Its file, made if it is not there; ``:memory:`` for none.
+        only_look: Whether to change nothing; the file must be there.
 
     Raises:
         sqlite3.DatabaseError: The file is not such a database.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, only_look: bool = False) -> None:
+        if only_look:
+            self._database = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, isolation_level=None)
+            return
         self._database = sqlite3.connect(path, isolation_level=None)
         # Written ahead, but not synced: what a power cut takes is in the journal.
         for line in ("journal_mode = WAL", "synchronous = NORMAL"):
@@ -182,6 +190,10 @@ class Store:
             query = "UPDATE updates SET record = NULL WHERE job = ? AND into_version <= ? AND record IS NOT NULL"
             self._database.execute(query, (job, version))
 
+    def jobs(self) -> list[str]:
+        """Jobs that were announced."""
+        return [row[0] for row in self._database.execute("SELECT DISTINCT job FROM rounds ORDER BY job")]
+
     def rounds(self, job: str) -> list[RoundRow]:
         """The rounds of a job, oldest first."""
         query = "SELECT announcement, closed, answers, late, means FROM rounds WHERE job = ? ORDER BY version"
@@ -241,3 +253,22 @@ class _Transaction:
 
     def __exit__(self, kind: type[BaseException] | None, _error: BaseException | None, _trace: object) -> None:
         self._database.execute("COMMIT" if kind is None else "ROLLBACK")
+
+
+def open_store(journal: Journal) -> Store:
+    """The store of a journal, up to date with it; one that is damaged or ahead is made anew."""
+    path = journal.folder / FILE
+    try:
+        store = Store(path)
+        if store.read <= journal.size:
+            store.add(read_records(journal.path, store.read), journal.size)
+            return store
+        log.warning("%s is ahead of the journal; it is made anew", path)
+        store.close()
+    except sqlite3.DatabaseError as error:
+        log.warning("%s: %s; it is made anew from the journal", path, error)
+    for file in path.parent.glob(f"{path.name}*"):
+        file.unlink()
+    store = Store(path)
+    store.add(read_records(journal.path), journal.size)
+    return store

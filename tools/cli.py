@@ -21,6 +21,7 @@ COMMANDS = (
     "demo",
     "pack",
     "serve",
+    "status",
     "agent",
     "doctor",
     "profile",

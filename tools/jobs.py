@@ -38,7 +38,7 @@ def check_options(args: argparse.Namespace) -> None:
             raise ConfigError(f"{option}: {value} is out of range", "use a finite number, above zero for a rate")
 
 
-def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int) -> tuple[Job, ...]:
+def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int, codec: str = "int8") -> tuple[Job, ...]:
     """The jobs that ``--job`` and its companions ask for.
 
     Raises:
@@ -87,6 +87,7 @@ def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int) ->
             rounds=rounds[method],
             settings=common | gate if method == "fedms" else common,
             schedule=schedule,
+            codec=codec,
         )
         for method in dict.fromkeys(args.jobs or ["fedms"])
     )

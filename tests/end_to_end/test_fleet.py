@@ -184,6 +184,20 @@ def test_a_killed_aggregator_goes_on_in_the_middle_of_the_round(make_fleet: Any,
     assert len(answers(records)) == len(set(answers(records))) == 2 * len(STAGES)
 
 
+def test_asynchronous_rounds_wait_for_nobody_and_lose_no_update(make_fleet: Any, embedded: str) -> None:
+    fleet = make_fleet(embedded)
+    serve = fleet.serve("--global-rounds", "4", "--personal-rounds", "1", "--sal-start", "1", "--buffer", "1")
+    for device in fleet.data:
+        fleet.agent(device)
+    assert serve.wait() == 0, serve.output
+    updates = [r for r in fleet.records() if isinstance(r, Accepted) and r.manifest.payload is not None]
+    late = [r for r in updates if r.staleness]
+    assert late, serve.output
+    assert all(r.into > r.manifest.version for r in late)
+    assert sum(r.late for r in fleet.records() if isinstance(r, Closed)) == len(late)
+    assert "rounds late" in serve.output
+
+
 def test_a_killed_device_takes_part_again(make_fleet: Any, embedded: str) -> None:
     fleet = make_fleet(embedded)
     serve = fleet.serve(*ROUNDS)

@@ -9,9 +9,8 @@ import msgspec
 import pytest
 
 from fleetune.edge.protocol.messages import Announcement, Presence, UpdateManifest
-from fleetune.server.aggregator import _open_store
 from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal, Record
-from fleetune.server.store import FILE, DeviceRow, RoundRow, Store
+from fleetune.server.store import FILE, DeviceRow, RoundRow, Store, open_store
 
 ANNOUNCEMENT = Announcement(
     fleet="lab", run="r", job="fedms", version=0, method="fedms", stage="global", round=1, rounds=5, backbone="b",
@@ -173,7 +172,7 @@ def contents(store: Store) -> tuple[object, ...]:
 
 def opened(journal: Journal) -> tuple[object, ...]:
     """What it holds after a restart."""
-    store = _open_store(journal)
+    store = open_store(journal)
     found = contents(store)
     store.close()
     return found
@@ -229,7 +228,7 @@ def test_a_file_that_is_lost_or_damaged_is_made_anew_from_the_journal(
 
 def test_a_file_that_is_ahead_of_the_journal_is_made_anew(journal: Journal) -> None:
     before = written(journal)
-    store = _open_store(journal)
+    store = open_store(journal)
     store.add([announced(2), accepted("z", 1)], journal.size + 500)  # of what a power cut took from the journal
     store.close()
     assert opened(journal) == before
@@ -253,11 +252,11 @@ def test_what_was_read_already_is_not_counted_again(journal: Journal) -> None:
 
 def test_what_only_the_file_knows_outlasts_a_restart(journal: Journal) -> None:
     written(journal)
-    store = _open_store(journal)
+    store = open_store(journal)
     store.see([presence("a")], now=10.0)
     store.refuse("a", "no-samples")
     store.close()
-    store = _open_store(journal)
+    store = open_store(journal)
     row = store.devices()[0]
     assert (row.id, row.state, row.first_seen, row.refused, row.reason) == ("a", "online", 10.0, 1, "no-samples")
     store.close()
