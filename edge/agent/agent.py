@@ -117,7 +117,7 @@ class Agent:
             log.info("%s of the fleet %s waits for a round", self._config.device, self._config.fleet)
             self._notifier.ready()
             while True:
-                self._look_at_post(timeout=0.25)
+                self._look_at_post(timeout=0.1 if self._broadcasts.waits else 1.0)
                 self._work()
         except FleetuneError as error:
             self._publish("failed", error.public)
@@ -322,7 +322,9 @@ class Agent:
         self._facts = {key: value for key, value in self._facts.items() if key not in _SHOWN}  # of the round before
         self._facts |= {"job": announced.job, "stage": announced.stage, "round": announced.round, "progress": 0.0}
         self._facts |= self._worker.facts
-        self._publish("working", f"{announced.job}: {announced.stage}, round {announced.round} of {announced.rounds}")
+        # Said when the round takes longer than a moment.
+        self._said = "working", f"{announced.job}: {announced.stage}, round {announced.round} of {announced.rounds}"
+        self._shown = time.monotonic()
         answer = self._worker.answer(announced, tensors, self._show_progress, self._pulse)
         self._unsaved = announced, answer
         self._queue_update(announced, answer)
@@ -342,12 +344,12 @@ class Agent:
     def _show_progress(self, share: float, loss: float) -> None:
         """Between two steps of a round: say how far it is, and look at the post."""
         self._facts |= {"progress": round(share, 3), "loss": round(loss, 4)}
-        if time.monotonic() - self._shown > _SHOW_EVERY:
-            self._publish(*self._said)
         self._pulse()
 
     def _pulse(self) -> None:
-        """Look at the post now and then while a round is done."""
+        """Show where the round is, and look at the post, now and then."""
+        if time.monotonic() - self._shown > _SHOW_EVERY:
+            self._publish(*self._said)
         if time.monotonic() - self._looked > _LOOK_AT_POST_EVERY:
             self._look_at_post(timeout=0.0)
 

@@ -81,6 +81,11 @@ class Broadcasts:
             before = self._download(payload, job, patience=patience)
         self._downloads[job] = before
 
+    @property
+    def waits(self) -> bool:
+        """Whether something is on its way, or should be."""
+        return bool(self._downloads)
+
     def hurry(self) -> None:
         """Nobody sends what is still missing: the connection broke meanwhile."""
         for download in self._downloads.values():
