@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,9 +15,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetune.edge.protocol.errors import MessageError, RunFailedError, RunFolderError
-from fleetune.edge.protocol.link import BrokerAddress, Connected, Event, Link, Received
-from fleetune.edge.protocol.messages import Announcement, Need, Presence, decode
+from fleetune.edge.protocol.errors import FileAccessError, MessageError, RunFailedError, RunFolderError
+from fleetune.edge.protocol.link import BrokerAddress, Connected, Disconnected, Event, Link, Received
+from fleetune.edge.protocol.messages import Announcement, Need, Presence, PresenceState, decode
 from fleetune.edge.protocol.modelfile import Card
 from fleetune.edge.protocol.topics import Topics, read_number
 from fleetune.server.broadcast import Broadcast
@@ -101,6 +102,7 @@ class Aggregator:
 
     Raises:
         RunFolderError: The state folder is in use, damaged, or holds a run of another fleet or with other jobs.
+        FileAccessError: There is no room in it.
     """
 
     def __init__(self, config: AggregatorConfig) -> None:
@@ -112,7 +114,7 @@ class Aggregator:
             self._run = identify(started, config.state, config.fleet, config.jobs)
             self._is_new = started is None
             self._store = open_store(self._journal)
-        except RunFolderError:
+        except (FileAccessError, RunFolderError):
             self._journal.close()
             raise
         self._registry = Registry(config.devices)
@@ -145,20 +147,21 @@ class Aggregator:
             RunFailedError: Another aggregator leads the fleet, or too few devices are left for a quorum.
         """
         self._link.connect()
+        last: tuple[PresenceState, str] = "offline", "stopped"  # or the next one would wait for this to leave
         try:
             self._leadership.claim(self._link, self._pump)
             for job in self._config.jobs:
                 self._lead(job)
             self._leadership.say(self._link, "idle", "all jobs are done")
+            last = "offline", "all jobs are done"
         except RunFailedError as error:
             if self._open is not None:  # devices that come later shall not begin what failed
                 self._link.publish(self._topics.current(self._open.announcement.job), b"", retain=True)
-            if self._leadership.claimed:
-                self._leadership.say(self._link, "failed", str(error))
+            last = "failed", str(error)
             raise
-        else:
-            self._leadership.say(self._link, "offline", "all jobs are done")
         finally:
+            if self._leadership.claimed:
+                self._leadership.say(self._link, *last)
             self._link.close()
             self._registry.save(self._store)
             self._store.close()
@@ -266,8 +269,9 @@ class Aggregator:
 
     def _wait_for_devices(self) -> None:
         wanted = len(self._config.devices) or self._config.quorum
-        said = ""
-        while len(self._registry.ready()) < wanted:
+        begun = self._open is not None or bool(self._closed)  # then a quorum goes on: some may have gone for good
+        said, until = "", time.monotonic() + self._config.away_s if begun else math.inf
+        while len(self._registry.ready()) < wanted and time.monotonic() < until:
             self._check_quorum()
             missing = ", ".join(sorted(self._config.devices - self._registry.ready())) or "devices"
             detail = f"waits for {missing}: {len(self._registry.ready())} of {wanted} are there"
@@ -377,21 +381,31 @@ class Aggregator:
             except MessageError as error:
                 topic = event.topic if isinstance(event, Received) else ""
                 log.warning("%s: %s (%s)", topic, error, error.reason)
-        if self._open is not None and not self._open.closing and self._intake is not None:
-            if self._intake.commit(self._open):
-                done, members = len(self._open.answers), len(self._registry.members())
+        taking = self._taking
+        if taking is not None and self._intake is not None:
+            if self._intake.commit(taking):
+                done, members = len(taking.answers), len(self._registry.members())
                 self._leadership.say_sometimes(self._link, "working", f"collects updates: {done} of {members}")
             self._intake.ask()
         self._broadcast.repair()
         self._registry.save(self._store)
 
+    @property
+    def _taking(self) -> OpenRound | None:
+        """The round that updates count in: one that was summed up, and waits for room, takes no more."""
+        return None if self._open is None or self._open.closing else self._open
+
     def _receive(self, event: Event) -> None:
+        if isinstance(event, Connected):
+            self._registry.trust()
+        elif isinstance(event, Disconnected):
+            self._registry.doubt()
         if isinstance(event, Connected) and self._open is not None:
             self._leadership.say(self._link, "working", "collects updates")
             self._broadcast.announce(self._open.announcement, self._globals.payloads, fresh=False)
         if not isinstance(event, Received):
             return
-        levels = self._topics.split(event.topic)
+        levels, taking = self._topics.split(event.topic), self._taking
         if levels == ("agg", "st"):
             self._leadership.meet(self._link, event.payload)
         elif levels[:1] == ("g",):
@@ -400,14 +414,12 @@ class Aggregator:
             self._receive_presence(levels[1:], event)
         elif levels[:1] == ("up",) and levels[2:] == ("need",):
             self._broadcast.need(decode(event.payload, Need))
-        elif levels[:1] == ("up",) and len(levels) == 4 and self._intake is not None and self._open is not None:
+        elif levels[:1] == ("up",) and len(levels) == 4 and self._intake is not None and taking is not None:
             device, update, last = levels[1:]
-            if self._open.closing:
-                return  # it is announced again
             if last == "m":
-                self._intake.manifest(device, update, event.payload, self._open)
+                self._intake.manifest(device, update, event.payload, taking)
             elif (index := read_number(last)) is not None:
-                self._intake.chunk(device, update, index, event.payload, self._open)
+                self._intake.chunk(device, update, index, event.payload, taking)
 
     def _receive_presence(self, levels: tuple[str, ...], event: Received) -> None:
         presence = decode(event.payload, Presence)

@@ -144,7 +144,7 @@ class Intake:
         try:
             yield
         except MessageError as error:
-            self._refuse(device, update, error.reason, keep=error.reason in ("wrong-chunk", "wrong-hash"))
+            self._refuse(device, update, error.reason, keep=error.reason in ("damaged", "wrong-chunk", "wrong-hash"))
             raise
         except OSError as error:
             self._refuse(device, update, "no-room")

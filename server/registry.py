@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import msgspec
@@ -23,7 +24,8 @@ class Registry:
     def __init__(self, expected: frozenset[str]) -> None:
         self._expected = expected
         self._presence: dict[str, Presence] = {}
-        self._gone: dict[str, float] = {}  # device that is away → since when, by the monotonic clock
+        # Device that is away → since when, by the monotonic clock; infinite while nobody could have told.
+        self._gone: dict[str, float] = {}
         self._unsaved: set[str] = set()
 
     def update(self, presence: Presence, *, retained: bool = False) -> bool:
@@ -54,6 +56,16 @@ class Registry:
         for name, presence in self._presence.items():
             if presence.state == "declined":
                 self._presence[name] = msgspec.structs.replace(presence, state="idle")
+
+    def doubt(self) -> None:
+        """The connection has broken: who was there may go, and nobody would tell."""
+        for name in self._presence:
+            self._gone.setdefault(name, math.inf)
+
+    def trust(self) -> None:
+        """The connection is back: who is there is heard of soon; for others the time runs from now on."""
+        now = time.monotonic()
+        self._gone = {name: min(since, now) for name, since in self._gone.items()}
 
     def knows(self, device: str) -> bool:
         """Whether a device belongs to the fleet."""

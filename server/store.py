@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 import msgspec
 
+from fleetune.edge.protocol.errors import FileAccessError
 from fleetune.edge.protocol.messages import Announcement, Presence
 from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal, Record, read_records
 
@@ -108,6 +109,7 @@ class Store:
             self._database = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, isolation_level=None)
             return
         self._database = sqlite3.connect(path, isolation_level=None)
+        self._behind: list[Record] = []
         # Written ahead, but not synced: what a power cut takes is in the journal.
         for line in ("journal_mode = WAL", "synchronous = NORMAL"):
             self._database.execute(f"PRAGMA {line}")
@@ -128,16 +130,28 @@ class Store:
         return found
 
     def add(self, records: Iterable[Record], read: int) -> None:
-        """Take records of the journal.
+        """Take records of the journal; while the disk is full they wait in memory.
 
         Args:
             records: Those that follow the ones before.
             read: Bytes of the journal up to their end.
         """
-        with self._transaction():
-            for record in records:
-                self._add(record)
-            self._database.execute("UPDATE journal SET read = ?", (read,))
+        self._behind += records
+        if self._write(lambda: self._add_all(self._behind, read)):
+            self._behind.clear()
+
+    def catch_up(self, records: Iterable[Record], read: int) -> None:
+        """The same at a start, which goes by what is in here.
+
+        Raises:
+            sqlite3.OperationalError: There is no room for them.
+        """
+        self._write(lambda: self._add_all(records, read), at_once=True)
+
+    def _add_all(self, records: Iterable[Record], read: int) -> None:
+        for record in records:
+            self._add(record)
+        self._database.execute("UPDATE journal SET read = ?", (read,))
 
     def _add(self, record: Record) -> None:
         execute = self._database.execute
@@ -176,7 +190,10 @@ class Store:
     def has_update(self, device: str, update: str) -> bool:
         """Whether an update was accepted."""
         query = "SELECT 1 FROM updates WHERE device = ? AND id = ?"
-        return self._database.execute(query, (device, update)).fetchone() is not None
+        if self._database.execute(query, (device, update)).fetchone() is not None:
+            return True
+        waiting = (record.manifest for record in self._behind if isinstance(record, Accepted))
+        return any((manifest.device, manifest.update) == (device, update) for manifest in waiting)
 
     def accepted(self, job: str, version: int) -> Iterator[Accepted]:
         """What was accepted into a round that is in no checkpoint, in that order."""
@@ -186,9 +203,8 @@ class Store:
 
     def forget(self, job: str, version: int) -> None:
         """Of the updates of rounds up to this one, know only that they were accepted."""
-        with self._transaction():
-            query = "UPDATE updates SET record = NULL WHERE job = ? AND into_version <= ? AND record IS NOT NULL"
-            self._database.execute(query, (job, version))
+        query = "UPDATE updates SET record = NULL WHERE job = ? AND into_version <= ? AND record IS NOT NULL"
+        self._write(lambda: self._database.execute(query, (job, version)))
 
     def jobs(self) -> list[str]:
         """Jobs that were announced."""
@@ -216,21 +232,22 @@ class Store:
 
     def see(self, presences: Iterable[Presence], now: float) -> None:
         """Take the newest presence of some devices."""
-        with self._transaction():
-            self._database.executemany(
-                "INSERT INTO devices (id, state, detail, boot, kit, first_seen, last_seen) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET state = excluded.state, "
-                "detail = excluded.detail, boot = excluded.boot, kit = excluded.kit, "
-                "first_seen = COALESCE(first_seen, excluded.first_seen), last_seen = excluded.last_seen",
-                [(p.name, p.state, p.detail, p.boot, p.kit, now, now) for p in presences],
-            )
+        query = (
+            "INSERT INTO devices (id, state, detail, boot, kit, first_seen, last_seen) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET state = excluded.state, "
+            "detail = excluded.detail, boot = excluded.boot, kit = excluded.kit, "
+            "first_seen = COALESCE(first_seen, excluded.first_seen), last_seen = excluded.last_seen"
+        )
+        rows = [(p.name, p.state, p.detail, p.boot, p.kit, now, now) for p in presences]
+        self._write(lambda: self._database.executemany(query, rows))
 
     def refuse(self, device: str, reason: str) -> None:
         """Count an update that was refused."""
-        with self._transaction():
-            self._database.execute("INSERT OR IGNORE INTO devices (id) VALUES (?)", (device,))
-            query = "UPDATE devices SET refused = refused + 1, reason = ? WHERE id = ?"
-            self._database.execute(query, (reason, device))
+        query = (
+            "INSERT INTO devices (id, refused, reason) VALUES (?, 1, ?) "
+            "ON CONFLICT (id) DO UPDATE SET refused = refused + 1, reason = excluded.reason"
+        )
+        self._write(lambda: self._database.execute(query, (device, reason)))
 
     def devices(self) -> list[DeviceRow]:
         """Every device that was ever seen."""
@@ -240,28 +257,38 @@ class Store:
         )
         return [DeviceRow(*row) for row in self._database.execute(query)]
 
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self._database)
+    def _write(self, change: Callable[[], object], *, at_once: bool = False) -> bool:
+        """Change something, all of it or nothing; False while there is no room, unless it has to be at once.
 
-
-class _Transaction:
-    def __init__(self, database: sqlite3.Connection) -> None:
-        self._database = database
-
-    def __enter__(self) -> None:
-        self._database.execute("BEGIN IMMEDIATE")
-
-    def __exit__(self, kind: type[BaseException] | None, _error: BaseException | None, _trace: object) -> None:
-        self._database.execute("COMMIT" if kind is None else "ROLLBACK")
+        Nothing that cannot be had again is lost with it: records are in the journal, and devices speak again.
+        """
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            change()
+            self._database.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            if at_once:
+                raise
+            log.warning("%s lags behind the journal: %s", FILE, error)
+            return False
+        finally:
+            if self._database.in_transaction:  # SQLite ends one by itself after some failures, and not after others
+                self._database.execute("ROLLBACK")
+        return True
 
 
 def open_store(journal: Journal) -> Store:
-    """The store of a journal, up to date with it; one that is damaged or ahead is made anew."""
+    """The store of a journal, up to date with it; one that is damaged or ahead is made anew.
+
+    Raises:
+        RunFolderError: A record of the journal is damaged.
+        FileAccessError: There is no room for it.
+    """
     path = journal.folder / FILE
     try:
         store = Store(path)
         if store.read <= journal.size:
-            store.add(read_records(journal.path, store.read), journal.size)
+            store.catch_up(read_records(journal.path, store.read), journal.size)
             return store
         log.warning("%s is ahead of the journal; it is made anew", path)
         store.close()
@@ -269,6 +296,9 @@ def open_store(journal: Journal) -> Store:
         log.warning("%s: %s; it is made anew from the journal", path, error)
     for file in path.parent.glob(f"{path.name}*"):
         file.unlink()
-    store = Store(path)
-    store.add(read_records(journal.path), journal.size)
+    try:
+        store = Store(path)
+        store.catch_up(read_records(journal.path), journal.size)
+    except sqlite3.OperationalError as error:
+        raise FileAccessError(f"{path}: {error}", "make room there, then start again") from error
     return store

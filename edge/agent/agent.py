@@ -49,6 +49,9 @@ _LOOK_EVERY = 5.0
 _LOOK_AT_POST_EVERY = 0.1
 """Seconds, at least, between two looks at the post in a round."""
 
+_HEAR_AGAIN = 1.0
+"""Seconds after which an announcement that came damaged is to come again."""
+
 _WAITS = "waits: "
 
 _SHOWN = ("loss", "test", "depth", "cpu_s", "peak_mib", "cache_missing_mib")
@@ -89,6 +92,7 @@ class Agent:
         self._said: tuple[PresenceState, str] = ("online", "starts")
         self._shown = 0.0
         self._look_again = self._looked = 0.0
+        self._hear_again = math.inf
         self._notifier = Notifier()
         me = config.device
         self._link = Link(
@@ -170,6 +174,10 @@ class Agent:
             self._listen_for_repairs()
             self._link.publish(self._topics.need(self._config.device), encode(need))
         self._listen_for_repairs()
+        if time.monotonic() > self._hear_again:  # who subscribes is told what is retained
+            self._hear_again = math.inf
+            self._link.unsubscribe(self._topics.current("+"))
+            self._link.subscribe(self._topics.current("+"))
         self._outbox.send(self._led)
 
     def _listen_for_repairs(self) -> None:
@@ -214,7 +222,12 @@ class Agent:
             self._forget(job)
             self._await_another_job()
             return
-        announced = open_envelope(event.payload, Announcement)
+        try:
+            announced = open_envelope(event.payload, Announcement)
+        except MessageError as error:
+            if error.reason == "damaged":
+                self._hear_again = time.monotonic() + _HEAR_AGAIN
+            raise
         if announced.job != job or announced.fleet != self._config.fleet:
             raise MessageError("the announcement belongs to another topic", "ignore it", reason="wrong-topic")
         self._led.add(announced.run)

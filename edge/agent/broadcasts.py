@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import time
@@ -26,6 +27,8 @@ _SOON = 0.2
 """Seconds, at most, before chunks are asked for that nobody is sending."""
 
 _LONGEST_PATIENCE = 60.0
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass
@@ -54,6 +57,7 @@ class Broadcasts:
         self._state = state
         self._newest: dict[str, Announcement] = {}
         self._downloads: dict[str, _Download] = {}
+        self._no_room_until = 0.0
 
     def want(self, announced: Announcement, *, under_way: bool) -> None:
         """Expect the tensors of a round, if they are not here.
@@ -68,7 +72,7 @@ class Broadcasts:
         """
         job, before = announced.job, self._downloads.pop(announced.job, None)
         self._newest[job] = announced
-        if announced.whole is None or self._state.has_globals(announced.whole.sha256):
+        if announced.whole is None or self._has(announced):
             return
         payload = announced.whole
         if announced.changes is not None and (announced.since is None or self._state.has_globals(announced.since)):
@@ -152,6 +156,7 @@ class Broadcasts:
 
     def overdue(self) -> Iterator[Need]:
         """What is to be asked for: nothing of it came for a while."""
+        self._begin_again()
         now = time.monotonic()
         for job, download in self._downloads.items():
             if now - download.since > download.patience:
@@ -161,13 +166,29 @@ class Broadcasts:
                 payload = download.assembly.payload
                 yield Need(job=job, sha256=payload.sha256, bitmap=download.assembly.missing_bitmap())
 
+    def _begin_again(self) -> None:
+        """Where a disk that is full or damaged has left a round without its tensors, and nothing on its way."""
+        for job, announced in self._newest.items():
+            if job in self._downloads or self._has(announced) or time.monotonic() < self._no_room_until:
+                continue
+            try:
+                self.want(announced, under_way=False)
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+                self._no_room_until = time.monotonic() + _PATIENCE
+                log.warning("%s: no room for global tensors: %s", job, error.strerror)
+
+    def _has(self, announced: Announcement) -> bool:
+        return announced.whole is None or self._state.has_globals(announced.whole.sha256)
+
     def asked(self) -> set[tuple[str, str]]:
         """Job and hash of every payload that is not whole yet and of which chunks were asked for."""
         return {(job, download.assembly.payload.sha256) for job, download in self._downloads.items() if download.asked}
 
     def ready(self) -> Announcement | None:
         """A round whose tensors are all here, if there is one; it stays until it is forgotten."""
-        return next((self._newest[job] for job in self._newest if job not in self._downloads), None)
+        return next((a for job, a in self._newest.items() if job not in self._downloads and self._has(a)), None)
 
     def tensors(self, announced: Announcement) -> Tensors:
         """The global tensors of a round that is ready.

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 _ASK_AGAIN = 3.0
 """Seconds without an answer after which an update is announced again."""
 
-_LATER = frozenset({"no-room", "wrong-chunk", "wrong-hash"})
+_LATER = frozenset({"no-room", "damaged", "wrong-chunk", "wrong-hash"})
 """Why an update is refused that may be taken another time."""
 
 

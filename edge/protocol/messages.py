@@ -1,11 +1,12 @@
 """The messages, as frozen structs. Each is small JSON; tensors travel apart from them, in chunks.
 
 A manifest travels inside an :class:`Envelope`, whose ``body`` is the manifest's canonical bytes: what a signature
-covers is exactly what was sent.
+covers is exactly what was sent, and what does not fit its hash was damaged on its way.
 """
 
 from __future__ import annotations
 
+import hashlib
 from importlib.metadata import version
 from typing import Annotated, Literal, TypeVar
 
@@ -46,11 +47,13 @@ class Envelope(_Struct, frozen=True):
 
     Attributes:
         body: Canonical bytes of the manifest.
+        sha256: Their hash.
         key: Id of the signing key; absent while the fleet has no keys.
         signature: Ed25519 signature of ``body``; absent while the fleet has no keys.
     """
 
     body: msgspec.Raw
+    sha256: Sha256
     key: str | None = None
     signature: str | None = None
 
@@ -220,13 +223,23 @@ def decode(raw: bytes, kind: type[Message]) -> Message:
 
 def seal(manifest: msgspec.Struct) -> bytes:
     """Put a manifest into an envelope."""
-    return encode(Envelope(body=msgspec.Raw(encode(manifest))))
+    body = encode(manifest)
+    return encode(Envelope(body=msgspec.Raw(body), sha256=hashlib.sha256(body).hexdigest()))
 
 
 def open_envelope(raw: bytes, kind: type[Message]) -> Message:
     """Take a manifest out of its envelope.
 
     Raises:
-        MessageError: The envelope or the manifest is malformed or too large.
+        MessageError: It is too large (``message-too-large``), is not what was sent (``damaged``), so that it may help
+            to have it sent again, or is not a manifest of this kind (``malformed``).
     """
-    return decode(bytes(decode(raw, Envelope).body), kind)
+    try:
+        envelope = decode(raw, Envelope)
+    except MessageError as error:
+        if error.reason != "malformed":
+            raise
+        raise MessageError(error.what, error.remedy, reason="damaged") from error
+    if hashlib.sha256(envelope.body).hexdigest() != envelope.sha256:
+        raise MessageError("a manifest's hash is not its own", "send it again", reason="damaged")
+    return decode(bytes(envelope.body), kind)

@@ -326,3 +326,13 @@ def test_damaged_private_tensors_are_named(state: State) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ConfigError, match=f"{file} is damaged"):
         state.store("r", "fedms").load("gate")
+
+
+def test_the_newest_global_tensors_stay_whatever_the_clock_says(state: State) -> None:
+    for number in range(6):
+        state.save_globals(*encoded(number))
+    for file in (state.folder / "globals").iterdir():
+        os.utime(file, (time.time() + 365 * 86400,) * 2)  # the clock has gone back a year
+    newest = encoded(7)
+    state.save_globals(*newest)
+    assert again(state).has_globals(newest[0])

@@ -279,7 +279,7 @@ def test_a_stranger_is_refused_and_not_entered_into_the_books(bench: Bench) -> N
 
 
 @pytest.mark.parametrize(("raw", "reason"), [
-    (b"", "malformed"), (b"{", "malformed"), (b"\xff" * 99, "malformed"), (b"x" * 66_000, "message-too-large"),
+    (b"", "damaged"), (b"{", "damaged"), (b"\xff" * 99, "damaged"), (b"x" * 66_000, "message-too-large"),
 ])  # fmt: skip
 def test_what_is_no_manifest_is_refused(raw: bytes, reason: str, bench: Bench) -> None:
     assert bench.refused(bench.intake.manifest, "a", "u", raw, bench.current) == reason

@@ -151,3 +151,17 @@ def test_what_is_new_of_a_device_is_kept_once(fleet: Registry) -> None:
     fleet.save(store)  # nothing is new
     assert store.devices() == [row]
     store.close()
+
+
+def test_who_was_there_when_the_connection_broke_counts_as_gone_until_heard_of_again(fleet: Registry) -> None:
+    for name in FLEET:
+        fleet.update(presence(name))
+    fleet.doubt()
+    assert fleet.here(0.05) == FLEET  # nobody could have told
+    time.sleep(0.1)
+    assert fleet.here(0.05) == FLEET
+    fleet.trust()
+    fleet.update(presence("a"))
+    time.sleep(0.1)
+    assert fleet.here(0.05) == {"a"}
+    assert fleet.ready() == FLEET

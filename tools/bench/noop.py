@@ -54,7 +54,9 @@ def lora_shapes(blocks: int = 12, width: int = 768, rank: int = 8, targets: tupl
 
 
 @dataclass(frozen=True)
-class _Answer:
+class NoOpAnswer:
+    """What goes up."""
+
     metrics: Metrics = field(default_factory=dict)
     tensors: Tensors = field(default_factory=dict)
 
@@ -93,9 +95,9 @@ class NoOpWorker:
         tensors: Tensors,  # noqa: ARG002
         progress: Callable[[float, float], None],  # noqa: ARG002
         pulse: Callable[[], None],  # noqa: ARG002
-    ) -> _Answer:
+    ) -> NoOpAnswer:
         """The tensors, in a round that asks for some."""
-        return _Answer(tensors=self._tensors if announced.stage == "global" else {})
+        return NoOpAnswer(tensors=self._tensors if announced.stage == "global" else {})
 
     def forget(self) -> None:
         """Nothing to forget."""

@@ -22,7 +22,8 @@ def register(subparsers: Any) -> None:
             "ranges and ratios. `step` trains adapters, `infer` answers one sample at a time, both beside PEFT on\n"
             "torch; `plan` holds predicted memory and time against measured ones, and trains under hard limits.\n"
             "`round` is a round in which nobody trains, beside Flower; `fleet` hundreds of agents and thousands of\n"
-            "updates on one aggregator; `bytes` what each codec puts on the link, and at which accuracy.\n"
+            "updates on one aggregator; `bytes` what each codec puts on the link, and at which accuracy; `chaos`\n"
+            "kills, cuts off, fills up and garbles small fleets, and looks at what is left on disk (as root).\n"
             "Peers are installed into an environment of their own in the cache (1.3 GB), never into Fleetune's.\n"
             "Needs the `all` extra."
         ),
@@ -33,15 +34,16 @@ def register(subparsers: Any) -> None:
             "  fleetune bench plan --json plan.json          half an hour\n"
             "  fleetune bench round --peers streams          Flower's quick interface alone\n"
             "  fleetune bench bytes --json bytes.json        half an hour\n"
+            "  sudo fleetune bench chaos --quick             a dozen runs; all 300 take 40 minutes\n"
             "  fleetune bench step --quick --peers none      Fleetune alone, nothing to install\n"
         ),
     )
     parser.add_argument(
         "name",
         metavar="NAME",
-        choices=("step", "infer", "plan", "round", "fleet", "bytes"),
+        choices=("step", "infer", "plan", "round", "fleet", "bytes", "chaos"),
         help="step: a training step; infer: an answer; plan: predictions, and rounds under hard limits; round, fleet, "
-        "bytes: what travels",
+        "bytes: what travels; chaos: faults",
     )
     parser.add_argument("--quick", action="store_true", help="fewer models, samples and repeats: under two minutes")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to this file")
@@ -70,7 +72,7 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.files import FolderLock, write_atomic
     from fleetune.tools.assets import cache_root
     from fleetune.tools.bench import bytes as bytes_
-    from fleetune.tools.bench import fleet, infer, plan, rounds, step
+    from fleetune.tools.bench import chaos, fleet, infer, plan, rounds, step
     from fleetune.tools.terminal import open_console, show_steps
 
     run, known = {
@@ -80,6 +82,7 @@ def _run(args: argparse.Namespace) -> None:
         "round": (rounds.bench_round, rounds.PEERS),
         "fleet": (fleet.bench_fleet, fleet.PEERS),
         "bytes": (bytes_.bench_bytes, bytes_.PEERS),
+        "chaos": (chaos.bench_chaos, chaos.PEERS),
     }[args.name]
     peers = list(known) if args.peers is None else [] if args.peers == "none" else args.peers.split(",")
     if unknown := [peer for peer in peers if peer not in known]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -132,9 +133,20 @@ def changed(**changes: Any) -> bytes:
 ])  # fmt: skip
 def test_what_is_not_a_message_is_malformed(raw: bytes) -> None:
     assert reason(decode, raw, UpdateManifest) == "malformed"
-    assert reason(open_envelope, raw, UpdateManifest) == "malformed"
+    assert reason(open_envelope, raw, UpdateManifest) == "damaged"
     if raw.startswith(b"{") and raw.endswith(b"}"):
-        assert reason(open_envelope, b'{"body": ' + raw + b"}", UpdateManifest) == "malformed"
+        sha256 = hashlib.sha256(raw).hexdigest().encode()
+        whole = b'{"body":' + raw + b',"sha256":"' + sha256 + b'"}'
+        assert reason(open_envelope, whole, UpdateManifest) == "malformed"
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_a_manifest_of_which_one_bit_is_another_is_damaged(message: Any) -> None:
+    sealed = seal(message)
+    for bit in range(len(sealed) * 8):
+        raw = bytearray(sealed)
+        raw[bit // 8] ^= 1 << bit % 8
+        assert reason(open_envelope, bytes(raw), type(message)) == "damaged"
 
 
 @pytest.mark.parametrize("sha256", ["", "../../../etc/passwd", "ab" * 31, "AB" * 32, "zz" * 32, "ab" * 200])
@@ -204,7 +216,7 @@ def test_whatever_the_message_only_a_message_error_comes_out(
     try:
         open_envelope(bytes(raw[:length]), type(message))
     except MessageError as error:
-        assert error.reason in ("malformed", "message-too-large")
+        assert error.reason in ("damaged", "malformed", "message-too-large")
 
 
 # --- topics and addresses -----------------------------------------------------------------------------------

@@ -1,0 +1,41 @@
+"""An aggregator that is stopped says so, or the next one would wait for it to leave."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+from fleetune.edge.protocol.link import Link, Received
+from fleetune.edge.protocol.messages import Presence, decode
+from fleetune.edge.protocol.topics import Topics
+from fleetune.server.broker import embedded_broker, free_port
+from fleetune.tools.bench.noop import FLEET, NoOpSpec
+
+
+def test_who_is_stopped_is_offline_to_the_next_one(tmp_path: Path) -> None:
+    states: list[str] = []
+    with embedded_broker(free_port()) as broker:
+        spec = NoOpSpec(host=broker.host, port=broker.port, folder=str(tmp_path / "a"), devices=("d",), shapes={})
+        (tmp_path / "spec.json").write_bytes(msgspec.json.encode(spec))
+        topic = Topics(FLEET).aggregator_presence
+        link = Link(broker, "watcher", subscriptions=[topic], will=None)
+        link.connect()
+        command = [sys.executable, "-m", "fleetune.tools.bench.noop_server", str(tmp_path / "spec.json")]
+        aggregator = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 20
+        while states[-1:] != ["offline"] and time.monotonic() < deadline:
+            for event in link.events(0.1):
+                if isinstance(event, Received):
+                    states.append(decode(event.payload, Presence).state)
+            if len(states) == 2:  # it has claimed the fleet, and waits for devices
+                aggregator.send_signal(signal.SIGINT)
+        link.close()
+        aggregator.kill()
+        aggregator.wait()
+    assert states[0] == "online"
+    assert states[-1] == "offline"
