@@ -173,7 +173,7 @@ def test_an_update_that_nobody_answers_is_announced_again_but_not_at_once(bench:
 def test_after_the_last_chunk_the_aggregator_has_time_to_answer(bench: Bench) -> None:
     one = bench.device.put(update(1))
     bench.await_manifests(1)
-    bench.pump(SOON * 0.8)
+    bench.pump(SOON * 0.3)
     bench.ask(one, range(26))
     bench.await_parts(26)
     bench.pump(SOON * 0.6)
@@ -223,7 +223,7 @@ def test_a_request_for_another_update_is_not_answered(bench: Bench) -> None:
 def test_what_is_refused_for_now_waits_and_is_announced_again(reason: str, bench: Bench) -> None:
     one = bench.device.put(update(1))
     bench.await_manifests(1)
-    bench.pump(SOON * 0.8)
+    bench.pump(SOON * 0.3)
     bench.answer(one, reason)
     bench.pump(SOON * 0.6)
     assert bench.device.waiting() == [one.update]
