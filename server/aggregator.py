@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import time
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetune.edge.protocol.errors import FileAccessError, MessageError, RunFailedError, RunFolderError
+from fleetune.edge.protocol.files import is_full
 from fleetune.edge.protocol.link import BrokerAddress, Connected, Disconnected, Event, Link, Received
 from fleetune.edge.protocol.messages import Announcement, Need, Presence, PresenceState, decode
 from fleetune.edge.protocol.modelfile import Card
@@ -38,14 +38,15 @@ log = logging.getLogger(__name__)
 _SPEAK_EVERY = 60.0
 """Seconds between two words on what a round waits for."""
 
+_NAMED = 8
+"""Devices that are named where there are many."""
+
 _LOOK_AGAIN = 5.0
 """Seconds after which a full disk is tried again."""
 
 _CHECKPOINT_ROUNDS = 16
 _CHECKPOINT_BYTES = 256 << 20
 """Rounds, and bytes of their updates, that a restart repeats at most."""
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ class Aggregator:
             try:
                 write()
             except OSError as error:
-                if error.errno not in _NO_ROOM:
+                if not is_full(error):
                     raise
                 detail = f"no room in {self._config.state}: {error.strerror}"
                 log.error("%s; tries again until there is some", detail)  # noqa: TRY400 - nothing is wrong but the disk
@@ -229,7 +230,7 @@ class Aggregator:
 
     def _recover(self, job: Job, strategy: Strategy, intake: Intake) -> Globals:
         """Go on where the journal ends: what the last checkpoint lacks is computed again, from the updates."""
-        self._open, self._closed, self._last, self._version = None, [], {}, -1
+        self._open, self._closed, self._last, self._version, self._closed_version = None, [], {}, -1, -1
         self._checkpointed, checkpoint = self._journal.load_checkpoint(job.id)
         globals_ = Globals(job.codec, checkpoint)
         for row in self._store.rounds(job.id):
@@ -350,28 +351,29 @@ class Aggregator:
             waiting = self._registry.members() - set(self._open.answers)
             if not waiting and answers >= quorum:
                 return
-            here = self._registry.here(self._config.away_s)
-            names = ", ".join(self._registry.describe(device) for device in sorted(waiting)[:8]) or "more devices"
-            if len(waiting) > 8:
-                names += f" and {len(waiting) - 8} more"
-            if answers >= quorum and not waiting & here:
-                log.warning("%s: closes without %s", where, names)
-                return
             late = time.monotonic() > self._open.deadline
-            if late and answers >= quorum:
-                log.warning("%s: the deadline has passed; the round closes without %s", where, names)
+            if answers >= quorum and (late or not waiting & self._registry.here(self._config.away_s)):
+                why = "the deadline has passed; the round closes" if late else "closes"
+                log.warning("%s: %s without %s", where, why, self._in_words(waiting))
                 return
             if late and not warned:
                 warned = True
                 log.warning(
                     "%s: the deadline has passed with %d of the %d answers that close it; waits for %s",
-                    *(where, answers, quorum, names),
+                    *(where, answers, quorum, self._in_words(waiting)),
                 )
-                self._leadership.say(self._link, "working", f"late: waits for {names}")
+                self._leadership.say(self._link, "working", f"late: waits for {self._in_words(waiting)}")
             elif time.monotonic() > speak:
+                names = self._in_words(waiting)
                 log.info("%s: %d of %d answers; waits for %s", where, answers, answers + len(waiting), names)
                 speak = time.monotonic() + _SPEAK_EVERY
             self._pump(0.5)
+
+    def _in_words(self, waiting: set[str]) -> str:
+        """Some of the devices that a round waits for, and what each does."""
+        names = ", ".join(self._registry.describe(device) for device in sorted(waiting)[:_NAMED])
+        more = f" and {len(waiting) - _NAMED} more" if len(waiting) > _NAMED else ""
+        return f"{names}{more}" or "more devices"
 
     def _pump(self, timeout: float) -> None:
         """Look at what comes, for so long; journal and acknowledge what has come whole."""

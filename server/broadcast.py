@@ -48,7 +48,8 @@ class Broadcast:
             fresh: Whether its changes go with it; when it was sent before, devices ask for what they still lack.
         """
         size = self._link.max_chunk
-        whole, changes = (_in_chunks_of(size, payload) for payload in (announcement.whole, announcement.changes))
+        named = (announcement.whole, announcement.changes)
+        whole, changes = (None if payload is None else chunks.fit(payload, size) for payload in named)
         announcement = msgspec.structs.replace(
             announcement, expires=time.time() + _EXPIRY, whole=whole, changes=changes
         )
@@ -77,7 +78,7 @@ class Broadcast:
 
     def repair(self) -> None:
         """Send what devices lack, once what was sent before is out."""
-        busy = self._sending is not None and not self._sending.done and not self._sending.lost
+        busy = self._sending is not None and not self._sending.over
         if busy or not self._lacking or time.monotonic() < self._due:
             return
         sha256 = next(iter(self._lacking))
@@ -90,10 +91,3 @@ class Broadcast:
         self._sending = self._link.send(
             ((topic(job, sha256, index), part) for index, part in parts), expiry=_CHUNK_EXPIRY
         )
-
-
-def _in_chunks_of(size: int, payload: Payload | None) -> Payload | None:
-    """The same payload, in chunks that the broker takes."""
-    if payload is None or payload.chunk_size <= size:
-        return payload
-    return msgspec.structs.replace(payload, chunk_size=size)

@@ -9,17 +9,12 @@ Everything here follows from the journal and the updates beside it; a checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.codec import Codec
+from fleetune.edge.protocol.codec import Codec, Tensors, add_differences
 from fleetune.edge.protocol.messages import MAX_CHUNK, Payload, decode, encode
 
-Tensors = dict[str, NDArray[np.float32]]
 _Told = tuple[Tensors, set[str], Payload | None, dict[str, bytes]]
 
 _EXACT = Codec.named("f32")
@@ -70,10 +65,9 @@ class Globals:
         head = encode(_Head(sorted(self._changed), len(tensors)))
         return head + b"\n" + tensors + _EXACT.encode(self._told)
 
-    def add(self, means: Mapping[str, NDArray[np.float32]]) -> None:
+    def add(self, means: Tensors) -> None:
         """Add what a round has gained."""
-        for name, mean in means.items():
-            self.tensors[name] = self.tensors[name] + mean if name in self.tensors else mean
+        self.tensors = add_differences(self.tensors, means)
         self._changed = self._changed | set(means)
 
     def told(self) -> _Told:
@@ -93,13 +87,11 @@ class Globals:
         names = sorted(name for name in self._changed if name.startswith(prefixes)) if prefixes else []
         if not names:
             return None, None
-        told, since = dict(self._told), self.whole.sha256 if self.whole is not None else None
+        told, since = self._told, self.whole.sha256 if self.whole is not None else None
         differences = {name: self.tensors[name] - told[name] if name in told else self.tensors[name] for name in names}
         changes = self._codec.encode(differences)
-        for name, change in self._codec.decode(changes).items():
-            told[name] = told[name] + change if name in told else change
-        self._told, self._changed = told, self._changed - set(names)
-        self._describe(_EXACT.encode(told), chunk_size)
+        self._told, self._changed = add_differences(told, self._codec.decode(changes)), self._changed - set(names)
+        self._describe(_EXACT.encode(self._told), chunk_size)
         described = chunks.describe(changes, self._codec.name, chunk_size)
         self.payloads[described.sha256] = changes
         return since, described

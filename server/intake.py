@@ -10,13 +10,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fleetune.edge.protocol.codec import Codec
+from fleetune.edge.protocol.codec import Codec, Tensors
 from fleetune.edge.protocol.errors import MessageError
 from fleetune.edge.protocol.link import Link
 from fleetune.edge.protocol.messages import Ack, UpdateManifest, encode, open_envelope
 from fleetune.edge.protocol.topics import Topics
 from fleetune.server.job import Job
-from fleetune.server.journal import Accepted, Journal, Tensors
+from fleetune.server.journal import Accepted, Journal
 from fleetune.server.registry import Registry
 from fleetune.server.round import OpenRound
 from fleetune.server.store import Store

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fleetune.edge.protocol.codec import DEFAULT
+
 
 @dataclass(frozen=True)
 class Job:
@@ -30,7 +32,7 @@ class Job:
     rounds: Mapping[str, int]
     settings: Mapping[str, float | int | str | bool]
     schedule: ScheduleSettings = field(default_factory=lambda: ScheduleSettings())
-    codec: str = "int8"
+    codec: str = DEFAULT
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetune.edge.protocol.codec import Codec
+from fleetune.edge.protocol.codec import Codec, Tensors
 from fleetune.edge.protocol.errors import UNDECODABLE, RunFolderError
 from fleetune.edge.protocol.files import FolderLock, make_folder, sync_folder, write_atomic
 from fleetune.edge.protocol.messages import Announcement, UpdateManifest
@@ -26,7 +26,6 @@ from fleetune.server.job import Job
 log = logging.getLogger(__name__)
 
 FILE = "journal.jsonl"
-Tensors = dict[str, NDArray[np.float32]]
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):

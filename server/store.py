@@ -105,11 +105,11 @@ class Store:
     """
 
     def __init__(self, path: Path | str, *, only_look: bool = False) -> None:
+        self._behind: list[Record] = []
         if only_look:
             self._database = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, isolation_level=None)
             return
         self._database = sqlite3.connect(path, isolation_level=None)
-        self._behind: list[Record] = []
         # Written ahead, but not synced: what a power cut takes is in the journal.
         for line in ("journal_mode = WAL", "synchronous = NORMAL"):
             self._database.execute(f"PRAGMA {line}")

@@ -11,6 +11,7 @@ from fleetune.edge.engine.gate import ADAPTER, Gate
 from fleetune.edge.engine.model import card_for
 from fleetune.edge.pack.manifest import Manifest
 from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.codec import DEFAULT
 from fleetune.edge.protocol.errors import ConfigError
 from fleetune.server.aggregator import Model
 from fleetune.server.job import Job, ScheduleSettings
@@ -38,7 +39,7 @@ def check_options(args: argparse.Namespace) -> None:
             raise ConfigError(f"{option}: {value} is out of range", "use a finite number, above zero for a rate")
 
 
-def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int, codec: str = "int8") -> tuple[Job, ...]:
+def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int, codec: str = DEFAULT) -> tuple[Job, ...]:
     """The jobs that ``--job`` and its companions ask for.
 
     Raises:

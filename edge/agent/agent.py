@@ -6,7 +6,6 @@ done, the worker tells how far it is, and the agent looks at its post between tw
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import time
@@ -23,6 +22,7 @@ from fleetune.edge.agent.worker import Answer, Worker
 from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.codec import Codec
 from fleetune.edge.protocol.errors import BrokerProtocolError, FleetuneError, MessageError, RunFailedError
+from fleetune.edge.protocol.files import is_full
 from fleetune.edge.protocol.link import Connected, Disconnected, Event, Link, Received
 from fleetune.edge.protocol.messages import (
     KIT,
@@ -56,8 +56,6 @@ _WAITS = "waits: "
 
 _SHOWN = ("loss", "test", "depth", "cpu_s", "peak_mib", "cache_missing_mib")
 """Metrics that the presence shows too."""
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Agent:
@@ -170,10 +168,10 @@ class Agent:
         self._notifier.alive()
         for event in self._link.events(timeout):
             self._handle(event)
-        for need in self._broadcasts.overdue():
-            self._listen_for_repairs()
+        needs = list(self._broadcasts.overdue())
+        self._listen_for_repairs()  # before what is asked for is sent
+        for need in needs:
             self._link.publish(self._topics.need(self._config.device), encode(need))
-        self._listen_for_repairs()
         if time.monotonic() > self._hear_again:  # who subscribes is told what is retained
             self._hear_again = math.inf
             self._link.unsubscribe(self._topics.current("+"))
@@ -201,7 +199,7 @@ class Agent:
             except MessageError as error:
                 log.warning("%s: %s (%s)", event.topic, error, error.reason)
             except OSError as error:
-                if error.errno not in _NO_ROOM:
+                if not is_full(error):
                     raise
                 log.warning("%s: no room in %s: %s", event.topic, self._config.state, error.strerror)
 
@@ -316,7 +314,7 @@ class Agent:
                 with self._declining(announced):
                     self._begin(announced)
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if not is_full(error):
                 raise
             self._wait(f"no room in {self._config.state}: {error.strerror}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import random
 import time
@@ -10,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from fleetune.edge.agent.state import State
-from fleetune.edge.agent.worker import Tensors
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.codec import Codec
+from fleetune.edge.protocol.codec import Codec, Tensors, add_differences
 from fleetune.edge.protocol.errors import MessageError
+from fleetune.edge.protocol.files import is_full
 from fleetune.edge.protocol.messages import Announcement, Need, Payload
 
 log = logging.getLogger(__name__)
@@ -27,8 +26,6 @@ _SOON = 0.2
 """Seconds, at most, before chunks are asked for that nobody is sending."""
 
 _LONGEST_PATIENCE = 60.0
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass
@@ -141,8 +138,7 @@ class Broadcasts:
         tensors = Codec.named(payload.codec).decode(data)
         if payload == announced.whole:
             return data, tensors
-        before = self._state.load_globals(announced.since)
-        tensors = before | {name: before[name] + t if name in before else t for name, t in tensors.items()}
+        tensors = add_differences(self._state.load_globals(announced.since), tensors)
         whole = _EXACT.encode(tensors)
         if chunks.describe(whole, _EXACT.name).sha256 != announced.whole.sha256:
             raise MessageError("the changes do not lead to the announced tensors", "ask for all", reason="wrong-hash")
@@ -174,7 +170,7 @@ class Broadcasts:
             try:
                 self.want(announced, under_way=False)
             except OSError as error:
-                if error.errno not in _NO_ROOM:
+                if not is_full(error):
                     raise
                 self._no_room_until = time.monotonic() + _PATIENCE
                 log.warning("%s: no room for global tensors: %s", job, error.strerror)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from fleetune.edge.protocol.codec import DEFAULT
 from fleetune.edge.protocol.link import BrokerAddress
 
 
@@ -24,4 +25,4 @@ class AgentConfig:
     fleet: str
     broker: BrokerAddress
     state: Path
-    codec: str = "int8"
+    codec: str = DEFAULT

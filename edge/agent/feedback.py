@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 
 from fleetune.edge.agent.state import JobStore
-from fleetune.edge.agent.worker import Tensors
-from fleetune.edge.protocol.codec import Codec
+from fleetune.edge.protocol.codec import Codec, Tensors
 
 _FILE = re.compile(r"lost-([0-9]+)\.safetensors")
 

@@ -51,7 +51,7 @@ class Outbox:
         manifest = next((manifest for manifest in self._state.outbox() if manifest.run in runs), None)
         if manifest is None:
             return
-        if self._sending is not None and (self._sending.done or self._sending.lost):
+        if self._sending is not None and self._sending.over:
             self._sending, self._at = None, time.monotonic()
         if manifest.update != self._announced:
             self._sending = None
@@ -65,10 +65,9 @@ class Outbox:
 
     def _in_chunks_that_fit(self, manifest: UpdateManifest) -> UpdateManifest:
         """The same update; the broker may be another one than when it was queued."""
-        if manifest.payload is None or manifest.payload.chunk_size <= self._link.max_chunk:
+        if manifest.payload is None:
             return manifest
-        payload = msgspec.structs.replace(manifest.payload, chunk_size=self._link.max_chunk)
-        return msgspec.structs.replace(manifest, payload=payload)
+        return msgspec.structs.replace(manifest, payload=chunks.fit(manifest.payload, self._link.max_chunk))
 
     def _send_chunks(self, manifest: UpdateManifest, payload: Payload, bitmap: bytes) -> None:
         data = self._state.outbox_data(manifest)

@@ -14,8 +14,7 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from fleetune.edge.agent.worker import Tensors
-from fleetune.edge.protocol.codec import Codec
+from fleetune.edge.protocol.codec import Codec, Tensors
 from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError, MessageError
 from fleetune.edge.protocol.files import FolderLock, write_atomic
 from fleetune.edge.protocol.messages import UpdateManifest, encode

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from fleetune.edge.protocol.codec import Tensors
 from fleetune.edge.protocol.messages import Announcement
 
 if TYPE_CHECKING:
     from fleetune.edge.agent.state import State
 
-Tensors = dict[str, NDArray[np.float32]]
 Metrics = Mapping[str, float | int | str | bool]
 
 

@@ -7,7 +7,6 @@ adapters changed.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -22,7 +21,7 @@ from fleetune.edge.engine.entry import SCHEMA, Entry, StoredPrefix, what_is_wron
 from fleetune.edge.engine.expert import Expert
 from fleetune.edge.engine.prefix import ComputedPrefix, Prefix
 from fleetune.edge.engine.tokens import CodecName
-from fleetune.edge.protocol.files import sync_folder
+from fleetune.edge.protocol.files import is_full, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +170,7 @@ class PrefixCache:
             folder = scratch.rename(self._place(blank))
             sync_folder(self._folder)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_full(error):
                 raise
             self._compute_instead(blank.size, missing=blank.size)  # somebody else took the room meanwhile
             return None

@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import msgspec
+
 from fleetune.edge.protocol.errors import MessageError
 from fleetune.edge.protocol.messages import MAX_CHUNK, MAX_PAYLOAD, Payload
 
@@ -23,6 +25,13 @@ _HERE = b"\1"
 def describe(data: bytes, codec: str, chunk_size: int = MAX_CHUNK) -> Payload:
     """The manifest entry of a payload."""
     return Payload(codec=codec, sha256=hashlib.sha256(data).hexdigest(), size=len(data), chunk_size=chunk_size)
+
+
+def fit(payload: Payload, chunk_size: int) -> Payload:
+    """The same payload, in chunks that a broker takes which may be another one than before."""
+    if payload.chunk_size <= chunk_size:
+        return payload
+    return msgspec.structs.replace(payload, chunk_size=chunk_size)
 
 
 def check(payload: Payload) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -38,6 +39,11 @@ def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
         raise
     if sync:
         sync_folder(path.parent)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether it is room that a disk lacks, which may be there another time."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def make_folder(folder: Path) -> None:

@@ -161,6 +161,11 @@ class Sending:
         return self._ahead is None and not self._unanswered and not self.lost
 
     @property
+    def over(self) -> bool:
+        """Whether nothing of it is on its way any more."""
+        return self.done or self.lost
+
+    @property
     def waits(self) -> bool:
         """Whether there is more to send."""
         return self._ahead is not None and not self.lost

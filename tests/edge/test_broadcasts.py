@@ -17,8 +17,8 @@ import pytest
 from fleetune.edge.agent import broadcasts as module
 from fleetune.edge.agent.broadcasts import Broadcasts
 from fleetune.edge.agent.state import State
-from fleetune.edge.agent.worker import Tensors
 from fleetune.edge.protocol import chunks
+from fleetune.edge.protocol.codec import Tensors
 from fleetune.edge.protocol.errors import MessageError
 from fleetune.edge.protocol.messages import Announcement, Need, Payload
 from fleetune.server.globals import Globals

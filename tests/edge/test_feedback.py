@@ -10,8 +10,7 @@ import pytest
 
 from fleetune.edge.agent.feedback import Feedback
 from fleetune.edge.agent.state import JobStore
-from fleetune.edge.agent.worker import Tensors
-from fleetune.edge.protocol.codec import Codec
+from fleetune.edge.protocol.codec import Codec, Tensors
 from fleetune.edge.protocol.errors import MessageError
 
 INT4 = Codec.named("int4")

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from fleetune.edge.agent.state import State
-from fleetune.edge.agent.worker import Tensors
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.codec import Codec
+from fleetune.edge.protocol.codec import Codec, Tensors
 from fleetune.edge.protocol.errors import ConfigError, MessageError, RunFolderError
 from fleetune.edge.protocol.messages import UpdateManifest
 from fleetune.edge.resources.costs import Costs

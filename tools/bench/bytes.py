@@ -22,13 +22,13 @@ from fleetune.edge.agent.state import State
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.codec import COMPRESSED, NUMBERS, Codec
+from fleetune.edge.protocol.codec import COMPRESSED, NUMBERS, Codec, Tensors, add_differences
 from fleetune.edge.protocol.codec.entropy import compress
 from fleetune.edge.protocol.messages import Announcement, UpdateManifest, seal
 from fleetune.edge.resources.costs import Costs, measure
 from fleetune.edge.resources.limits import Budget
 from fleetune.edge.resources.process import machine_memory_mib
-from fleetune.server.globals import Globals, Tensors
+from fleetune.server.globals import Globals
 from fleetune.server.job import Job
 from fleetune.server.journal import Accepted
 from fleetune.server.round import OpenRound
@@ -176,8 +176,7 @@ class _Fleet:
             _, changes = globals_.tell(plan.broadcast)
             if changes is not None:
                 data = globals_.payloads[changes.sha256]
-                for name, change in Codec.named(changes.codec).decode(data).items():
-                    told[name] = told[name] + change if name in told else change
+                told = add_differences(told, Codec.named(changes.codec).decode(data))
                 self._count("down", data)
             announced = Announcement(
                 fleet="bench",

@@ -15,7 +15,7 @@ import numpy as np
 
 from fleetune.edge.agent.agent import Agent
 from fleetune.edge.agent.config import AgentConfig
-from fleetune.edge.agent.worker import Tensors
+from fleetune.edge.protocol.codec import Tensors
 from fleetune.edge.protocol.link import BrokerAddress, Received
 from fleetune.edge.protocol.messages import Announcement
 from fleetune.tools.bench.chaos_process import ChaosSpec, bend_clock

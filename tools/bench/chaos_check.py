@@ -18,12 +18,12 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from fleetune.edge.agent.worker import Tensors
+from fleetune.edge.protocol.codec import Tensors
 from fleetune.edge.protocol.messages import Ack, Announcement
 from fleetune.server.journal import FILE, Accepted, Announced, Closed, Record, read_records
 from fleetune.tools.bench.chaos_agent import sent
 from fleetune.tools.bench.chaos_plan import DEVICES, Plan
-from fleetune.tools.bench.chaos_server import JOB
+from fleetune.tools.bench.noop import JOB
 
 
 @dataclass

@@ -15,7 +15,7 @@ from fleetune.edge.protocol.codec import Codec
 from fleetune.edge.protocol.link import BrokerAddress, Link, Received
 from fleetune.edge.protocol.messages import Announcement, Presence, UpdateManifest, encode, open_envelope, seal
 from fleetune.edge.protocol.topics import Topics
-from fleetune.tools.bench.noop import BACKBONE, FLEET, NoOpSpec
+from fleetune.tools.bench.noop import BACKBONE, FLEET, JOB, NoOpSpec
 
 TOPICS = Topics(FLEET)
 
@@ -67,13 +67,13 @@ def _updates(spec: NoOpSpec, announced: Announcement, data: bytes) -> Iterator[t
     payload = chunks.describe(data, spec.codec) if data else None
     run, version = announced.run, announced.version
     for device in spec.devices:
-        update = f"{run}-noop-{version}"
+        update = f"{run}-{JOB}-{version}"
         manifest = UpdateManifest(
             fleet=FLEET,
             device=device,
             update=update,
             run=run,
-            job="noop",
+            job=JOB,
             version=version,
             backbone=BACKBONE,
             samples=1,
@@ -90,7 +90,7 @@ def _announcement(version: int) -> Announcement:
     return Announcement(
         fleet=FLEET,
         run="alone",
-        job="noop",
+        job=JOB,
         version=version,
         method="fedms",
         stage="global",

@@ -9,10 +9,12 @@ import msgspec
 import numpy as np
 
 from fleetune.edge.agent.state import State
-from fleetune.edge.agent.worker import Metrics, Tensors
+from fleetune.edge.agent.worker import Metrics
+from fleetune.edge.protocol.codec import Tensors
 from fleetune.edge.protocol.messages import Announcement
 
 FLEET = "bench"
+JOB = "noop"
 BACKBONE = "0" * 64
 Shapes = dict[str, tuple[int, ...]]
 

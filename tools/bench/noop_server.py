@@ -11,15 +11,13 @@ import msgspec
 from fleetune.edge.protocol.link import BrokerAddress
 from fleetune.server.aggregator import Aggregator, AggregatorConfig
 from fleetune.server.job import Job
-from fleetune.tools.bench.noop import BACKBONE, FLEET, NoOpSpec
+from fleetune.tools.bench.noop import BACKBONE, FLEET, JOB, NoOpSpec
 
 
-def main(path: str) -> None:
-    """Lead one job to its end."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    spec = msgspec.json.decode(Path(path).read_bytes(), type=NoOpSpec)
+def config_for(spec: NoOpSpec, *, keep_history: bool = False) -> AggregatorConfig:
+    """How the aggregator of a benchmark is started."""
     job = Job(
-        id="noop",
+        id=JOB,
         method="fedms",
         backbone=BACKBONE,
         quantisation="nf4",
@@ -28,7 +26,7 @@ def main(path: str) -> None:
         settings={"max_depth": 12},
         codec=spec.codec,
     )
-    config = AggregatorConfig(
+    return AggregatorConfig(
         fleet=FLEET,
         broker=BrokerAddress(spec.host, spec.port),
         state=Path(spec.folder),
@@ -36,8 +34,14 @@ def main(path: str) -> None:
         devices=frozenset(spec.devices),
         quorum=len(spec.devices) if spec.quorum is None else spec.quorum,
         buffer=spec.buffer,
+        keep_history=keep_history,
     )
-    Aggregator(config).run()
+
+
+def main(path: str) -> None:
+    """Lead one job to its end."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    Aggregator(config_for(msgspec.json.decode(Path(path).read_bytes(), type=NoOpSpec))).run()
 
 
 if __name__ == "__main__":

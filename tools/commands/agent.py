@@ -11,11 +11,13 @@ from typing import Any
 
 from fleetune.tools.commands.options import (
     add_broker,
+    add_codec,
     add_command,
     add_fleet,
     add_pack,
     add_state,
     add_threads,
+    check_codec,
     check_state,
     check_threads,
 )
@@ -46,12 +48,7 @@ def register(subparsers: Any) -> None:
     add_broker(parser)
     add_state(parser)
     add_threads(parser, "training")
-    parser.add_argument(
-        "--codec",
-        metavar="CODEC",
-        default="int8",
-        help="how updates become bytes: f32, f16, int8 or int4, and +zlib to compress them (default: %(default)s)",
-    )
+    add_codec(parser, "updates")
     parser.add_argument(
         "--costs",
         metavar="FILE",
@@ -85,7 +82,6 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.agent.config import AgentConfig
     from fleetune.edge.agent.rounds import Rounds, RoundsConfig
     from fleetune.edge.agent.unit import systemd_unit
-    from fleetune.edge.protocol.codec import CODECS
     from fleetune.edge.protocol.link import BrokerAddress
     from fleetune.edge.resources.costs import Costs
     from fleetune.profiles.fleet import read_fleet
@@ -106,8 +102,7 @@ def _run(args: argparse.Namespace) -> None:
             costs = (msgspec.json.decode(args.costs.read_bytes(), type=Costs), *costs)
         except (OSError, *UNDECODABLE) as error:
             raise ConfigError(f"--costs: {args.costs}: {error}", "leave the option out to measure again") from error
-    if args.codec not in CODECS:
-        raise ConfigError(f"--codec: {args.codec} is unknown", f"choose from {', '.join(CODECS)}")
+    check_codec(args.codec)
     if args.unit:
         print(systemd_unit(device.id, _command(args), args.state.resolve()), end="")  # noqa: T201
         return

@@ -61,6 +61,29 @@ def add_threads(parser: argparse.ArgumentParser, use: str) -> None:
     )
 
 
+def add_codec(parser: argparse.ArgumentParser, what: str) -> None:
+    """``--codec``, of what travels one way."""
+    parser.add_argument(
+        "--codec",
+        metavar="CODEC",
+        default="int8",  # codec.DEFAULT, without NumPy, which `fleetune doctor` must not need to start
+        help=f"how {what} become bytes: f32, f16, int8 or int4, and +zlib to compress them (default: %(default)s)",
+    )
+
+
+def check_codec(name: str) -> None:
+    """Check ``--codec``.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    from fleetune.edge.protocol.codec import CODECS
+    from fleetune.edge.protocol.errors import ConfigError
+
+    if name not in CODECS:
+        raise ConfigError(f"--codec: {name} is unknown", f"choose from {', '.join(CODECS)}")
+
+
 def check_threads(threads: int) -> None:
     """Check ``--threads``.
 

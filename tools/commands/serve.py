@@ -6,7 +6,16 @@ import argparse
 import math
 from typing import Any
 
-from fleetune.tools.commands.options import add_broker, add_command, add_fleet, add_pack, add_state, check_state
+from fleetune.tools.commands.options import (
+    add_broker,
+    add_codec,
+    add_command,
+    add_fleet,
+    add_pack,
+    add_state,
+    check_codec,
+    check_state,
+)
 
 
 def register(subparsers: Any) -> None:
@@ -43,13 +52,7 @@ def register(subparsers: Any) -> None:
         metavar="S",
         help="seconds after which a quorum closes a round (default: %(default)s)",
     )
-    parser.add_argument(
-        "--codec",
-        metavar="CODEC",
-        default="int8",
-        help="how what is broadcast becomes bytes: f32, f16, int8 or int4, and +zlib to compress it; for what goes up "
-        "see `fleetune agent` (default: %(default)s)",
-    )
+    add_codec(parser, "broadcasts")
     parser.add_argument(
         "--buffer",
         type=int,
@@ -139,7 +142,6 @@ def add_job_options(parser: argparse.ArgumentParser, *, jobs: str = "fedms", max
 
 def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.pack.pack import Pack
-    from fleetune.edge.protocol.codec import CODECS
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.edge.protocol.link import BrokerAddress
     from fleetune.profiles.fleet import read_fleet
@@ -156,8 +158,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--buffer: {args.buffer} is out of range", f"choose from 1 to {len(fleet.devices)}")
     if args.max_staleness < 0:
         raise ConfigError(f"--max-staleness: {args.max_staleness} is out of range", "use 0 or more")
-    if args.codec not in CODECS:
-        raise ConfigError(f"--codec: {args.codec} is unknown", f"choose from {', '.join(CODECS)}")
+    check_codec(args.codec)
     check_state(args.state)
     pack = Pack.open(args.pack)
     jobs = build_jobs(args, pack.manifest, classes=args.classes, codec=args.codec)

@@ -11,7 +11,7 @@ import msgspec
 
 from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.codec import Codec
+from fleetune.edge.protocol.codec import DEFAULT, Codec
 from fleetune.edge.protocol.errors import BudgetError, ConfigError
 from fleetune.edge.resources.costs import Costs
 from fleetune.edge.resources.limits import LIMITS, Budget
@@ -87,7 +87,7 @@ def answer(
     costs, plan, refusal, every = min(found, key=lambda one: (-one[1].depth, one[1].seconds) if one[1] else (0, 0.0))
     layout = Layout.of(pack.manifest, classes)
     up, down = (
-        0 if depth is None else len(Codec.named("f16").encode(Expert(layout).active(depth)))
+        0 if depth is None else len(Codec.named(DEFAULT).encode(Expert(layout).active(depth)))
         for depth in (plan.depth if plan else None, workload.max_depth)
     )
     return Answer(device, budget, costs, plan, refusal, tuple(every), up, down)

@@ -42,6 +42,18 @@ _MAX_HEADER = 1 << 20
 Tensors = dict[str, NDArray[np.float32]]
 
 
+DEFAULT = "int8"
+"""Codec that agents and the aggregator use if nothing is said."""
+
+
+def add_differences(tensors: Tensors, differences: Tensors) -> Tensors:
+    """Tensors and what was added to them; what is absent was zero.
+
+    Both sides of a broadcast add it up, float32 by float32, and must come to the same bytes.
+    """
+    return tensors | {name: tensors[name] + t if name in tensors else t for name, t in differences.items()}
+
+
 @dataclass(frozen=True)
 class Codec:
     """Turns named tensors into bytes, and back.
