@@ -29,7 +29,7 @@ from fleetune.tools.bench.chaos_fleet import Course, Fleet
 from fleetune.tools.bench.chaos_network import Network
 from fleetune.tools.bench.chaos_plan import DEVICES, Fault, Kind, Plan, plan_of
 from fleetune.tools.bench.chaos_proxy import Proxy, flip, is_bulk
-from fleetune.tools.bench.noop import lora_shapes
+from fleetune.tools.bench.noop import JOB, lora_shapes
 from support.lacking import lacking
 
 PLAN = Plan(seed=0, rounds=2, shapes=lora_shapes(2, 640), quorum=3, checkpoint_rounds=1, faults=())
@@ -179,7 +179,7 @@ def test_a_round_that_closed_too_soon_is_found(kept: Path) -> None:
 
 
 def test_wrong_global_tensors_are_found_wherever_they_are(kept: Path) -> None:
-    file = kept / "aggregator" / "chaos" / "globals" / "2.safetensors"
+    file = kept / "aggregator" / JOB / "globals" / "2.safetensors"
     tensors = safetensors.numpy.load_file(file)
     name = sorted(tensors)[0]
     tensors[name].flat[0] = np.nextafter(tensors[name].flat[0], np.float32(np.inf))
