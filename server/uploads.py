@@ -67,6 +67,8 @@ class Uploads:
         free = _AT_ONCE - sum(upload.busy for upload in self._uploads.values())
         for device, upload in self._uploads.items():
             if upload.granted or (free <= 0 and upload.assembly.payload.chunks > 1):
+                if not upload.busy:
+                    upload.assembly.let_go()
                 continue
             upload.granted, upload.since = True, time.monotonic()
             if upload.assembly.payload.chunks > 1:  # a single one follows its manifest

@@ -16,6 +16,7 @@ import safetensors.numpy
 
 from fleetune.edge.pack.manifest import FILE, WEIGHTS_FILE
 from fleetune.edge.pack.pack import Pack, file_sha256
+from fleetune.edge.protocol import chunks
 from fleetune.tools.assets import fetch
 
 PIECES = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -32,6 +33,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the backgrou
     signal.signal(signal.SIGINT, signal.default_int_handler)
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def slow_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every chunk takes longer than a moment, so all that comes goes to disk."""
+    monkeypatch.setattr(chunks, "_QUICK", -1.0)
 
 
 def pytest_report_header() -> str:

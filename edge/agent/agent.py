@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from fleetune.edge.agent.broadcasts import Broadcasts
 from fleetune.edge.agent.config import AgentConfig
-from fleetune.edge.agent.feedback import Feedback
+from fleetune.edge.agent.feedback import encode_with_feedback
 from fleetune.edge.agent.notify import Notifier
 from fleetune.edge.agent.outbox import Outbox
 from fleetune.edge.agent.state import State
@@ -53,6 +53,8 @@ _HEAR_AGAIN = 1.0
 """Seconds after which an announcement that came damaged is to come again."""
 
 _WAITS = "waits: "
+
+_EXACT = Codec.named("f32")
 
 _SHOWN = ("loss", "test", "depth", "cpu_s", "peak_mib", "cache_missing_mib")
 """Metrics that the presence shows too."""
@@ -232,7 +234,7 @@ class Agent:
         if announced.stage == "finished":
             self._forget(job)
             self._await_another_job()
-            self._drop_finished(announced)
+            self._state.drop_updates(announced.run, job)  # those of other runs wait for theirs
             if self._state.answered(announced.run, job) >= 0:
                 folder = self._state.store(announced.run, job).folder
                 log.info("%s: done%s", job, f"; what is private is in {folder}" if folder.is_dir() else "")
@@ -276,12 +278,6 @@ class Agent:
                 "%s: declined: %s; waits for another job, and needs a start after a change here", announced.job, error
             )
             self._publish("declined", error.public)
-
-    def _drop_finished(self, announced: Announcement) -> None:
-        """Let go of updates for a job that is over; those of other runs wait for theirs."""
-        for manifest in self._state.outbox():
-            if (manifest.run, manifest.job) == (announced.run, announced.job):
-                self._state.drop_outbox(manifest.update)
 
     def _receive_ack(self, ack: Ack) -> None:
         manifest = self._state.waiting(ack.update)
@@ -369,11 +365,9 @@ class Agent:
         self._count_bytes()
         counters = self._state.counters
         record = self._state.enter(announced.run)
-        data = b""
+        data, lost = b"", self._state.lost(announced.run, announced.job)
         if answer.tensors:
-            feedback = Feedback(self._state.store(announced.run, announced.job), self._codec)
-            answered = record.answered.get(announced.job, -1)
-            data = feedback.encode(answer.tensors, version=announced.version, answered=answered)
+            data, lost = encode_with_feedback(answer.tensors, lost, self._codec)
         manifest = UpdateManifest(
             fleet=self._config.fleet,
             device=self._config.device,
@@ -391,7 +385,7 @@ class Agent:
             },
             payload=chunks.describe(data, self._codec.name, self._link.max_chunk) if data else None,
         )
-        self._state.put_outbox(manifest, data)
+        self._state.put_outbox(manifest, data, _EXACT.encode(lost) if lost else b"")
         self._unsaved = None
         record.answered[announced.job] = announced.version
         self._facts |= {name: value for name, value in answer.metrics.items() if name in _SHOWN}

@@ -103,7 +103,7 @@ class Broadcasts:
 
         Raises:
             MessageError: The chunk does not fit, or the whole has another hash; then all is asked for again.
-            OSError: It cannot be written.
+            OSError: It cannot be written; a round whose tensors are all here is ready all the same.
         """
         download = self._downloads.get(job)
         if download is None or download.assembly.payload.sha256 != sha256:
@@ -117,15 +117,15 @@ class Broadcasts:
             return False
         announced = self._newest[job]
         assert announced.whole is not None
-        payload, data = download.assembly.payload, download.assembly.finish()
+        payload, slow, data = download.assembly.payload, download.assembly.slow, download.assembly.finish()
         try:
             whole, tensors = self._follow(announced, payload, data)
         except MessageError as error:
             log.warning("%s: %s; asks for the whole", job, error)
             self._downloads[job] = self._download(announced.whole, job, patience=_SOON)
             return False
-        self._state.save_globals(announced.whole.sha256, whole, tensors)
         del self._downloads[job]
+        self._state.save_globals(announced.whole.sha256, whole, tensors, on_disk=slow)
         return True
 
     def _follow(self, announced: Announcement, payload: Payload, data: bytes) -> tuple[bytes, Tensors]:

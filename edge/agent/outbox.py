@@ -104,7 +104,10 @@ class Outbox:
         if ack.reason in _LATER:
             self._at = time.monotonic()
             return None
-        self._state.drop_outbox(ack.update)
+        if ack.accepted:
+            self._state.acknowledge(ack.update)
+        else:
+            self._state.drop_outbox(ack.update)
         if ack.update == self._announced:
             self.hurry()
         return manifest

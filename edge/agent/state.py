@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from fleetune.edge.protocol.codec import Codec, Tensors
 from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError, MessageError
 from fleetune.edge.protocol.files import FolderLock, write_atomic
 from fleetune.edge.protocol.messages import UpdateManifest, encode
+
+log = logging.getLogger(__name__)
 
 _KEEP_GLOBALS = 4
 """Global tensors that stay: a broadcast tells only what has changed since the one before."""
@@ -78,9 +81,13 @@ class State:
             self._claim(device)
             self.counters = self.read("counters.json", Counters) or Counters()
             self._outbox = self._load_outbox()
+            self._acknowledged: set[str] = set()
             for manifest in self._outbox.values():  # a power cut may have come before the counters were written
                 record = self.enter(manifest.run)
                 record.answered[manifest.job] = max(manifest.version, record.answered.get(manifest.job, -1))
+                for count in ("bytes_up", "bytes_down"):
+                    if isinstance(value := manifest.metrics.get(count), int):
+                        setattr(self.counters, count, max(value, getattr(self.counters, count)))
         except ConfigError:
             self.close()
             raise
@@ -140,9 +147,7 @@ class State:
             self.save_counters()
             for old in gone:
                 shutil.rmtree(self.folder / "runs" / old, ignore_errors=True)
-                for manifest in self.outbox():
-                    if manifest.run == old:
-                        self.drop_outbox(manifest.update)
+                self.drop_updates(old)
         return known
 
     def store(self, run: str, job: str) -> JobStore:
@@ -160,7 +165,7 @@ class State:
 
     def has_globals(self, sha256: str) -> bool:
         """Whether the global tensors with this hash are here."""
-        return self._globals(sha256).is_file()
+        return sha256 == self._newest[0] or self._globals(sha256).is_file()
 
     def load_globals(self, sha256: str | None) -> Tensors:
         """The global tensors with this hash; None are the initial ones, which differ in nothing from themselves.
@@ -180,16 +185,19 @@ class State:
         self._touch(file)  # what is still read is not the oldest
         return Codec.named("f32").decode(data)
 
-    def save_globals(self, sha256: str, data: bytes, tensors: Tensors) -> None:
+    def save_globals(self, sha256: str, data: bytes, tensors: Tensors, *, on_disk: bool = True) -> None:
         """Keep global tensors, and let go of the oldest ones.
 
         Args:
             sha256: Hash of ``data``: what a power cut loses is asked for again.
             data: Their bytes.
             tensors: What they are; the next broadcast, most likely, is added to them.
+            on_disk: Whether they outlast the process.
         """
-        write_atomic(self._globals(sha256), data, sync=False)
         self._newest = sha256, tensors
+        if not on_disk:
+            return
+        write_atomic(self._globals(sha256), data, sync=False)
         self._touch(self._globals(sha256))
         files = sorted(self._globals(sha256).parent.glob("*.safetensors"), key=lambda f: f.stat().st_mtime_ns)
         for old in files[:-_KEEP_GLOBALS]:
@@ -217,40 +225,86 @@ class State:
     def _update(self, update: str) -> Path:
         return self.folder / "outbox" / f"{update}.update"
 
-    def put_outbox(self, manifest: UpdateManifest, data: bytes) -> None:
-        """Keep an update until the aggregator has it: a line with its manifest, then its tensors."""
-        write_atomic(self._update(manifest.update), encode(manifest) + b"\n" + data)
+    def put_outbox(self, manifest: UpdateManifest, data: bytes, lost: bytes = b"") -> None:
+        """Keep an update until the next of its job, and at least until the aggregator has it.
+
+        One file, written once: what was sent, that it was sent, and what it lacks cannot contradict each other.
+
+        Args:
+            manifest: Of the update: the file's first line.
+            data: Its tensors.
+            lost: What these lack, for :meth:`lost`.
+        """
+        write_atomic(self._update(manifest.update), b"".join((encode(manifest), b"\n", data, lost)))
+        for old in self._of_job(manifest.run, manifest.job):
+            if old.update in self._acknowledged:
+                self._unlink(old.update)
         self._outbox[manifest.update] = manifest
         self._queued = manifest.update, data
 
     def outbox(self) -> list[UpdateManifest]:
         """Updates that wait, oldest first."""
-        return sorted(self._outbox.values(), key=lambda manifest: manifest.version)  # many boards have no clock
+        waiting = (manifest for update, manifest in self._outbox.items() if update not in self._acknowledged)
+        return sorted(waiting, key=lambda manifest: manifest.version)  # many boards have no clock
+
+    def _of_job(self, run: str, job: str) -> list[UpdateManifest]:
+        """Updates that are here, oldest first, whether they wait or not."""
+        found = (manifest for manifest in self._outbox.values() if (manifest.run, manifest.job) == (run, job))
+        return sorted(found, key=lambda manifest: manifest.version)
 
     def waiting(self, update: str) -> UpdateManifest | None:
         """The manifest of an update, if it waits."""
-        return self._outbox.get(update)
+        return None if update in self._acknowledged else self._outbox.get(update)
 
     def outbox_data(self, manifest: UpdateManifest) -> bytes | None:
         """The tensors of an update that waits; None if its file is damaged."""
         update, data = self._queued
         if update == manifest.update:  # as long as it is the newest: most are sent at once
             return data
-        with self._update(manifest.update).open("rb") as file:
-            file.readline()
-            data = file.read()
+        data, _ = self._read_update(manifest)
         whole = manifest.payload is None or hashlib.sha256(data).hexdigest() == manifest.payload.sha256
         return data if whole else None
 
-    def drop_outbox(self, update: str) -> UpdateManifest | None:
-        """Let go of an update and return it, if it was there."""
-        manifest = self._outbox.pop(update, None)
-        if manifest is not None:
+    def _read_update(self, manifest: UpdateManifest) -> tuple[bytes, bytes]:
+        """Tensors of an update, and what these lack."""
+        with self._update(manifest.update).open("rb") as file:
+            file.readline()
+            return file.read(0 if manifest.payload is None else manifest.payload.size), file.read()
+
+    def lost(self, run: str, job: str) -> Tensors:
+        """What the newest update of a job lacks; nothing if none is here, or its file is damaged."""
+        for manifest in self._of_job(run, job)[-1:]:
+            _, lost = self._read_update(manifest)
+            try:
+                return Codec.named("f32").decode(lost) if lost else {}
+            except MessageError as error:
+                log.warning("%s: what it lacks is lost: %s", self._update(manifest.update), error)
+        return {}
+
+    def acknowledge(self, update: str) -> None:
+        """The aggregator has an update. Nothing is written: after a restart it would say so again."""
+        self._acknowledged.add(update)
+        if self._queued[0] == update:
+            self._queued = "", b""
+
+    def drop_outbox(self, update: str) -> None:
+        """Let go of an update, if it is there."""
+        if update in self._outbox:
             self.save_counters()  # that it was answered must outlast the answer
-            self._update(update).unlink(missing_ok=True)
-            if self._queued[0] == update:
-                self._queued = "", b""
-        return manifest
+            self._unlink(update)
+
+    def drop_updates(self, run: str, job: str | None = None) -> None:
+        """Let go of all updates of a run, or of one job in it."""
+        for manifest in list(self._outbox.values()):
+            if manifest.run == run and job in (None, manifest.job):
+                self.drop_outbox(manifest.update)
+
+    def _unlink(self, update: str) -> None:
+        self._update(update).unlink(missing_ok=True)
+        del self._outbox[update]
+        self._acknowledged.discard(update)
+        if self._queued[0] == update:
+            self._queued = "", b""
 
 
 class JobStore:

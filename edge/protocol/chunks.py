@@ -1,13 +1,15 @@
 """Cuts a payload into chunks and puts it together again; chunks may come twice, out of order, or not at all.
 
-A payload is known by its hash. What has come of it lies on disk, so that a process that is killed goes on where it
-stopped, and memory does not grow with what is on its way.
+A payload is known by its hash. What has come of it lies on disk, unless it comes in a moment: a process that is killed
+goes on where it stopped, and memory does not grow with what is on its way.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,6 +22,12 @@ MAX_CHUNKS = 1 << 16
 """Most chunks of a payload: their bitmap fits a message."""
 
 _HERE = b"\1"
+
+_QUICK = 0.5
+"""Seconds from the first chunk: what is whole by then need not touch the disk."""
+
+_LITTLE = 2 << 20
+"""Bytes that may wait for the rest in memory."""
 
 
 def describe(data: bytes, codec: str, chunk_size: int = MAX_CHUNK) -> Payload:
@@ -72,35 +80,33 @@ def unpack_bitmap(bitmap: bytes, count: int) -> Iterator[int]:
 
 
 class Assembly:
-    """Collects the chunks of one payload in a folder; one that was begun there goes on.
+    """Collects the chunks of one payload; one that was begun in the folder goes on.
 
-    One file: the bytes, and behind them a byte for each chunk that came. It is not synced: what a power cut loses or
-    garbles shows when the whole is hashed, and then all of it is asked for again. A single chunk needs no file.
+    What comes quickly stays in memory: it would come as quickly again. On a slower link it goes to disk chunk by chunk,
+    into one file: the bytes, and behind them a byte for each chunk that came. It is not synced: what a power cut loses
+    or garbles shows when the whole is hashed, and then all of it is asked for again.
 
     Args:
         payload: What is announced.
-        folder: Created if it does not exist.
+        folder: Created when it is needed.
 
     Raises:
         MessageError: The announced sizes exceed the limits or do not fit each other.
-        OSError: The folder cannot be written to.
     """
 
     def __init__(self, payload: Payload, folder: Path) -> None:
         check(payload)
         self.payload = payload
-        self._only = b""
         self._missing = set(range(payload.chunks))
+        self._held: dict[int, bytes] = {}  # not on disk
+        self._since = math.inf
         self._path = folder / f"{payload.sha256}-{payload.chunk_size}"
-        if payload.chunks == 1:
-            return
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        size = payload.size + payload.chunks
-        with self._path.open("a+b") as file:  # so large at once: a full disk shows before the last chunk
-            os.posix_fallocate(file.fileno(), 0, size)
-            file.seek(payload.size)
-            here = file.read(payload.chunks)
-        self._missing -= {index for index in self._missing if here[index : index + 1] == _HERE}
+        self._kept = self._path.is_file()
+        if self._kept:
+            with self._path.open("rb") as file:
+                file.seek(payload.size)
+                here = file.read(payload.chunks)
+            self._missing -= {index for index in self._missing if here[index : index + 1] == _HERE}
 
     @property
     def missing(self) -> list[int]:
@@ -111,6 +117,11 @@ class Assembly:
     def complete(self) -> bool:
         """Whether every chunk is here."""
         return not self._missing
+
+    @property
+    def slow(self) -> bool:
+        """Whether it took so long that it is not to be had again for nothing."""
+        return self._kept
 
     def missing_bitmap(self) -> bytes:
         """The missing ones as a bitmap."""
@@ -130,13 +141,40 @@ class Assembly:
             )
         if index not in self._missing:
             return False
-        if self.payload.chunks == 1:
-            self._only = data
-        else:
-            _write_at(self._path, start, data)
-            _write_at(self._path, self.payload.size + index, _HERE)
+        now = time.monotonic()
+        self._since = min(self._since, now)
+        self._held[index] = data
+        if self._kept or (len(self._missing) > 1 and self._is_much(now)):
+            try:
+                self._keep()
+            except OSError:
+                del self._held[index]
+                raise
         self._missing.remove(index)
         return True
+
+    def _is_much(self, now: float) -> bool:
+        return now - self._since > _QUICK or len(self._held) * self.payload.chunk_size > _LITTLE
+
+    def _keep(self) -> None:
+        """Write what is in memory."""
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            # So large at once: a full disk shows before the last chunk.
+            os.posix_fallocate(descriptor, 0, self.payload.size + self.payload.chunks)
+            for index, data in self._held.items():
+                _write_at(descriptor, index * self.payload.chunk_size, data)
+                _write_at(descriptor, self.payload.size + index, _HERE)
+        finally:
+            os.close(descriptor)
+        self._kept = True
+        self._held.clear()
+
+    def let_go(self) -> None:
+        """Free the memory that it takes: the chunks in it are to come again."""
+        self._missing |= self._held.keys()
+        self._held.clear()
 
     def finish(self) -> bytes:
         """The whole payload. The assembly starts over, for a caller that cannot keep it.
@@ -144,12 +182,12 @@ class Assembly:
         Raises:
             MessageError: Its hash is not the announced one.
         """
-        data = self._only
-        if not data:
+        if self._kept:
             with self._path.open("rb") as file:
                 data = file.read(self.payload.size)
+        else:
+            data = b"".join(self._held[index] for index in range(self.payload.chunks))
         self.drop()
-        self._missing = set(range(self.payload.chunks))
         if hashlib.sha256(data).hexdigest() != self.payload.sha256:
             raise MessageError("the payload's hash is not the announced one", "send it again", reason="wrong-hash")
         return data
@@ -162,14 +200,14 @@ class Assembly:
 
     def drop(self) -> None:
         """Let go of what has come."""
-        self._path.unlink(missing_ok=True)
+        if self._kept:
+            self._path.unlink(missing_ok=True)
+            self._kept = False
+        self._held.clear()
+        self._missing = set(range(self.payload.chunks))
 
 
-def _write_at(path: Path, start: int, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        view, written = memoryview(data), 0
-        while written < len(data):
-            written += os.pwrite(descriptor, view[written:], start + written)
-    finally:
-        os.close(descriptor)
+def _write_at(descriptor: int, start: int, data: bytes) -> None:
+    view, written = memoryview(data), 0
+    while written < len(data):
+        written += os.pwrite(descriptor, view[written:], start + written)

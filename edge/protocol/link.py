@@ -348,8 +348,9 @@ class Link:
                 f"a message of {len(payload)} bytes exceeds the broker's maximum packet size of {self._max_packet}",
                 "raise the broker's limit (Mosquitto: max_packet_size) to 128 KiB or more",
             )
-        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        properties = None
         if expiry is not None:
+            properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
             properties.MessageExpiryInterval = expiry
         self.bytes_out += len(payload)
         mid = self._client.publish(topic, payload, qos=1, retain=retain, properties=properties).mid

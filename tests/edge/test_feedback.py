@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fleetune.edge.agent.feedback import Feedback
-from fleetune.edge.agent.state import JobStore
+from fleetune.edge.agent.feedback import encode_with_feedback
 from fleetune.edge.protocol.codec import Codec, Tensors
 from fleetune.edge.protocol.errors import MessageError
 
 INT4 = Codec.named("int4")
 SHAPES = {"blocks.2.query.A": (32, 4), "head.weight": (32, 2), "head.bias": (3,)}
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> JobStore:
-    return JobStore(tmp_path / "fedms", "r", "fedms")
 
 
 def updates(rounds: int) -> list[Tensors]:
@@ -40,81 +33,51 @@ def apart(one: dict[str, Any], two: dict[str, Any]) -> float:
     return max(float(np.abs(one[name] - two[name]).max()) for name in two)
 
 
-def send(store: JobStore, some: Tensors, version: int, answered: int | None = None) -> Tensors:
-    """What arrives of an update."""
-    answered = version - 1 if answered is None else answered
-    return INT4.decode(Feedback(store, INT4).encode(some, version=version, answered=answered))
+class Device:
+    """Sends updates, and keeps what they lack."""
+
+    def __init__(self, codec: Codec = INT4) -> None:
+        self.codec, self.lost = codec, Tensors()
+
+    def send(self, some: Tensors) -> Tensors:
+        """What arrives of an update."""
+        data, self.lost = encode_with_feedback(some, self.lost, self.codec)
+        return self.codec.decode(data)
 
 
-def test_what_arrived_over_many_rounds_is_what_was_sent(store: JobStore) -> None:
-    sent = updates(60)
+def test_what_arrived_over_many_rounds_is_what_was_sent() -> None:
+    sent, device = updates(60), Device()
     plain = [INT4.decode(INT4.encode(some)) for some in sent]
-    fed = [send(store, some, version) for version, some in enumerate(sent)]
+    fed = [device.send(some) for some in sent]
     step = max(float(np.abs(tensor).max()) for some in sent for tensor in some.values()) / 7
     assert apart(total(fed), total(sent)) < step  # as much as one round loses, however many there were
     assert apart(total(plain), total(sent)) > 4 * step
     for name, wanted in total(sent).items():
         lost = np.linalg.norm(total(fed)[name] - wanted) / np.linalg.norm(wanted)
         assert lost < 0.05
+        np.testing.assert_allclose(total(fed)[name] + device.lost[name], wanted, atol=1e-5)
 
 
-def test_an_update_that_never_reached_the_outbox_does_not_count(store: JobStore) -> None:
-    """The process was killed between the two files; the round is done again."""
-    first, second = updates(2)
-    arrived = [send(store, first, 4)]
-    send(store, {name: 5 * tensor for name, tensor in second.items()}, 5)  # killed here: 4 is the newest answered
-    arrived.append(send(store, second, 5, answered=4))
-    lost = store.load("lost-5")
-    assert lost is not None
-    for name, wanted in total([first, second]).items():
-        np.testing.assert_allclose(total(arrived)[name] + lost[name], wanted, atol=1e-6)
-
-
-def test_a_first_update_that_never_reached_the_outbox_leaves_nothing_behind(store: JobStore) -> None:
-    first, second = updates(2)
-    send(store, first, 0)
-    again = Feedback(store, INT4).encode(second, version=0, answered=-1)
-    assert again == INT4.encode(second)
-
-
-def test_what_tensors_lost_that_are_not_sent_now_waits_for_them(store: JobStore) -> None:
-    first, second, third = updates(3)
-    arrived = [send(store, first, 1)]
-    send(store, {"head.bias": second["head.bias"]}, 2)
-    arrived.append(send(store, third, 3))
-    lost = store.load("lost-3")
-    assert lost is not None
+def test_what_tensors_lost_that_are_not_sent_now_waits_for_them() -> None:
+    device, (first, second, third) = Device(), updates(3)
+    arrived = [device.send(first)]
+    device.send({"head.bias": second["head.bias"]})
+    arrived.append(device.send(third))
     name = "blocks.2.query.A"
     assert np.abs(first[name] - arrived[0][name]).max() > 0
-    np.testing.assert_allclose(total(arrived)[name] + lost[name], total([first, third])[name], atol=1e-6)
+    np.testing.assert_allclose(total(arrived)[name] + device.lost[name], total([first, third])[name], atol=1e-6)
 
 
-def test_only_what_the_last_rounds_lost_is_kept(store: JobStore) -> None:
-    for version, some in enumerate(updates(6)):
-        send(store, some, version)
-    assert sorted(file.name for file in store.folder.glob("lost-*")) == ["lost-4.safetensors", "lost-5.safetensors"]
-
-
-def test_rounds_are_counted_not_spelt(store: JobStore) -> None:
-    sent = updates(12)
-    arrived = [send(store, some, version) for version, some in enumerate(sent)]  # 9 comes before 10
-    lost = store.load("lost-11")
-    assert lost is not None
-    for name, wanted in total(sent).items():
-        np.testing.assert_allclose(total(arrived)[name] + lost[name], wanted, atol=1e-5)
-
-
-def test_a_codec_that_loses_nothing_keeps_nothing(store: JobStore) -> None:
+def test_a_codec_that_loses_nothing_keeps_nothing() -> None:
     (some,) = updates(1)
     exact = Codec.named("f32")
-    assert Feedback(store, exact).encode(some, version=0, answered=-1) == exact.encode(some)
-    assert not store.folder.exists()
+    assert encode_with_feedback(some, {}, exact) == (exact.encode(some), {})
 
 
-def test_what_training_may_not_leave_behind_is_refused_and_does_not_poison_what_is_kept(store: JobStore) -> None:
-    first, second = updates(2)
-    send(store, first, 0)
-    before = {file.name: file.read_bytes() for file in store.folder.iterdir()}
+def test_what_training_may_not_leave_behind_is_refused() -> None:
+    device, (first, second) = Device(), updates(2)
+    device.send(first)
+    before = dict(device.lost)
     with pytest.raises(MessageError, match="not finite"):
-        send(store, {**second, "head.bias": np.array([0, np.nan, 1], np.float32)}, 1)
-    assert {file.name: file.read_bytes() for file in store.folder.iterdir()} == before
+        device.send({**second, "head.bias": np.array([0, np.nan, 1], np.float32)})
+    assert device.lost == before

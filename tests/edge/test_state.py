@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -145,11 +146,70 @@ def test_updates_wait_in_the_order_in_which_they_came(state: State) -> None:
 
 def test_a_dropped_update_is_gone(state: State) -> None:
     state.put_outbox(update("u-1", b"data"), b"data")
-    assert state.drop_outbox("u-1") == update("u-1", b"data")
+    state.drop_outbox("u-1")
     assert state.outbox() == []
     assert again(state).outbox() == []
     assert not list((state.folder / "outbox").iterdir())
-    assert state.drop_outbox("u-1") is None
+    state.drop_outbox("u-1")
+
+
+def test_an_acknowledged_update_waits_no_more_and_stays_until_the_next_is_there(state: State) -> None:
+    state.put_outbox(update("u-1", b"data", 1), b"data")
+    state.acknowledge("u-1")
+    assert (state.outbox(), state.waiting("u-1")) == ([], None)
+    state.put_outbox(update("u-2", b"more", 2), b"more")
+    assert waiting(state) == [(update("u-2", b"more", 2), b"more")]
+    assert waiting(again(state)) == [(update("u-2", b"more", 2), b"more")]
+    assert [file.name for file in (state.folder / "outbox").iterdir()] == ["u-2.update"]
+
+
+def test_an_update_that_nobody_has_is_not_let_go_for_the_next(state: State) -> None:
+    state.put_outbox(update("u-1", b"data", 1), b"data")
+    state.put_outbox(update("u-2", b"more", 2), b"more")
+    state.acknowledge("u-2")
+    state.put_outbox(update("u-3", b"last", 3), b"last")
+    assert [manifest.update for manifest in again(state).outbox()] == ["u-1", "u-3"]
+
+
+def test_after_a_restart_an_acknowledged_update_is_offered_again(state: State) -> None:
+    """Rather once too often: the aggregator knows which it has."""
+    state.put_outbox(update("u-1", b"data"), b"data")
+    state.acknowledge("u-1")
+    assert waiting(again(state)) == [(update("u-1", b"data"), b"data")]
+
+
+def test_updates_of_a_job_are_let_go_together(state: State) -> None:
+    other = msgspec.structs.replace(update("v-1"), job="pfedmoe")
+    for manifest in (update("u-1"), update("u-2", version=2), other):
+        state.put_outbox(manifest, b"")
+    state.acknowledge("u-1")
+    state.drop_updates("r", "fedms")
+    assert state.outbox() == [other]
+    assert again(state).outbox() == [other]
+    state.drop_updates("r")
+    assert not list((state.folder / "outbox").iterdir())
+
+
+def test_what_an_update_lacks_outlasts_it(state: State) -> None:
+    assert state.lost("r", "fedms") == {}
+    for number, value in ((9, 0.25), (10, 0.5)):
+        _, lost, _ = encoded(value)
+        state.put_outbox(update(f"u-{number}", b"data", number), b"data", lost)
+        state.acknowledge(f"u-{number}")
+    for now in (state, again(state)):
+        assert now.lost("r", "fedms")["head.bias"].tolist() == [0.5, 0.5]
+        assert now.lost("r", "pfedmoe") == now.lost("s", "fedms") == {}
+
+
+def test_what_an_update_lacks_is_done_without_if_it_is_damaged(state: State, caplog: pytest.LogCaptureFixture) -> None:
+    _, lost, _ = encoded(0.5)
+    state.put_outbox(update("u-1", b"data"), b"data", lost)
+    file = state.folder / "outbox" / "u-1.update"
+    file.write_bytes(file.read_bytes()[:-1])
+    state = again(state)
+    assert state.lost("r", "fedms") == {}
+    assert f"{file}: what it lacks is lost" in caplog.text
+    assert waiting(state) == [(update("u-1", b"data"), b"data")]
 
 
 @pytest.mark.parametrize("stop_at", range(1, 4))
@@ -188,6 +248,15 @@ def test_an_update_that_waits_is_answered_even_if_the_counters_do_not_say_so(sta
     state.enter("r")
     state.put_outbox(update("u-1", b"data", 7), b"data")  # and now the power is cut
     assert again(state).answered("r", "fedms") == 7
+
+
+def test_bytes_that_an_update_speaks_of_count_even_if_the_counters_do_not_say_so(state: State) -> None:
+    manifest = msgspec.structs.replace(update("u-1"), metrics={"bytes_up": 70, "bytes_down": 5})
+    state.counters.bytes_down = 9
+    state.save_counters()
+    state.put_outbox(manifest, b"")  # and now the power is cut
+    counters = again(state).counters
+    assert (counters.bytes_up, counters.bytes_down) == (70, 9)
 
 
 def test_what_was_answered_outlasts_its_update(state: State) -> None:

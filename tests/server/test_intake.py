@@ -504,10 +504,12 @@ def test_a_full_disk_refuses_for_now_and_accepts_once_there_is_room(cramped: Ben
     np.testing.assert_array_equal(cramped.journal.load_update(record)["head.bias"], SMALL["head.bias"])
 
 
-def test_chunks_for_which_there_is_no_room_are_refused_before_they_are_sent(cramped: Bench, tiny_disk: Path) -> None:
+@pytest.mark.usefixtures("slow_link")
+def test_chunks_for_which_there_is_no_room_are_refused_at_the_first(cramped: Bench, tiny_disk: Path) -> None:
     ballast = fill(tiny_disk, leave=4096)
     manifest, data = update(LARGE, chunk_size=1000)
-    assert cramped.refused(cramped.begin, manifest) == "no-room"
+    cramped.begin(manifest)
+    assert cramped.refused(cramped.feed, manifest, data, [0]) == "no-room"
     cramped.intake.ask()
     assert cramped.listen(0.1) == []
     ballast.unlink()

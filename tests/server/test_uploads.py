@@ -63,11 +63,12 @@ def test_a_manifest_that_comes_again_keeps_what_is_here(uploads: Uploads) -> Non
     assert send(uploads, FIRST, 2) == [(newer, FIRST)]
 
 
+@pytest.mark.usefixtures("slow_link")
 def test_a_device_that_lost_its_disk_and_trained_again_starts_over(uploads: Uploads, tmp_path: Path) -> None:
     uploads.begin(manifest(FIRST))
     send(uploads, FIRST, 0, 1)
     uploads.begin(manifest(SECOND))
-    assert len(files(tmp_path)) == 1
+    assert len(files(tmp_path)) == 0
     assert send(uploads, SECOND, 2) == []
     assert send(uploads, SECOND, 0, 1) == [(manifest(SECOND), SECOND)]
     assert files(tmp_path) == []
@@ -81,6 +82,7 @@ def test_two_devices_do_not_mix_even_if_their_bytes_are_equal(uploads: Uploads) 
         assert send(uploads, data, 2, device=device) == [(manifest(data, device), data)]
 
 
+@pytest.mark.usefixtures("slow_link")
 def test_what_came_outlasts_the_process(uploads: Uploads, tmp_path: Path) -> None:
     uploads.begin(manifest(FIRST))
     send(uploads, FIRST, 1)
@@ -111,6 +113,7 @@ def test_sizes_beyond_the_limits_are_refused_and_leave_what_is_on_its_way(upload
     assert send(uploads, FIRST, 2) == [(manifest(FIRST), FIRST)]
 
 
+@pytest.mark.usefixtures("slow_link")
 def test_what_was_dropped_is_forgotten(uploads: Uploads, tmp_path: Path) -> None:
     for device in ("a", "b"):
         uploads.begin(manifest(FIRST, device))
@@ -178,6 +181,7 @@ def test_one_that_is_refused_makes_room_for_the_next(uploads: Uploads, crowd: li
     assert list(asked(uploads)) == [crowd[len(first)]]
 
 
+@pytest.mark.usefixtures("slow_link")
 def test_a_device_that_stalls_loses_its_turn_but_not_what_came(
     uploads: Uploads, crowd: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +191,22 @@ def test_a_device_that_stalls_loses_its_turn_but_not_what_came(
     assert list(asked(uploads)) == crowd[len(first) : 2 * len(first)]
     monkeypatch.undo()
     assert send(uploads, FIRST, 1, 2, device=first[0]) == [(manifest(FIRST, first[0]), FIRST)]
+
+
+def test_the_memory_of_a_device_that_stalls_is_free_for_others(
+    uploads: Uploads, crowd: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = list(asked(uploads))
+    send(uploads, FIRST, 0, device=first[0])
+    monkeypatch.setattr(module, "_STALLED", 0.0)
+    asked(uploads)
+    monkeypatch.undo()
+    assert send(uploads, FIRST, 1, 2, device=first[0]) == []
+    uploads.begin(manifest(FIRST, first[0]))  # as it does when it hears nothing
+    for device in crowd[1:]:
+        uploads.drop(device, "u")
+    assert asked(uploads) == {first[0]: [0]}
+    assert send(uploads, FIRST, 0, device=first[0]) == [(manifest(FIRST, first[0]), FIRST)]
 
 
 def test_small_updates_do_not_wait_for_large_ones(uploads: Uploads, crowd: list[str]) -> None:

@@ -16,7 +16,7 @@ from statistics import fmean
 
 import msgspec
 
-from fleetune.edge.agent.feedback import Feedback
+from fleetune.edge.agent.feedback import encode_with_feedback
 from fleetune.edge.agent.rounds import Rounds, RoundsConfig
 from fleetune.edge.agent.state import State
 from fleetune.edge.engine.dataset import read_dataset
@@ -167,6 +167,7 @@ class _Fleet:
         }
         for device, worker in self._workers.items():
             worker.prepare(self._states[device], _quiet)
+        self._lost = dict.fromkeys(data, Tensors())
         self._sent: dict[str, int] = {}
 
     def run(self) -> _Result:
@@ -218,8 +219,7 @@ class _Fleet:
         answer = worker.answer(own, dict(told), _quiet, _quiet)
         data = b""
         if answer.tensors:
-            feedback = Feedback(self._states[device].store("bench", announced.job), codec)
-            data = feedback.encode(answer.tensors, version=announced.version, answered=announced.version - 1)
+            data, self._lost[device] = encode_with_feedback(answer.tensors, self._lost[device], codec)
         manifest = UpdateManifest(
             fleet="bench",
             device=device,

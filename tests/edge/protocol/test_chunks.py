@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fleetune.edge.protocol import chunks as module
 from fleetune.edge.protocol.chunks import MAX_CHUNKS, Assembly, check, cut, describe, pack_bitmap, unpack_bitmap
 from fleetune.edge.protocol.errors import MessageError
 from fleetune.edge.protocol.messages import MAX_CHUNK, MAX_MESSAGE, MAX_PAYLOAD, Missing, Need, Payload, encode
@@ -166,6 +169,10 @@ DATA = bytes(range(256)) * 4
 PAYLOAD = describe(DATA, "f16", chunk_size=100)  # 11 chunks, the last of 24 bytes
 
 
+slowly = pytest.mark.usefixtures("slow_link")
+
+
+@slowly
 def test_an_assembly_goes_on_where_a_killed_one_was(tmp_path: Path) -> None:
     feed(Assembly(PAYLOAD, tmp_path), DATA, [10, 3, 0])
     again = Assembly(PAYLOAD, tmp_path)
@@ -180,6 +187,7 @@ def test_an_assembly_goes_on_where_a_killed_one_was(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@slowly
 def test_an_assembly_that_was_complete_before_its_process_was_killed_is_complete(tmp_path: Path) -> None:
     feed(Assembly(PAYLOAD, tmp_path), DATA, range(11))
     again = Assembly(PAYLOAD, tmp_path)
@@ -187,6 +195,7 @@ def test_an_assembly_that_was_complete_before_its_process_was_killed_is_complete
     assert again.finish() == DATA
 
 
+@slowly
 def test_a_payload_in_other_chunks_starts_over_beside_the_first(tmp_path: Path) -> None:
     feed(Assembly(PAYLOAD, tmp_path), DATA, range(5))
     other = Assembly(describe(DATA, "f16", chunk_size=50), tmp_path)
@@ -196,6 +205,7 @@ def test_a_payload_in_other_chunks_starts_over_beside_the_first(tmp_path: Path) 
     assert Assembly(PAYLOAD, tmp_path).missing == list(range(5, 11))
 
 
+@slowly
 def test_equal_bytes_of_two_devices_do_not_meet(tmp_path: Path) -> None:
     one, two = Assembly(PAYLOAD, tmp_path / "one"), Assembly(PAYLOAD, tmp_path / "two")
     feed(one, DATA, range(6))
@@ -222,6 +232,7 @@ def zeros(raw: bytes) -> bytes:
     return bytes(500) + raw[500:]
 
 
+@slowly
 @pytest.mark.parametrize("damage", [garble, zeros])
 def test_bytes_that_a_power_cut_garbled_are_noticed_and_all_is_asked_for_again(damage: Any, tmp_path: Path) -> None:
     feed(Assembly(PAYLOAD, tmp_path), DATA, range(8))
@@ -237,6 +248,7 @@ def test_bytes_that_a_power_cut_garbled_are_noticed_and_all_is_asked_for_again(d
     assert list(tmp_path.iterdir()) == []
 
 
+@slowly
 @pytest.mark.parametrize("length", [0, 90, 1024, 1030])
 def test_a_file_that_a_power_cut_shortened_is_filled_again(length: int, tmp_path: Path) -> None:
     feed(Assembly(PAYLOAD, tmp_path), DATA, range(11))
@@ -248,6 +260,7 @@ def test_a_file_that_a_power_cut_shortened_is_filled_again(length: int, tmp_path
     assert again.finish() == DATA
 
 
+@slowly
 def test_what_else_was_begun_in_the_folder_can_be_dropped(tmp_path: Path) -> None:
     feed(Assembly(describe(DATA[::-1], "f16", 100), tmp_path), DATA[::-1], range(5))
     assembly = Assembly(PAYLOAD, tmp_path)
@@ -266,6 +279,7 @@ def test_a_single_chunk_leaves_no_files(tmp_path: Path) -> None:
     assert not (tmp_path / "parts").exists()
 
 
+@slowly
 def test_what_was_dropped_leaves_no_files(tmp_path: Path) -> None:
     assembly = Assembly(PAYLOAD, tmp_path)
     feed(assembly, DATA, range(5))
@@ -274,14 +288,73 @@ def test_what_was_dropped_leaves_no_files(tmp_path: Path) -> None:
     assert Assembly(PAYLOAD, tmp_path).missing == list(range(11))
 
 
+def test_what_comes_in_a_moment_never_touches_the_disk(tmp_path: Path) -> None:
+    assembly = Assembly(PAYLOAD, tmp_path / "parts")
+    feed(assembly, DATA, range(11))
+    assert not assembly.slow
+    assert assembly.finish() == DATA
+    assert assembly.missing == list(range(11))
+    assert not (tmp_path / "parts").exists()
+
+
+def test_what_takes_longer_goes_to_disk_with_all_that_came_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assembly = Assembly(PAYLOAD, tmp_path)
+    feed(assembly, DATA, range(4))
+    assert Assembly(PAYLOAD, tmp_path).missing == list(range(11))
+    monkeypatch.setattr(module, "_QUICK", -1.0)
+    assert not assembly.slow
+    feed(assembly, DATA, [4])
+    assert assembly.slow
+    assert Assembly(PAYLOAD, tmp_path).missing == list(range(5, 11))
+    feed(assembly, DATA, range(5, 11))
+    assert assembly.finish() == DATA
+    assert not assembly.slow
+
+
+def test_memory_that_is_let_go_is_asked_for_again(tmp_path: Path) -> None:
+    assembly = Assembly(PAYLOAD, tmp_path)
+    feed(assembly, DATA, range(4))
+    assembly.let_go()
+    assert assembly.missing == list(range(11))
+    feed(assembly, DATA, range(11))
+    assert assembly.finish() == DATA
+
+
+@slowly
+def test_what_is_on_disk_is_not_let_go(tmp_path: Path) -> None:
+    assembly = Assembly(PAYLOAD, tmp_path)
+    feed(assembly, DATA, range(4))
+    assembly.let_go()
+    assert assembly.missing == list(range(4, 11))
+
+
+@slowly
+def test_a_chunk_that_the_disk_has_no_room_for_did_not_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    assembly = Assembly(PAYLOAD, tmp_path)
+    feed(assembly, DATA, range(4))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        assembly.add(4, DATA[400:500])
+    assert assembly.missing == list(range(4, 11))
+    monkeypatch.undo()
+    feed(assembly, DATA, range(4, 11))
+    assert assembly.finish() == DATA
+
+
 def test_memory_does_not_grow_with_what_is_on_its_way(tmp_path: Path) -> None:
     import tracemalloc
 
-    data = bytes(MAX_CHUNK) * 64
+    data = bytes(MAX_CHUNK) * 128
     assembly = Assembly(describe(data, "f16"), tmp_path)
     tracemalloc.start()
-    for index in range(64):
+    for index in range(127):
         assembly.add(index, bytes(MAX_CHUNK))
-    used, _ = tracemalloc.get_traced_memory()
+    used, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert used < 10 * MAX_CHUNK
+    assert most < (2 << 20) + 10 * MAX_CHUNK
