@@ -48,8 +48,8 @@ def check(folder: Path, plan: Plan) -> Findings:
     """Look at a run that is over.
 
     Args:
-        folder: With the aggregator's state in `aggregator`, and for each device its state in a folder of its name and
-            the acknowledgements that it heard in `<device>.heard`.
+        folder: With the aggregator's state in `aggregator`, and for each device the acknowledgements that it heard in
+            `<device>.heard` and the global tensors that its last round began with in `<device>.given`.
         plan: What the run was.
 
     Raises:
@@ -160,18 +160,18 @@ class _Recount:
         return tensors
 
     def _look_at_devices(self, announcement: Announcement, closed: list[Closed]) -> None:
-        """Whoever answered the last round has what was announced with it."""
+        """Whoever answered the last round began it with what was announced."""
         whole = announcement.whole
         for device in next((r.devices for r in closed if r.version == announcement.version), ()):
             if whole is None:
                 continue
-            file = self._folder / device / "globals" / f"{whole.sha256}.safetensors"
+            file = self._folder / f"{device}.given"
             if not file.is_file():
-                self._wrong.append(f"{device}: does not hold the last global tensors")
+                self._wrong.append(f"{device}: answered, and began no round")
             elif hashlib.sha256(file.read_bytes()).hexdigest() != whole.sha256:
-                self._wrong.append(f"{device}: holds other bytes than the announced ones")
+                self._wrong.append(f"{device}: began with other bytes than the announced ones")
             else:
-                self._compare(f"{device}: what it holds", self._read(file))
+                self._compare(f"{device}: what it began with", self._read(file))
 
     def _compare(self, what: str, found: Tensors) -> None:
         if not _same(found, self._tensors, exact=self._exact):

@@ -275,6 +275,7 @@ class Fleet:
             buffer=self._plan.buffer,
             samples=DEVICES.get(name, 0),
             heard=str(self._folder / f"{name}.heard"),
+            given=str(self._folder / f"{name}.given"),
             clock=str(self._folder / f"{name}.clock"),
             checkpoint_rounds=self._plan.checkpoint_rounds,
         )

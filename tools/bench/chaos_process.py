@@ -14,12 +14,14 @@ class ChaosSpec(NoOpSpec, frozen=True):
     Attributes:
         samples: Weight of a device's updates.
         heard: File to which a device writes every acknowledgement that it hears, before it acts on it.
+        given: File to which a device writes the global tensors that a round begins with.
         clock: File with the seconds by which the process's clock is wrong.
         checkpoint_rounds: Rounds after which the aggregator keeps a checkpoint.
     """
 
     samples: int = 1
     heard: str = ""
+    given: str = ""
     clock: str = ""
     checkpoint_rounds: int = 16
 
