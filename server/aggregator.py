@@ -348,7 +348,7 @@ class Aggregator:
                 if self._open.updates >= self._config.buffer:
                     return
                 quorum = self._config.buffer
-            waiting = self._registry.members() - set(self._open.answers)
+            waiting = self._registry.members() - self._open.answers.keys()
             if not waiting and answers >= quorum:
                 return
             late = time.monotonic() > self._open.deadline
@@ -369,7 +369,7 @@ class Aggregator:
                 speak = time.monotonic() + _SPEAK_EVERY
             self._pump(0.5)
 
-    def _in_words(self, waiting: set[str]) -> str:
+    def _in_words(self, waiting: frozenset[str]) -> str:
         """Some of the devices that a round waits for, and what each does."""
         names = ", ".join(self._registry.describe(device) for device in sorted(waiting)[:_NAMED])
         more = f" and {len(waiting) - _NAMED} more" if len(waiting) > _NAMED else ""

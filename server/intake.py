@@ -56,7 +56,7 @@ class Intake:
         self._journal, self._store, self._registry = journal, store, registry
         self._max_staleness = max_staleness
         self._uploads = Uploads(journal.parts(job.id))
-        self._whole: list[tuple[UpdateManifest, bytes, Tensors]] = []
+        self._whole: dict[tuple[str, str], tuple[UpdateManifest, bytes, Tensors]] = {}
         self._closed: list[int] = []  # versions of the closed rounds that an update may still answer, oldest first
 
     def close_round(self, version: int) -> None:
@@ -81,11 +81,11 @@ class Intake:
             if self._store.has_update(device, update):
                 self._answer(device, update)
                 return
-            if any((m.device, m.update) == (device, update) for m, _, _ in self._whole):
+            if (device, update) in self._whole:
                 return  # it is on its way into the journal
             self._staleness(manifest, current)
             if manifest.payload is None:
-                self._whole.append((manifest, b"", {}))
+                self._whole[device, update] = manifest, b"", {}
             else:
                 self._uploads.begin(manifest)
 
@@ -123,7 +123,8 @@ class Intake:
             if complete is not None:
                 manifest, whole = complete
                 staleness = self._staleness(manifest, current)
-                self._whole.append((manifest, whole, self._decode(manifest, whole, current, late=staleness > 0)))
+                tensors = self._decode(manifest, whole, current, late=staleness > 0)
+                self._whole[device, update] = manifest, whole, tensors
 
     def _decode(self, manifest: UpdateManifest, data: bytes, current: OpenRound, *, late: bool) -> Tensors:
         assert manifest.payload is not None
@@ -176,7 +177,7 @@ class Intake:
         Returns:
             Whether there was something.
         """
-        whole, self._whole = self._whole, []
+        whole, self._whole = list(self._whole.values()), {}
         if not whole:
             return False
         into, now = current.announcement.version, time.time()

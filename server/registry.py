@@ -27,6 +27,7 @@ class Registry:
         # Device that is away → since when, by the monotonic clock; infinite while nobody could have told.
         self._gone: dict[str, float] = {}
         self._unsaved: set[str] = set()
+        self._members: frozenset[str] | None = None  # until somebody comes, goes, or fails
 
     def update(self, presence: Presence, *, retained: bool = False) -> bool:
         """Take a presence message; False if it is from an unknown device, or the late Will of another boot.
@@ -44,6 +45,7 @@ class Registry:
         if retained and known is None and presence.state in _OUTLIVED:
             presence = msgspec.structs.replace(presence, state=_OUTLIVED[presence.state])
         self._presence[presence.name] = presence
+        self._members = None
         self._unsaved.add(presence.name)
         if presence.state == "offline":
             self._gone.setdefault(presence.name, time.monotonic())
@@ -56,6 +58,7 @@ class Registry:
         for name, presence in self._presence.items():
             if presence.state == "declined":
                 self._presence[name] = msgspec.structs.replace(presence, state="idle")
+        self._members = None
 
     def doubt(self) -> None:
         """The connection has broken: who was there may go, and nobody would tell."""
@@ -71,12 +74,12 @@ class Registry:
         """Whether a device belongs to the fleet."""
         return device in self._expected if self._expected else device in self._presence
 
-    def members(self) -> set[str]:
+    def members(self) -> frozenset[str]:
         """Devices that a round waits for: those expected or seen, less those that failed or declined."""
-        known = set(self._expected) or {
-            name for name, presence in self._presence.items() if presence.state != "offline"
-        }
-        return {name for name in known if self.lost(name) is None}
+        if self._members is None:
+            known = self._expected or {name for name, there in self._presence.items() if there.state != "offline"}
+            self._members = frozenset(name for name in known if self.lost(name) is None)
+        return self._members
 
     def here(self, patience: float) -> set[str]:
         """Devices that are connected, or have been gone for less than ``patience`` seconds."""

@@ -20,6 +20,7 @@ import pytest
 
 from fleetune.edge.pack.manifest import FILE, WEIGHTS_FILE
 from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.codec import DEFAULT
 from fleetune.edge.protocol.errors import FleetuneError
 from fleetune.server.broker import free_port
 from fleetune.tools.cli import build_parser
@@ -170,6 +171,12 @@ def test_the_help_lists_every_command() -> None:
     assert len(subcommands()) > 1
     for command in subcommands():
         assert re.search(rf"^ +{command} +\S", text, re.MULTILINE)
+
+
+def test_what_travels_is_encoded_as_the_codec_that_the_protocol_names() -> None:
+    for command in ("agent --fleet f --id i --pack p --data d", "serve --fleet f --pack p --classes 2"):
+        line = f"{command} --broker mqtt://b --state s"
+        assert build_parser().parse_args(line.split()).codec == DEFAULT
 
 
 def test_the_command_lines_of_the_readme_work() -> None:

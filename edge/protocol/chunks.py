@@ -101,7 +101,7 @@ class Assembly:
         self._held: dict[int, bytes] = {}  # not on disk
         self._since = math.inf
         self._path = folder / f"{payload.sha256}-{payload.chunk_size}"
-        self._kept = self._path.is_file()
+        self._kept = payload.chunks > 1 and self._path.is_file()
         if self._kept:
             with self._path.open("rb") as file:
                 file.seek(payload.size)

@@ -22,12 +22,15 @@ CONFIG = files("fleetune.server") / "mosquitto.conf"
 
 
 @contextmanager
-def mosquitto(folder: Path, host: str = "127.0.0.1") -> Iterator[tuple[BrokerAddress, psutil.Process]]:
+def mosquitto(
+    folder: Path, host: str = "127.0.0.1", *, endless: bool = False
+) -> Iterator[tuple[BrokerAddress, psutil.Process]]:
     """Run it.
 
     Args:
         folder: For its configuration.
         host: The address that it listens on.
+        endless: Whether any number of messages may wait for a client.
 
     Raises:
         RunFailedError: It is not installed, or does not start.
@@ -37,6 +40,8 @@ def mosquitto(folder: Path, host: str = "127.0.0.1") -> Iterator[tuple[BrokerAdd
         raise RunFailedError("Mosquitto is not installed", "install it: apt-get install mosquitto")
     port = free_port()
     lines = CONFIG.read_text(encoding="utf-8").replace("listener 1883", f"listener {port} {host}")
+    if endless:
+        lines = lines.replace("max_queued_messages 4096", "max_queued_messages 0")
     config = folder / "mosquitto.conf"
     config.write_text(f"{lines}\nuser root\n", encoding="utf-8")
     address = BrokerAddress(host, port)

@@ -45,6 +45,7 @@ DEPTHS = {"nano-2gb": 3, "nano-4gb": 1, "orin-nano": 4, "pi-5": 2}
 """Device of the demo's fleet → the depth that its budget leaves it there."""
 
 _SEEDS = (0, 1, 2)
+_BOTH = "both ways"
 _TARGET = Target(20.0, lower=False)
 _POINTS = Target(-0.005, lower=False)
 
@@ -74,6 +75,10 @@ class _Result:
 
     kib: dict[str, float] = field(default_factory=dict)
     accuracy: float = 0.0
+
+    def sent(self, way: str, ending: str = "") -> float:
+        """KiB of a way, or of both."""
+        return sum(self.kib[one + ending] for one in ("up", "down") if way in (one, _BOTH))
 
 
 def bench_bytes(
@@ -121,9 +126,9 @@ def _figures(found: Mapping[str, list[_Result]]) -> list[Figure]:
             gained = fmean(result.accuracy - before.accuracy for result, before in pairs)
             figures.append(figure(f"{name}: accuracy beyond {BASELINE.name}, mean", "", [gained], target=_POINTS))
         for ending in ("", COMPRESSED):
-            for way in ("up", "down"):
-                sent = [result.kib[way + ending] for result in results]
-                whole = None if is_base and not ending else [result.kib[way] for result in base]
+            for way in ("up", "down", _BOTH):
+                sent = [result.sent(way, ending) for result in results]
+                whole = None if is_base and not ending else [result.sent(way) for result in base]
                 figures.append(
                     figure(
                         f"{name}{ending}: a round and device, {way}",
@@ -131,7 +136,7 @@ def _figures(found: Mapping[str, list[_Result]]) -> list[Figure]:
                         sent,
                         peer=None if whole is None else BASELINE.name,
                         peer_values=whole,
-                        target=_TARGET if name == "int4" and ending else None,
+                        target=_TARGET if (name, ending, way) == ("int4", COMPRESSED, _BOTH) else None,
                     )
                 )
     return figures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -19,54 +19,79 @@ from fleetune.tools.bench.noop import BACKBONE, FLEET, JOB, NoOpSpec
 
 TOPICS = Topics(FLEET)
 
+_AT_ONCE = 1024
+"""Updates on their way at once: no broker's queue is full of them, and none is lost."""
+
+_ASK_AGAIN = 3.0
+"""Seconds without an answer after which what is not acknowledged is sent again."""
+
 
 def main(path: str, role: str) -> None:
-    """``inject`` answers every announcement for all devices; ``replay`` sends the same to whoever counts."""
+    """Do what ``role`` names: one of the three functions below."""
     spec = msgspec.json.decode(Path(path).read_bytes(), type=NoOpSpec)
-    if role == "count":
-        count(spec)
-    else:
-        inject(spec, alone=role == "replay")
+    {"inject": inject, "replay": replay, "count": count}[role](spec)
 
 
-def inject(spec: NoOpSpec, *, alone: bool) -> None:
-    """Send an update of each device in every round.
-
-    Args:
-        spec: Devices, tensors and rounds.
-        alone: Whether there is no aggregator: rounds follow each other as soon as all of one was sent.
-    """
+def inject(spec: NoOpSpec) -> None:
+    """Send an update of each device in every round, and again what is not acknowledged, as devices do."""
     link = Link(
         BrokerAddress(spec.host, spec.port),
         f"injector-{spec.devices[0]}",
-        subscriptions=[TOPICS.current("+")],
+        subscriptions=[TOPICS.current("+"), TOPICS.down("+", "ack")],
         will=None,
     )
     link.connect()
     for device in spec.devices:
         here = Presence(name=device, state="idle", boot=1, kit="")
         link.publish(TOPICS.presence(device), encode(here), retain=True)
-    tensors = {name: np.ones(shape, np.float32) for name, shape in spec.shapes.items()}
-    data = Codec.named(spec.codec).encode(tensors)
-    if alone:
-        for version in range(spec.rounds):
-            _send(link, _updates(spec, _announcement(version), data))
-        link.close()
-        return
-    finished = False
-    while not finished:
+    data = _data(spec)
+    announced: Announcement | None = None
+    waiting, unanswered, heard = list[str](), set[str](), time.monotonic()
+    while announced is None or announced.stage != "finished":
         for event in link.events(1.0):
-            if isinstance(event, Received) and event.payload:
+            if not isinstance(event, Received) or not event.payload:
+                continue
+            heard = time.monotonic()
+            levels = TOPICS.split(event.topic)
+            if levels[0] == "dn":
+                unanswered.discard(levels[1])
+            else:
                 announced = open_envelope(event.payload, Announcement)
-                finished = announced.stage == "finished"
-                link.send(_updates(spec, announced, data if announced.stage == "global" else b""))
+                waiting, unanswered = list(spec.devices), set()
+        if announced is None or announced.stage == "finished":
+            continue
+        if time.monotonic() - heard > _ASK_AGAIN:
+            waiting, unanswered, heard = [*waiting, *unanswered], set(), time.monotonic()
+        some, waiting = waiting[: _AT_ONCE - len(unanswered)], waiting[_AT_ONCE - len(unanswered) :]
+        unanswered.update(some)
+        link.send(_updates(some, spec, announced, data if announced.stage == "global" else b""))
     link.close()
 
 
-def _updates(spec: NoOpSpec, announced: Announcement, data: bytes) -> Iterator[tuple[str, bytes]]:
+def replay(spec: NoOpSpec) -> None:
+    """Send the same to whoever counts: rounds follow each other as soon as all of one was sent."""
+    here = BrokerAddress(spec.host, spec.port)
+    link = Link(here, "replay", subscriptions=[TOPICS.aggregator_presence], will=None)
+    link.connect()
+    data = _data(spec)
+    for version in range(spec.rounds):
+        sending = link.send(_updates(spec.devices, spec, _announcement(version), data))
+        while not sending.done:
+            for _ in link.events(1.0):
+                pass
+    link.close()
+
+
+def _data(spec: NoOpSpec) -> bytes:
+    return Codec.named(spec.codec).encode({name: np.ones(shape, np.float32) for name, shape in spec.shapes.items()})
+
+
+def _updates(
+    devices: Iterable[str], spec: NoOpSpec, announced: Announcement, data: bytes
+) -> Iterator[tuple[str, bytes]]:
     payload = chunks.describe(data, spec.codec) if data else None
     run, version = announced.run, announced.version
-    for device in spec.devices:
+    for device in devices:
         update = f"{run}-{JOB}-{version}"
         manifest = UpdateManifest(
             fleet=FLEET,
@@ -101,13 +126,6 @@ def _announcement(version: int) -> Announcement:
         settings={},
         expires=0.0,
     )
-
-
-def _send(link: Link, messages: Iterator[tuple[str, bytes]]) -> None:
-    sending = link.send(messages)
-    while not sending.done:
-        for _ in link.events(1.0):
-            pass
 
 
 def count(spec: NoOpSpec) -> None:

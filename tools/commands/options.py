@@ -66,7 +66,7 @@ def add_codec(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--codec",
         metavar="CODEC",
-        default="int8",  # codec.DEFAULT, without NumPy, which `fleetune doctor` must not need to start
+        default="int4+zlib",  # codec.DEFAULT, without NumPy, which `fleetune doctor` must not need to start
         help=f"how {what} become bytes: f32, f16, int8 or int4, and +zlib to compress them (default: %(default)s)",
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.pack.pack import Pack
@@ -86,11 +87,16 @@ def answer(
     found = [_plan(costs, workload, budget) for costs in _usable(device, profile, pack, workload, threads)]
     costs, plan, refusal, every = min(found, key=lambda one: (-one[1].depth, one[1].seconds) if one[1] else (0, 0.0))
     layout = Layout.of(pack.manifest, classes)
-    up, down = (
-        0 if depth is None else len(Codec.named(DEFAULT).encode(Expert(layout).active(depth)))
-        for depth in (plan.depth if plan else None, workload.max_depth)
-    )
+    up, down = (_payload_bytes(layout, depth) for depth in (plan.depth if plan else 0, workload.max_depth))
     return Answer(device, budget, costs, plan, refusal, tuple(every), up, down)
+
+
+def _payload_bytes(layout: Layout, depth: int) -> int:
+    """Bytes of an update of so many blocks, as agents encode it: what training adds compresses as well as noise."""
+    rng = np.random.default_rng(0)
+    active = Expert(layout).active(depth) if depth else {}
+    noise = {name: rng.standard_normal(tensor.shape, dtype=np.float32) for name, tensor in active.items()}
+    return len(Codec.named(DEFAULT).encode(noise)) if depth else 0
 
 
 def _usable(device: str, profile: Profile, pack: Pack, workload: Workload, threads: int | None) -> list[Costs]:

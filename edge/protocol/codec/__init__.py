@@ -42,7 +42,7 @@ _MAX_HEADER = 1 << 20
 Tensors = dict[str, NDArray[np.float32]]
 
 
-DEFAULT = "int8"
+DEFAULT = "int4+zlib"
 """Codec that agents and the aggregator use if nothing is said."""
 
 
