@@ -16,7 +16,7 @@ from fleetune.edge.protocol.link import BrokerAddress, Link, Received
 from fleetune.edge.protocol.messages import Ack, Missing, UpdateManifest, decode, encode, open_envelope
 from fleetune.edge.protocol.topics import Topics
 from fleetune.server.broker import embedded_broker, free_port
-from support.mosquitto import mosquitto
+from support.brokers import mosquitto
 
 TOPICS = Topics("lab")
 ME = "nano-1"
@@ -299,8 +299,8 @@ def test_an_update_comes_in_chunks_that_the_broker_takes_though_it_was_queued_fo
 ) -> None:
     monkeypatch.setattr(module, "_ASK_AGAIN", SOON)
     data = bytes(range(256)) * 200
-    with mosquitto(tmp_path, "max_packet_size 20000") as address:
-        bench = Bench(tmp_path / "state", address)
+    with mosquitto(tmp_path, free_port(), "max_packet_size 20000") as broker:
+        bench = Bench(tmp_path / "state", broker.address)
         queued = bench.device.put(update(1, data, chunk_size=65536), data)
         bench.await_manifests(1)
         (sent,) = bench.manifests

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from fleetune.edge.protocol.messages import encode
 from fleetune.edge.resources.costs import Costs, measure
 from fleetune.server.broker import embedded_broker, free_port
 from fleetune.server.journal import FILE, Record, read_records
+from support import brokers
 
 BLOCKER = """\
 import sys
@@ -165,27 +165,11 @@ def embedded() -> Iterator[str]:
         yield str(address)
 
 
-def run_mosquitto(folder: Path, port: int, *lines: str) -> subprocess.Popen[bytes]:
-    """Start Mosquitto on loopback."""
-    program = shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin")
-    if program is None:
-        pytest.skip("Mosquitto is not installed (apt-get install mosquitto)")
-    config = folder / "mosquitto.conf"
-    config.write_text("\n".join([f"listener {port} 127.0.0.1", "allow_anonymous true", *lines]) + "\n")
-    process = subprocess.Popen([program, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(0.3)
-    assert process.poll() is None, "Mosquitto did not start"
-    return process
-
-
 @pytest.fixture(scope="session")
 def mosquitto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Debian's Mosquitto."""
-    port = free_port()
-    process = run_mosquitto(tmp_path_factory.mktemp("mosquitto"), port)
-    yield f"mqtt://127.0.0.1:{port}"
-    process.terminate()
-    process.wait()
+    with brokers.mosquitto(tmp_path_factory.mktemp("mosquitto"), free_port()) as broker:
+        yield str(broker.address)
 
 
 @pytest.fixture(params=["embedded", "mosquitto"])

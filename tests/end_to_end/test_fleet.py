@@ -18,7 +18,9 @@ import safetensors.numpy
 
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.codec.entropy import decompress
 from fleetune.edge.protocol.link import BrokerAddress, Link, Received
+from fleetune.edge.protocol.messages import MAX_PAYLOAD
 from fleetune.edge.protocol.modelfile import FILE
 from fleetune.edge.protocol.topics import Topics
 from fleetune.edge.resources.costs import Costs
@@ -456,6 +458,11 @@ def test_a_budget_above_the_machine_is_refused(make_fleet: Any, embedded: str) -
     assert f"{60000 << 10} MiB are given, but this machine has" in big.output
 
 
+def tensors(payload: bytes) -> dict[str, Any]:
+    """What is in a payload as it travels: safetensors, compressed."""
+    return safetensors.numpy.load(decompress(payload, MAX_PAYLOAD))
+
+
 def test_payloads_travel_as_safetensors(make_fleet: Any, embedded: str) -> None:
     fleet, topics = make_fleet(embedded), Topics("lab")
     listener = Link(
@@ -468,7 +475,7 @@ def test_payloads_travel_as_safetensors(make_fleet: Any, embedded: str) -> None:
     announced = [r.announcement for r in fleet.records() if isinstance(r, Announced)]
     told = [announcement.changes.sha256 for announcement in announced if announcement.changes is not None]
     assert [(sha256, index) for sha256, index, _ in down] == [(sha256, "0") for sha256 in told]
-    assert [set(safetensors.numpy.load(data)) & {"head.weight", "gate.A"} for *_, data in down] == [
+    assert [set(tensors(data)) & {"head.weight", "gate.A"} for *_, data in down] == [
         *({"head.weight"}, {"head.weight"}, {"gate.A"}),  # what each round of training has changed, once for all
     ]
     folder = fleet.folder / "aggregator" / "fedms"
@@ -477,5 +484,5 @@ def test_payloads_travel_as_safetensors(make_fleet: Any, embedded: str) -> None:
         payload = record.manifest.payload
         part = up[record.start : record.start + payload.size]
         assert hashlib.sha256(part).hexdigest() == payload.sha256
-        assert "head.weight" in safetensors.numpy.load(part)
+        assert "head.weight" in tensors(part)
     assert "head.weight" in safetensors.numpy.load_file(folder / "globals" / "1.safetensors")

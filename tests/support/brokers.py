@@ -93,17 +93,16 @@ MOSQUITTO_CONF = Path(__file__).parents[2] / "server" / "mosquitto.conf"
 
 
 @contextmanager
-def mosquitto(folder: Path, port: int, config: str | None = None) -> Iterator[Broker]:
-    """Mosquitto, by default as the documentation sets it."""
+def mosquitto(folder: Path, port: int, *limits: str) -> Iterator[Broker]:
+    """Mosquitto as the documentation sets it, or open to all and with these limits."""
     program = shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None:
         lacking("needs Mosquitto: apt-get install mosquitto")
-    if config is None:
-        lines = MOSQUITTO_CONF.read_text(encoding="utf-8").splitlines()
-        config = "\n".join(line for line in lines if not line.startswith("listener "))
+    documented = MOSQUITTO_CONF.read_text(encoding="utf-8").splitlines()
+    lines = ["allow_anonymous true", *limits] if limits else [x for x in documented if not x.startswith("listener ")]
     path = folder / "mosquitto.conf"
     # As root it would become a user who cannot read pytest's folders.
-    path.write_text(f"listener {port} 127.0.0.1\nuser root\n{config}\n", encoding="utf-8")
+    path.write_text("\n".join([f"listener {port} 127.0.0.1", "user root", *lines]) + "\n", encoding="utf-8")
     address = BrokerAddress("127.0.0.1", port)
     with _process([program, "-c", str(path)], address) as process:
         yield Broker("mosquitto", address, processes=[process])

@@ -15,7 +15,7 @@ import pytest
 from fleetune.edge.protocol.errors import BrokerProtocolError, BrokerUnreachableError
 from fleetune.edge.protocol.link import BrokerAddress, Connected, Disconnected, Event, Link, Received, Refused, Sending
 from fleetune.server.broker import embedded_broker, free_port
-from support.mosquitto import mosquitto
+from support.brokers import mosquitto
 
 WILL = ("t/will", b"gone")
 
@@ -102,8 +102,8 @@ def test_the_link_restores_itself_and_its_subscriptions() -> None:
 
 
 def test_the_brokers_packet_limit_is_obeyed(tmp_path: Path) -> None:
-    with mosquitto(tmp_path, "max_packet_size 20000") as address:
-        link = connect(address, "sender")
+    with mosquitto(tmp_path, free_port(), "max_packet_size 20000") as broker:
+        link = connect(broker.address, "sender")
         with pytest.raises(BrokerProtocolError, match="maximum packet size of 20000"):
             link.publish("t", bytes(20001))
         assert send(link, [("t", bytes(link.max_chunk))]).done
@@ -112,8 +112,8 @@ def test_the_brokers_packet_limit_is_obeyed(tmp_path: Path) -> None:
 
 
 def test_a_broker_that_takes_no_manifest_is_named_as_such(tmp_path: Path) -> None:
-    with mosquitto(tmp_path, "max_packet_size 2000") as address:
-        link = connect(address, "sender")
+    with mosquitto(tmp_path, free_port(), "max_packet_size 2000") as broker:
+        link = connect(broker.address, "sender")
         with pytest.raises(BrokerProtocolError, match="messages of 2000 bytes at most") as caught:
             collect(link, Connected)
         assert "max_packet_size" in caught.value.remedy
@@ -222,8 +222,8 @@ def test_what_is_on_its_way_when_the_link_breaks_is_told_as_lost() -> None:
 
 def test_a_message_that_the_broker_acknowledged_and_dropped_is_told(tmp_path: Path) -> None:
     (tmp_path / "acl").write_text("topic read t/#\ntopic write t/mine\n")
-    with mosquitto(tmp_path, f"acl_file {tmp_path / 'acl'}") as address:
-        link = connect(address, "sender")
+    with mosquitto(tmp_path, free_port(), f"acl_file {tmp_path / 'acl'}") as broker:
+        link = connect(broker.address, "sender")
         link.publish("t/mine", b"")
         link.publish("t/theirs", b"")  # acknowledged, and that is all that MQTT 3.1.1 knows
         assert collect(link, Refused) == [Refused("Not authorized")]

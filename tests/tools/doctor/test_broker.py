@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import socket
-import subprocess
-import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from fleetune.edge.protocol.messages import MAX_CHUNK
 from fleetune.server.broker import embedded_broker, free_port
 from fleetune.tools.doctor import broker
 from fleetune.tools.doctor.broker import RoundTrip, check_broker
+from support import brokers
 
 pytest.importorskip("iotcore", reason="needs iotcore: pip install 'fleetune[server]'")
 
@@ -27,38 +25,16 @@ Mosquitto = Callable[..., BrokerAddress]
 
 @pytest.fixture
 def mosquitto(tmp_path: Path) -> Iterator[Mosquitto]:
-    """Starts Mosquitto with more lines of configuration, and an ACL if there are rules for one."""
-    program = shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin")
-    if program is None:
-        pytest.skip("Mosquitto is not installed (apt-get install mosquitto)")
-    started = []
+    """Starts Mosquitto with limits, and an ACL if there are rules for one."""
+    with ExitStack() as stack:
 
-    def start(*lines: str, acl: str = "") -> BrokerAddress:
-        port = free_port()
-        config = [f"listener {port} 127.0.0.1", "allow_anonymous true", "user root", *lines]
-        if acl:
-            (tmp_path / "acl").write_text(acl)
-            config.append(f"acl_file {tmp_path / 'acl'}")
-        (tmp_path / "mosquitto.conf").write_text("\n".join(config) + "\n")
-        process = subprocess.Popen(
-            [program, "-c", tmp_path / "mosquitto.conf"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        started.append(process)
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-            except ConnectionRefusedError:
-                assert process.poll() is None, "Mosquitto did not start"
-                assert time.monotonic() < deadline, "Mosquitto does not listen"
-                time.sleep(0.02)
-            else:
-                return BrokerAddress("127.0.0.1", port)
+        def start(*limits: str, acl: str = "") -> BrokerAddress:
+            if acl:
+                (tmp_path / "acl").write_text(acl)
+                limits = (*limits, f"acl_file {tmp_path / 'acl'}")
+            return stack.enter_context(brokers.mosquitto(tmp_path, free_port(), *limits)).address
 
-    yield start
-    for process in started:
-        process.terminate()
-        process.wait()
+        yield start
 
 
 @pytest.fixture(autouse=True)
