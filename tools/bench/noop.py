@@ -64,22 +64,20 @@ class NoOpAnswer:
 
 
 class NoOpWorker:
-    """Answers at once, with tensors of given shapes that never change.
+    """Answers at once, with noise of given shapes that never changes.
 
     Args:
         shapes: Name → shape.
         samples: Weight of its updates.
-        value: What every tensor is filled with; None for noise.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], *, samples: int = 1, value: float | None = None) -> None:
-        rng = np.random.default_rng(0)
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], *, samples: int = 1) -> None:
         self.samples = samples
         self.facts: Metrics = {}
-        self._tensors: Tensors = {
-            name: rng.standard_normal(shape, dtype=np.float32) if value is None else np.full(shape, value, np.float32)
-            for name, shape in shapes.items()
-        }
+        self._tensors: Tensors = {}
+        if shapes:  # an agent without a pack draws nothing, and need not hold what draws
+            rng = np.random.default_rng(0)
+            self._tensors = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
 
     def prepare(self, state: State, say: Callable[[str], None]) -> None:
         """Nothing to get ready."""
