@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -69,15 +70,10 @@ def _live(folder: Path, count: int, rounds: int, say: Callable[[str], None]) -> 
         agents = [devices[start : start + _A_PROCESS] for start in range(0, count, _A_PROCESS)]
         specs = [spec_for(broker, Path(disks), some, SMALL, rounds) for some in agents]
         say(f"starts {count} agents")
-        fleet = [start("noop_agent", folder / f"agents-{n}", spec) for n, spec in enumerate(specs)]
-        try:
+        with killed(start("noop_agent", folder / f"agents-{n}", spec) for n, spec in enumerate(specs)):
             say(f"{count} agents, {rounds} rounds")
             times, memory = lead(folder / "aggregator", spec_for(broker, folder / "aggregator", devices, SMALL, rounds))
             connections = len(process.net_connections("tcp"))
-        finally:
-            for one in fleet:
-                one.kill()
-                one.wait()
     if connections < count:
         raise RunFailedError(f"{connections} connections for {count} agents", f"see the logs in {folder}")
     name = f"{count} live agents, 4 KiB each way"
@@ -96,12 +92,8 @@ def _injected(folder: Path, count: int, rounds: int, say: Callable[[str], None])
         with mosquitto(folder) as (broker, _):
             spec = spec_for(broker, folder / f"aggregator-{turn}", devices, MEDIUM, rounds)
             say(f"{count} devices' updates, {rounds} rounds, turn {turn + 1} of 3")
-            injector = start("injector", folder / f"injector-{turn}", spec, "inject")
-            try:
+            with killed([start("injector", folder / f"injector-{turn}", spec, "inject")]):
                 some, held = lead(folder / f"aggregator-{turn}", spec)
-            finally:
-                injector.kill()
-                injector.wait()
             times.append(median(some))
             quarter = len(held) // 4
             memory.append(max(held[-quarter:]) / max(held[quarter : 2 * quarter]))
@@ -127,15 +119,10 @@ def _broker_alone(folder: Path, spec: NoOpSpec) -> float:
     """Seconds from the first message to the last."""
     counter = start("injector", folder / "counter", spec, "count", output=subprocess.PIPE)
     assert counter.stdout is not None
-    try:
+    with killed([counter]):
         counter.stdout.readline()
-        sender = start("injector", folder / "replay", spec, "replay")
-        seconds = float(counter.stdout.readline() or "nan")
-        sender.wait()
-    finally:
-        counter.kill()
-        counter.wait()
-    return seconds
+        with killed([start("injector", folder / "replay", spec, "replay")]):
+            return float(counter.stdout.readline() or "nan")
 
 
 def spec_for(broker: BrokerAddress, folder: Path, devices: tuple[str, ...], shapes: Shapes, rounds: int) -> NoOpSpec:
@@ -154,6 +141,16 @@ def start(module: str, stem: Path, spec: NoOpSpec, *more: str, output: int | Non
             stderr=log,
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # as `fleetune agent` has it
         )
+
+
+@contextmanager
+def killed(processes: Iterable[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Processes that end with the block, however that ends."""
+    with ExitStack() as stack:
+        for process in processes:
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        yield
 
 
 def lead(stem: Path, spec: NoOpSpec) -> tuple[list[float], list[float]]:

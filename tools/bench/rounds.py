@@ -14,7 +14,7 @@ import psutil
 from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.tools.bench.broker import mosquitto
 from fleetune.tools.bench.figures import Document, Figure, Target, figure
-from fleetune.tools.bench.fleet import lead, spec_for, start
+from fleetune.tools.bench.fleet import killed, lead, spec_for, start
 from fleetune.tools.bench.flower import flower_idle, flower_rounds, lora_matrices
 from fleetune.tools.bench.noop import lora_shapes
 from fleetune.tools.bench.peers import FLOWER, peer_versions, peers_python
@@ -84,14 +84,11 @@ def _fleetune(place: Path, count: int, rounds: int) -> list[float]:
     place.mkdir()
     devices = tuple(f"device-{number}" for number in range(count))
     shapes = lora_shapes()
-    with mosquitto(place) as (broker, _):
-        fleet = [start("noop_agent", place / one, spec_for(broker, place, (one,), shapes, rounds)) for one in devices]
-        try:
-            return lead(place / "aggregator", spec_for(broker, place / "aggregator", devices, shapes, rounds))[0]
-        finally:
-            for one in fleet:
-                one.kill()
-                one.wait()
+    with (
+        mosquitto(place) as (broker, _),
+        killed(start("noop_agent", place / one, spec_for(broker, place, (one,), shapes, rounds)) for one in devices),
+    ):
+        return lead(place / "aggregator", spec_for(broker, place / "aggregator", devices, shapes, rounds))[0]
 
 
 def _bare(place: Path, count: int, rounds: int) -> list[float]:
@@ -99,10 +96,9 @@ def _bare(place: Path, count: int, rounds: int) -> list[float]:
     place.mkdir()
     with mosquitto(place) as (broker, _):
         command = [sys.executable, "-m", "fleetune.tools.bench.bare"]
-        fleet = [
+        with killed(
             subprocess.Popen([*command, str(broker.port), "device", f"device-{number}"]) for number in range(count)
-        ]
-        try:
+        ):
             done = subprocess.run(
                 [*command, str(broker.port), "lead", str(count), str(rounds)],
                 capture_output=True,
@@ -110,10 +106,6 @@ def _bare(place: Path, count: int, rounds: int) -> list[float]:
                 timeout=600,
                 check=True,
             )
-        finally:
-            for one in fleet:
-                one.kill()
-                one.wait()
     return [float(line) for line in done.stdout.split()]
 
 
@@ -149,12 +141,9 @@ def _idle(place: Path, repeats: int) -> list[float]:
             agent = start(
                 "noop_agent", place / f"{repeat}", spec_for(broker, place / f"state-{repeat}", ("idle",), {}, 1)
             )
-            try:
+            with killed([agent]):
                 time.sleep(3.0)
                 if agent.poll() is not None:
                     raise RunFailedError("the agent has ended", f"see {place / f'{repeat}.log'}")
                 found.append(psutil.Process(agent.pid).memory_info().rss / 2**20)
-            finally:
-                agent.kill()
-                agent.wait()
     return found
