@@ -389,6 +389,7 @@ class Aggregator:
                 done, members = len(taking.answers), len(self._registry.members())
                 self._leadership.say_sometimes(self._link, "working", f"collects updates: {done} of {members}")
             self._intake.ask()
+        self._leadership.catch_up(self._link)
         self._broadcast.repair()
         self._registry.save(self._store)
 
