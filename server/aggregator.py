@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fleetune.edge.protocol.errors import FileAccessError, MessageError, RunFailedError, RunFolderError
 from fleetune.edge.protocol.files import is_full
 from fleetune.edge.protocol.link import BrokerAddress, Connected, Disconnected, Event, Link, Received
-from fleetune.edge.protocol.messages import Announcement, Need, Presence, PresenceState, decode
+from fleetune.edge.protocol.messages import Announcement, Need, Presence, PresenceState, decode, open_envelope
 from fleetune.edge.protocol.modelfile import Card
 from fleetune.edge.protocol.topics import Topics, read_number
 from fleetune.server.broadcast import Broadcast
@@ -389,6 +389,7 @@ class Aggregator:
                 done, members = len(taking.answers), len(self._registry.members())
                 self._leadership.say_sometimes(self._link, "working", f"collects updates: {done} of {members}")
             self._intake.ask()
+        self._leadership.catch_up(self._link)
         self._broadcast.repair()
         self._registry.save(self._store)
 
@@ -411,7 +412,7 @@ class Aggregator:
         if levels == ("agg", "st"):
             self._leadership.meet(self._link, event.payload)
         elif levels[:1] == ("g",):
-            self._leadership.clear(self._link, event.topic, event.payload)
+            self._receive_announcement(event)
         elif levels[:1] == ("st",):
             self._receive_presence(levels[1:], event)
         elif levels[:1] == ("up",) and levels[2:] == ("need",):
@@ -422,6 +423,14 @@ class Aggregator:
                 self._intake.manifest(device, update, event.payload, taking)
             elif (index := read_number(last)) is not None:
                 self._intake.chunk(device, update, index, event.payload, taking)
+
+    def _receive_announcement(self, event: Received) -> None:
+        """One's own, or what another aggregator leaves; where the open round is announced it must not stay."""
+        own = None if self._open is None else self._open.announcement
+        if own is None or event.topic != self._topics.current(own.job):
+            self._leadership.clear(self._link, event.topic, event.payload)
+        elif not event.payload or open_envelope(event.payload, Announcement).run != own.run:
+            self._broadcast.announce(own, self._globals.payloads, fresh=False)  # devices have let go of it
 
     def _receive_presence(self, levels: tuple[str, ...], event: Received) -> None:
         presence = decode(event.payload, Presence)

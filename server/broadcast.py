@@ -64,6 +64,7 @@ class Broadcast:
     def end(self, announcement: Announcement) -> None:
         """Say that a job is over."""
         self._payloads.clear()
+        self._lacking.clear()
         expires = msgspec.structs.replace(announcement, expires=time.time() + _EXPIRY)
         self._link.publish(self._topics.current(announcement.job), seal(expires), retain=True, expiry=_EXPIRY)
 

@@ -41,6 +41,7 @@ class Leadership:
         self._rival: Presence | None = None
         self._abandoned: set[str] = set()
         self._said: tuple[PresenceState, str] = ("online", "starts")
+        self._unsaid: tuple[PresenceState, str] | None = None
         self._spoke = 0.0
 
     @property
@@ -110,10 +111,15 @@ class Leadership:
 
     def say(self, link: Link, state: PresenceState, detail: str) -> None:
         """Where the aggregator stands."""
-        self._said, self._spoke = (state, detail), time.monotonic()
+        self._said, self._unsaid, self._spoke = (state, detail), None, time.monotonic()
         link.publish(self._topics.aggregator_presence, encode(self._presence(state, detail)), retain=True)
 
     def say_sometimes(self, link: Link, state: PresenceState, detail: str) -> None:
-        """The same, if it is long enough since the last time: five hundred answers are not five hundred words."""
-        if time.monotonic() - self._spoke > _SPEAK_EVERY:
-            self.say(link, state, detail)
+        """The same, once it is long enough since the last time: five hundred answers are not five hundred words."""
+        self._unsaid = state, detail
+        self.catch_up(link)
+
+    def catch_up(self, link: Link) -> None:
+        """Say what was put off, unless it is too soon or something newer was said."""
+        if self._unsaid is not None and time.monotonic() - self._spoke > _SPEAK_EVERY:
+            self.say(link, *self._unsaid)

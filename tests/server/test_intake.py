@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from shutil import which
 from typing import Any
 
 import msgspec
@@ -38,6 +36,7 @@ from fleetune.server.registry import Registry
 from fleetune.server.round import OpenRound
 from fleetune.server.store import Store
 from fleetune.server.strategies.base import NextRound
+from support.smalldisk import fill, small_disk
 
 TOPICS = Topics("lab")
 EXPERT, GATE = ("blocks.", "head."), ("gate.",)
@@ -452,20 +451,8 @@ def test_an_update_that_does_not_reach_the_disk_is_not_acknowledged_and_does_not
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 128 KiB."""
-    if os.geteuid() != 0:
-        pytest.skip("needs to mount a file system: run as root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount, umount = which("mount"), which("umount")
-    if mount is None or umount is None:
-        pytest.skip("needs mount and umount")
-    command = [mount, "-t", "tmpfs", "-o", "size=128k", "fleetune-test", str(disk)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"needs to mount a file system: {done.stderr.strip()}")
-    yield disk
-    subprocess.run([umount, str(disk)], check=True)
+    with small_disk(tmp_path / "disk", kib=128) as disk:
+        yield disk
 
 
 @pytest.fixture
@@ -473,15 +460,6 @@ def cramped(broker: BrokerAddress, tiny_disk: Path) -> Iterator[Bench]:
     bench = Bench(tiny_disk / "run", broker)
     yield bench
     bench.close()
-
-
-def fill(disk: Path, leave: int) -> Path:
-    """Take all but so many bytes of a disk."""
-    ballast = disk / "ballast"
-    free = os.statvfs(disk)
-    with ballast.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - leave)
-    return ballast
 
 
 def test_a_full_disk_refuses_for_now_and_accepts_once_there_is_room(cramped: Bench, tiny_disk: Path) -> None:

@@ -1,0 +1,294 @@
+"""A whole aggregator, over a real broker, whose devices do and say what a test tells them to."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fleetune.edge.protocol import chunks
+from fleetune.edge.protocol.codec import Codec
+from fleetune.edge.protocol.link import BrokerAddress, Link, Received
+from fleetune.edge.protocol.messages import (
+    Ack,
+    Announcement,
+    Missing,
+    Presence,
+    PresenceState,
+    UpdateManifest,
+    decode,
+    encode,
+    open_envelope,
+    seal,
+)
+from fleetune.edge.protocol.topics import Topics
+from fleetune.server import aggregator as module
+from fleetune.server.aggregator import Aggregator, AggregatorConfig
+from fleetune.server.broker import embedded_broker, free_port
+from fleetune.server.job import Job
+from fleetune.server.journal import FILE, Accepted, Closed, Journal, read_records
+from support.smalldisk import fill, small_disk
+
+TOPICS = Topics("lab")
+JOB = Job(
+    id="fedms", method="fedms", backbone="b", quantisation="nf4", rounds={"global": 2, "personal": 0},
+    shapes={"head.bias": (2,), "head.weight": (128, 128)}, settings={"max_depth": 1},
+)  # fmt: skip
+WEIGHT = (np.arange(128 * 128, dtype=np.float32) % 1024).reshape(128, 128) / 1024  # exact in float16
+BIAS = np.array([1.0, -2.0], np.float32)
+Tensors = Mapping[str, NDArray[np.float32]]
+
+
+class Fleet:
+    """An aggregator that runs, and the devices ``a`` and ``b``."""
+
+    def __init__(self, broker: BrokerAddress, state: Path, max_staleness: int = 8) -> None:
+        self.state = state
+        self.announced: list[Announcement] = []
+        self.details: list[str] = []
+        self.answers: list[tuple[str, Ack]] = []
+        self.asked: list[tuple[str, Missing]] = []
+        topics = TOPICS.current("+"), TOPICS.aggregator_presence, TOPICS.down("+", "+")
+        self.link = Link(broker, "devices", subscriptions=topics, will=None)
+        self.link.connect()
+        for device in "ab":
+            self.say(device, "online")
+        config = AggregatorConfig(
+            *("lab", broker, state, (JOB,)),
+            devices=frozenset("ab"),
+            away_s=0.1,
+            max_staleness=max_staleness,
+            keep_history=True,
+        )
+        self._running: Future[None] = Future()
+        threading.Thread(target=self._run, args=(config,), daemon=True).start()
+
+    def _run(self, config: AggregatorConfig) -> None:
+        try:
+            Aggregator(config).run()
+        except Exception as error:  # noqa: BLE001 - whoever waits for the aggregator is told
+            self._running.set_exception(error)
+        else:
+            self._running.set_result(None)
+
+    # --- what devices do ------------------------------------------------------------------------------------------
+
+    def say(self, device: str, state: PresenceState) -> None:
+        self.link.publish(TOPICS.presence(device), encode(Presence(device, state, boot=1, kit="1")), retain=True)
+
+    def update(self, device: str, version: int, tensors: Tensors, chunk_size: int = 65536) -> Update:
+        data = Codec.named("f16").encode(tensors) if tensors else b""
+        run = self.announced[0].run
+        manifest = UpdateManifest(
+            fleet="lab", device=device, update=f"{run}-fedms-{version}", run=run, job="fedms", version=version,
+            backbone="b", samples=3, metrics={}, payload=chunks.describe(data, "f16", chunk_size) if data else None,
+        )  # fmt: skip
+        return Update(self, manifest, data)
+
+    # --- what they hear -------------------------------------------------------------------------------------------
+
+    def wait(self, until: Callable[[], bool]) -> None:
+        end = time.monotonic() + 10
+        while not until():
+            if self._running.done():
+                self._running.result()
+            assert time.monotonic() < end, f"the aggregator said {self.details[-5:]}"
+            for event in self.link.events(0.02):
+                if isinstance(event, Received):
+                    self._hear(TOPICS.split(event.topic), event.payload)
+
+    def _hear(self, levels: tuple[str, ...], raw: bytes) -> None:
+        match levels:
+            case ("g", "fedms", "current") if raw:
+                self.announced.append(open_envelope(raw, Announcement))
+            case ("agg", "st"):
+                self.details.append(decode(raw, Presence).detail)
+            case ("dn", device, "ack"):
+                self.answers.append((device, decode(raw, Ack)))
+            case ("dn", device, "missing"):
+                self.asked.append((device, decode(raw, Missing)))
+
+    def await_round(self, version: int) -> None:
+        self.wait(lambda: any(announced.version == version for announced in self.announced))
+
+    def await_answer(self, update: Update) -> Ack:
+        mine = update.manifest.device, update.manifest.update
+        self.wait(lambda: any((device, ack.update) == mine for device, ack in self.answers))
+        return next(ack for device, ack in self.answers if (device, ack.update) == mine)
+
+    def no_room(self) -> int:
+        """How often the aggregator has found its disk full."""
+        return sum(detail.startswith("no room in") for detail in self.details)
+
+    # --- what it leaves -------------------------------------------------------------------------------------------
+
+    def accepted(self) -> list[tuple[str, int, int]]:
+        """Device, round that it answers, round that it counts in."""
+        found = [record for record in read_records(self.state / FILE) if isinstance(record, Accepted)]
+        return [(record.manifest.device, record.manifest.version, record.into) for record in found]
+
+    def closed(self) -> list[tuple[list[str], int]]:
+        """Who answered each round, and how many came late."""
+        found = [record for record in read_records(self.state / FILE) if isinstance(record, Closed)]
+        return [(record.devices, record.late) for record in found]
+
+    def end(self) -> None:
+        """Wait until the job is done."""
+        self.wait(self._running.done)
+        self._running.result()
+
+    def close(self) -> None:
+        if not self._running.done():
+            for device in "ab":
+                self.say(device, "failed")  # so that it ends, whatever it waits for
+        self._running.exception(timeout=20)
+        self.link.close()
+
+
+class Update:
+    """What a device sends up, piece by piece."""
+
+    def __init__(self, fleet: Fleet, manifest: UpdateManifest, data: bytes) -> None:
+        self.manifest = manifest
+        self._fleet, self._data = fleet, data
+
+    def announce(self) -> None:
+        topic = TOPICS.upload_manifest(self.manifest.device, self.manifest.update)
+        self._fleet.link.publish(topic, seal(self.manifest))
+
+    def send_chunks(self) -> None:
+        payload = self.manifest.payload
+        if payload is not None:
+            for index, part in chunks.cut(self._data, payload, range(payload.chunks)):
+                self._fleet.link.publish(TOPICS.upload_chunk(self.manifest.device, self.manifest.update, index), part)
+
+    def send(self) -> Update:
+        self.announce()
+        self.send_chunks()
+        return self
+
+    def send_as_asked(self) -> Update:
+        """As a device does with what has many chunks; asked or refused."""
+        asked, answered = len(self._fleet.asked), len(self._fleet.answers)
+        self.announce()
+        self._fleet.wait(lambda: len(self._fleet.asked) > asked or len(self._fleet.answers) > answered)
+        if len(self._fleet.asked) > asked:
+            self.send_chunks()
+        return self
+
+
+Start = Callable[..., Fleet]
+
+
+@pytest.fixture
+def broker() -> Iterator[BrokerAddress]:
+    with embedded_broker(free_port()) as address:
+        yield address
+
+
+@pytest.fixture
+def start(broker: BrokerAddress) -> Iterator[Start]:
+    started: list[Fleet] = []
+
+    def start(state: Path, max_staleness: int = 8) -> Fleet:
+        started.append(Fleet(broker, state, max_staleness))
+        return started[-1]
+
+    yield start
+    for fleet in started:
+        fleet.close()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", kib=2048) as disk:
+        yield disk
+
+
+@pytest.mark.parametrize(("announced_before", "max_staleness"), [(False, 8), (True, 8), (False, 0)])
+def test_a_round_that_closes_on_a_full_disk_takes_no_more_updates(
+    announced_before: bool, max_staleness: int, disk: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LOOK_AGAIN", 0.2)
+    fleet = start(disk / "run", max_staleness)
+    fleet.await_round(0)
+    for device in "ab":
+        fleet.update(device, 0, {}).send()
+    fleet.await_round(1)
+    assert fleet.await_answer(fleet.update("a", 1, {"head.weight": WEIGHT}).send()).accepted
+    late = fleet.update("b", 1, {"head.bias": BIAS}, chunk_size=50)
+    if announced_before:
+        late.announce()
+        fleet.wait(lambda: fleet.asked != [])
+    ballast = fill(disk, leave=40_960)  # room for that update, but not for the global tensors
+    try:
+        fleet.say("b", "offline")  # so that the round closes without it
+        fleet.wait(lambda: fleet.no_room() > 0)
+
+        if not announced_before:
+            late.announce()
+        late.send_chunks()
+        tries = fleet.no_room()
+        fleet.wait(lambda: fleet.no_room() >= tries + 2)
+        assert [device for device, _ in fleet.answers if device == "b"] == ["b"]  # of the round before
+        assert fleet.accepted() == [("a", 0, 0), ("b", 0, 0), ("a", 1, 1)]
+        assert fleet.closed() == [(["a", "b"], 0)]
+    finally:
+        ballast.unlink()
+    fleet.say("b", "online")
+    fleet.await_round(2)
+    assert fleet.closed()[1:] == [(["a"], 0)]
+    answer = fleet.await_answer(late.send_as_asked())
+    assert (answer.accepted, answer.reason) == ((True, "") if max_staleness else (False, "stale-round"))
+    fleet.update("a", 2, {"head.weight": 2 * WEIGHT}).send()
+    fleet.update("b", 2, {"head.bias": 4 * BIAS}).send()
+    fleet.await_round(3)
+    assert fleet.closed()[2:] == [(["a", "b"], int(max_staleness > 0))]
+    for device in "ab":
+        fleet.update(device, 3, {}).send()
+    fleet.end()
+
+    journal = Journal(fleet.state, keep_history=True)
+    first, second = journal.load_globals("fedms", 1), journal.load_globals("fedms", 2)
+    journal.close()
+    assert list(first) == ["head.weight"]
+    np.testing.assert_array_equal(first["head.weight"], WEIGHT)
+    np.testing.assert_allclose(second["head.weight"], 3 * WEIGHT, rtol=1e-6)
+    mean = (4 * BIAS + BIAS / np.sqrt(2)) / 2 if max_staleness else 4 * BIAS
+    np.testing.assert_allclose(second["head.bias"], mean, rtol=1e-6)
+
+
+def test_how_far_a_round_is_gets_said_though_the_answer_came_at_once(tmp_path: Path, start: Start) -> None:
+    fleet = start(tmp_path / "run")
+    fleet.await_round(0)
+    fleet.update("a", 0, {}).send()
+    fleet.wait(lambda: "collects updates: 1 of 2" in fleet.details)
+
+
+@pytest.mark.parametrize("left", ["the other's", "nothing"])
+def test_another_aggregator_that_was_there_meanwhile_does_not_take_the_round_from_the_devices(
+    left: str, broker: BrokerAddress, tmp_path: Path, start: Start
+) -> None:
+    """Two met after a connection broke: the one that goes has announced its own round, and takes it back."""
+    fleet = start(tmp_path / "run")
+    fleet.await_round(0)
+    own = fleet.announced[0]
+    foreign = msgspec.structs.replace(own, run="another", version=5)
+    fleet.link.publish(TOPICS.current("fedms"), seal(foreign) if left == "the other's" else b"", retain=True)
+    fleet.wait(lambda: len([announced for announced in fleet.announced if announced.run == own.run]) > 1)
+    later = Link(broker, "later", subscriptions=[TOPICS.current("+")], will=None)
+    later.connect()
+    until, kept = time.monotonic() + 5, list[bytes]()
+    while not kept and time.monotonic() < until:
+        kept = [event.payload for event in later.events(0.1) if isinstance(event, Received)]
+    later.close()
+    assert [(a.run, a.version) for a in (open_envelope(raw, Announcement) for raw in kept)] == [(own.run, 0)]
+    for device in "ab":
+        assert fleet.await_answer(fleet.update(device, 0, {}).send()).accepted
