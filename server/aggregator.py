@@ -410,7 +410,7 @@ class Aggregator:
             return
         levels, taking = self._topics.split(event.topic), self._taking
         if levels == ("agg", "st"):
-            self._leadership.meet(self._link, event.payload)
+            self._leadership.meet(self._link, event.payload, retained=event.retained)
         elif levels[:1] == ("g",):
             self._receive_announcement(event)
         elif levels[:1] == ("st",):

@@ -39,6 +39,7 @@ class Leadership:
         self.boot = time.time_ns() // 1_000_000
         self.claimed = False
         self._rival: Presence | None = None
+        self._rival_lives = False
         self._abandoned: set[str] = set()
         self._said: tuple[PresenceState, str] = ("online", "starts")
         self._unsaid: tuple[PresenceState, str] | None = None
@@ -50,7 +51,10 @@ class Leadership:
         return self._topics.aggregator_presence, encode(self._presence("offline", "the connection broke"))
 
     def claim(self, link: Link, pump: Callable[[float], None]) -> None:
-        """Make sure that this is the fleet's only aggregator; one whose machine died is gone after a while.
+        """Make sure that this is the fleet's only aggregator.
+
+        One whose machine died is gone after a while. What a broker kept of one over a restart of its own nobody takes
+        back; so whoever is there is asked to say so.
 
         Args:
             link: To the broker.
@@ -63,11 +67,16 @@ class Leadership:
         look, give_up = now + _CLAIM_AFTER, now + _RIVAL_PATIENCE
         while self._rival is not None or time.monotonic() < look:
             if time.monotonic() > give_up:
-                raise self._not_alone()
+                if self._rival_lives:
+                    raise self._not_alone()
+                log.warning("the aggregator that the broker remembers does not answer; this one leads")
+                break
             before = self._rival
             pump(0.1)
             if self._rival is not None and before is None:
                 log.warning("another aggregator leads the fleet %s; waits for it to leave", self._topics.fleet)
+                # Whoever leads contradicts who says that nobody does.
+                self._publish(link, "offline", "waits for the one that leads", retain=False)
         self.claimed = True
         self.say(link, "online", "starts")
         for topic in self._abandoned:
@@ -78,8 +87,13 @@ class Leadership:
             f"another aggregator leads the fleet {self._topics.fleet}", "stop that one, or give this fleet another name"
         )
 
-    def meet(self, link: Link, raw: bytes) -> None:
+    def meet(self, link: Link, raw: bytes, *, retained: bool) -> None:
         """Another aggregator's presence, or one's own; the one that came first stays.
+
+        Args:
+            link: To the broker.
+            raw: What came.
+            retained: Whether the broker has kept it from earlier: then nobody may be there.
 
         Raises:
             RunFailedError: Both came at once, and the other one was first.
@@ -89,7 +103,10 @@ class Leadership:
             return
         there = presence.state not in ("offline", "failed")
         if not self.claimed:
-            self._rival = presence if there else None
+            if there:
+                self._rival, self._rival_lives = presence, self._rival_lives or not retained
+            elif self._rival is not None and presence.boot == self._rival.boot:
+                self._rival, self._rival_lives = None, False
         elif there and presence.boot < self.boot:  # both came at once
             raise self._not_alone()
         else:  # a late Will must not say that nobody is there
@@ -112,7 +129,10 @@ class Leadership:
     def say(self, link: Link, state: PresenceState, detail: str) -> None:
         """Where the aggregator stands."""
         self._said, self._unsaid, self._spoke = (state, detail), None, time.monotonic()
-        link.publish(self._topics.aggregator_presence, encode(self._presence(state, detail)), retain=True)
+        self._publish(link, state, detail, retain=True)
+
+    def _publish(self, link: Link, state: PresenceState, detail: str, *, retain: bool) -> None:
+        link.publish(self._topics.aggregator_presence, encode(self._presence(state, detail)), retain=retain)
 
     def say_sometimes(self, link: Link, state: PresenceState, detail: str) -> None:
         """The same, once it is long enough since the last time: five hundred answers are not five hundred words."""

@@ -52,12 +52,18 @@ class Contender:
     def pump(self, seconds: float) -> None:
         for event in self.link.events(seconds):
             if isinstance(event, Received) and event.topic == TOPICS.aggregator_presence:
-                self.leadership.meet(self.link, event.payload)
+                self.leadership.meet(self.link, event.payload, retained=event.retained)
             elif isinstance(event, Received):
                 self.leadership.clear(self.link, event.topic, event.payload)
 
-    def claim(self) -> None:
-        self.leadership.claim(self.link, self.pump)
+    def claim(self, *others: Contender) -> None:
+        """Want to lead, while others go on."""
+
+        def pump(seconds: float) -> None:
+            for one in (*others, self):
+                one.pump(seconds / (1 + len(others)))
+
+        self.leadership.claim(self.link, pump)
 
     def close(self) -> None:
         self.link.close()
@@ -91,6 +97,10 @@ class Lab:
         """Leave a retained message, as one who is not here any more; returns when the broker has it."""
         self._stranger.publish(topic, payload, retain=True)
         self.await_retained(topic, lambda kept: kept == payload)
+
+    def tell(self, topic: str, payload: bytes) -> None:
+        """Say something to those who are here now."""
+        self._stranger.publish(topic, payload)
 
     def await_retained(self, topic: str, wanted: Callable[[bytes], bool]) -> bytes:
         """What the broker keeps on a topic, nothing if that is nothing; once it is what is wanted, or time is over."""
@@ -154,13 +164,13 @@ def announcement(run: str, job: str = "fedms") -> bytes:
 
 
 def test_the_first_stays_and_the_second_names_the_fleet(lab: Lab) -> None:
-    first, second = lab.contender("first"), lab.contender("second")
+    first = lab.contender("first")
     first.claim()
     first.leadership.say(first.link, "working", "announces global")
     lab.say(TOPICS.current("fedms"), announcement("first"))
-    begun = time.monotonic()
+    second, begun = lab.contender("second"), time.monotonic()  # it hears only what was retained
     with pytest.raises(RunFailedError, match="another aggregator leads the fleet lab") as caught:
-        second.claim()
+        second.claim(first)
     assert PATIENCE <= time.monotonic() - begun < PATIENCE + 1
     assert "stop that one" in caught.value.remedy
     assert not second.leadership.claimed
@@ -199,6 +209,30 @@ def test_one_that_has_ended_is_no_rival(state: PresenceState, lab: Lab) -> None:
     assert time.monotonic() - begun < PATIENCE
     found = lab.await_presence(boot=contender.leadership.boot)
     assert (found.boot, found.state) == (contender.leadership.boot, "online")
+
+
+def test_one_of_whom_only_the_broker_knows_is_waited_for_and_then_no_rival(lab: Lab) -> None:
+    """The power went for both, and the broker keeps what was retained on its disk."""
+    lab.say(TOPICS.aggregator_presence, presence("working", boot=1))
+    contender, begun = lab.contender("new"), time.monotonic()
+    contender.claim()
+    assert time.monotonic() - begun >= PATIENCE  # it may be cut off, and be back as soon as its link is
+    assert lab.await_presence(boot=contender.leadership.boot).state == "online"
+
+
+def test_of_two_that_wait_neither_takes_the_others_word_for_the_leaders(lab: Lab) -> None:
+    first, second = lab.contender("first"), lab.contender("second")
+    first.claim()
+    second.leadership.boot = first.leadership.boot - 1000  # by a clock that is behind
+    begun = time.monotonic()
+
+    def pump(seconds: float) -> None:
+        second.pump(seconds)
+        lab.tell(TOPICS.aggregator_presence, presence("offline", boot=first.leadership.boot - 2000))
+
+    with pytest.raises(RunFailedError, match="another aggregator leads"):
+        second.leadership.claim(second.link, pump)
+    assert time.monotonic() - begun >= PATIENCE
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
