@@ -276,10 +276,10 @@ class Aggregator:
             self._check_quorum()
             missing = ", ".join(sorted(self._config.devices - self._registry.ready())) or "devices"
             detail = f"waits for {missing}: {len(self._registry.ready())} of {wanted} are there"
-            self._leadership.say(self._link, "online", detail)
             if detail != said:
                 said = detail
                 log.info("%s", detail)
+                self._leadership.say(self._link, "online", detail)
             self._pump(1.0)
             if self._open is not None and set(self._open.answers) >= self._registry.members():
                 return  # after a restart: everyone had answered already
@@ -401,11 +401,11 @@ class Aggregator:
     def _receive(self, event: Event) -> None:
         if isinstance(event, Connected):
             self._registry.trust()
+            self._leadership.say_again(self._link)
+            if self._open is not None:
+                self._broadcast.announce(self._open.announcement, self._globals.payloads, fresh=False)
         elif isinstance(event, Disconnected):
             self._registry.doubt()
-        if isinstance(event, Connected) and self._open is not None:
-            self._leadership.say(self._link, "working", "collects updates")
-            self._broadcast.announce(self._open.announcement, self._globals.payloads, fresh=False)
         if not isinstance(event, Received):
             return
         levels, taking = self._topics.split(event.topic), self._taking

@@ -110,7 +110,7 @@ class Leadership:
         elif there and presence.boot < self.boot:  # both came at once
             raise self._not_alone()
         else:  # a late Will must not say that nobody is there
-            self.say(link, *self._said)
+            self.say_again(link)
 
     def clear(self, link: Link, topic: str, raw: bytes) -> None:
         """Take back the announcement of a run that nobody leads any more, or devices would answer it."""
@@ -130,6 +130,11 @@ class Leadership:
         """Where the aggregator stands."""
         self._said, self._unsaid, self._spoke = (state, detail), None, time.monotonic()
         self._publish(link, state, detail, retain=True)
+
+    def say_again(self, link: Link) -> None:
+        """The same once more, if this aggregator leads: a Will may have contradicted it."""
+        if self.claimed:
+            self.say(link, *self._said)
 
     def _publish(self, link: Link, state: PresenceState, detail: str, *, retain: bool) -> None:
         link.publish(self._topics.aggregator_presence, encode(self._presence(state, detail)), retain=retain)

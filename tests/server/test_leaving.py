@@ -27,15 +27,19 @@ def test_who_is_stopped_is_offline_to_the_next_one(tmp_path: Path) -> None:
         link.connect()
         command = [sys.executable, "-m", "fleetune.tools.bench.noop_server", str(tmp_path / "spec.json")]
         aggregator = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 20
-        while states[-1:] != ["offline"] and time.monotonic() < deadline:
-            for event in link.events(0.1):
-                if isinstance(event, Received):
-                    states.append(decode(event.payload, Presence).state)
-            if len(states) == 2:  # it has claimed the fleet, and waits for devices
-                aggregator.send_signal(signal.SIGINT)
+
+        def hear(seconds: float, until: str) -> None:
+            end = time.monotonic() + seconds
+            while states[-1:] != [until] and time.monotonic() < end:
+                for event in link.events(0.1):
+                    if isinstance(event, Received):
+                        states.append(decode(event.payload, Presence).state)
+
+        hear(20, until="online")
+        hear(1.5, until="offline")  # it waits for devices, and says so once
+        aggregator.send_signal(signal.SIGINT)
+        hear(20, until="offline")
         link.close()
         aggregator.kill()
         aggregator.wait()
-    assert states[0] == "online"
-    assert states[-1] == "offline"
+    assert states == ["online", "online", "offline"]
