@@ -427,6 +427,8 @@ class Aggregator:
     def _receive_announcement(self, event: Received) -> None:
         """One's own, or what another aggregator leaves; where the open round is announced it must not stay."""
         own = None if self._open is None else self._open.announcement
+        if not event.payload and self._leadership.has_taken_back(event.topic):
+            return
         if own is None or event.topic != self._topics.current(own.job):
             self._leadership.clear(self._link, event.topic, event.payload)
         elif not event.payload or open_envelope(event.payload, Announcement).run != own.run:

@@ -41,6 +41,7 @@ class Leadership:
         self._rival: Presence | None = None
         self._rival_lives = False
         self._abandoned: set[str] = set()
+        self._taken_back: list[str] = []
         self._said: tuple[PresenceState, str] = ("online", "starts")
         self._unsaid: tuple[PresenceState, str] | None = None
         self._spoke = 0.0
@@ -80,7 +81,7 @@ class Leadership:
         self.claimed = True
         self.say(link, "online", "starts")
         for topic in self._abandoned:
-            link.publish(topic, b"", retain=True)
+            self._take_back(link, topic)
 
     def _not_alone(self) -> RunFailedError:
         return RunFailedError(
@@ -117,9 +118,20 @@ class Leadership:
         if not raw or open_envelope(raw, Announcement).run == self._run:
             return
         if self.claimed:
-            link.publish(topic, b"", retain=True)
+            self._take_back(link, topic)
         else:
             self._abandoned.add(topic)
+
+    def _take_back(self, link: Link, topic: str) -> None:
+        self._taken_back.append(topic)
+        link.publish(topic, b"", retain=True)
+
+    def has_taken_back(self, topic: str) -> bool:
+        """Whether an announcement that has just disappeared was taken back here; each is told once."""
+        if topic not in self._taken_back:
+            return False
+        self._taken_back.remove(topic)
+        return True
 
     # --- presence -----------------------------------------------------------------------------------------------
 

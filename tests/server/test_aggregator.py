@@ -292,3 +292,22 @@ def test_another_aggregator_that_was_there_meanwhile_does_not_take_the_round_fro
     assert [(a.run, a.version) for a in (open_envelope(raw, Announcement) for raw in kept)] == [(own.run, 0)]
     for device in "ab":
         assert fleet.await_answer(fleet.update(device, 0, {}).send()).accepted
+
+
+def test_what_an_abandoned_run_left_does_not_double_the_first_announcement(
+    broker: BrokerAddress, tmp_path: Path, start: Start
+) -> None:
+    abandoned = Announcement(
+        fleet="lab", run="old", job="fedms", version=5, method="fedms", stage="global", round=5, rounds=6,
+        backbone="b", quantisation="nf4", settings={}, expires=time.time() + 60,
+    )  # fmt: skip
+    earlier = Link(broker, "earlier", subscriptions=[TOPICS.current("+")], will=None)
+    earlier.connect()
+    earlier.publish(TOPICS.current("fedms"), seal(abandoned), retain=True)
+    assert any(isinstance(event, Received) for _ in range(10) for event in earlier.events(0.5))
+    earlier.close()
+    fleet = start(tmp_path / "run")
+    fleet.wait(lambda: any(announced.run != "old" for announced in fleet.announced))
+    heard = time.monotonic() + 0.5
+    fleet.wait(lambda: time.monotonic() > heard)
+    assert [announced.version for announced in fleet.announced if announced.run != "old"] == [0]
