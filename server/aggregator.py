@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -126,6 +125,7 @@ class Aggregator:
         self._globals = Globals("f32")
         self._checkpointed = -1
         self._version = self._closed_version = -1
+        self._cut: float | None = None  # since when the link is down
         self._leadership = Leadership(self._topics, self._run.run, self._facts)
         self._link = Link(
             config.broker,
@@ -163,6 +163,8 @@ class Aggregator:
         finally:
             if self._leadership.claimed:
                 self._leadership.say(self._link, *last)
+            if last[0] == "offline":
+                log.info("%s", last[1])
             self._link.close()
             self._registry.save(self._store)
             self._store.close()
@@ -256,9 +258,10 @@ class Aggregator:
                 self._closed_version = self._version
                 intake.close_round(self._version)
         if self._open is not None:
-            log.info("%s: goes on with %d updates of version %d", job.id, self._open.updates, self._version)
+            number = self._open.announcement.round
+            log.info("%s: goes on with %d updates of round %d", job.id, self._open.updates, number)
         elif self._closed:
-            log.info("%s: goes on after version %d", job.id, self._version)
+            log.info("%s: goes on after %d rounds", job.id, len(self._closed))
         return globals_
 
     def _checkpoint(self, job: Job, globals_: Globals) -> None:
@@ -271,11 +274,13 @@ class Aggregator:
     def _wait_for_devices(self) -> None:
         wanted = len(self._config.devices) or self._config.quorum
         begun = self._open is not None or bool(self._closed)  # then a quorum goes on: some may have gone for good
-        said, until = "", time.monotonic() + self._config.away_s if begun else math.inf
-        while len(self._registry.ready()) < wanted and time.monotonic() < until:
+        said, until = "", time.monotonic() + (self._config.away_s if begun else self._config.deadline_s)
+        while (there := len(self._registry.ready())) < wanted:
+            if time.monotonic() > until and (begun or there >= self._config.quorum):
+                break
             self._check_quorum()
             missing = ", ".join(sorted(self._config.devices - self._registry.ready())) or "devices"
-            detail = f"waits for {missing}: {len(self._registry.ready())} of {wanted} are there"
+            detail = f"waits for {missing}: {there} of {wanted} are there"
             if detail != said:
                 said = detail
                 log.info("%s", detail)
@@ -351,7 +356,7 @@ class Aggregator:
             waiting = self._registry.members() - self._open.answers.keys()
             if not waiting and answers >= quorum:
                 return
-            late = time.monotonic() > self._open.deadline
+            late = self._cut is None and time.monotonic() > self._open.deadline
             if answers >= quorum and (late or not waiting & self._registry.here(self._config.away_s)):
                 why = "the deadline has passed; the round closes" if late else "closes"
                 log.warning("%s: %s without %s", where, why, self._in_words(waiting))
@@ -402,10 +407,14 @@ class Aggregator:
         if isinstance(event, Connected):
             self._registry.trust()
             self._leadership.say_again(self._link)
+            cut, self._cut = self._cut, None
             if self._open is not None:
+                if cut is not None:  # what devices had to say could not arrive
+                    self._open.deadline += time.monotonic() - cut
                 self._broadcast.announce(self._open.announcement, self._globals.payloads, fresh=False)
         elif isinstance(event, Disconnected):
             self._registry.doubt()
+            self._cut = self._cut or time.monotonic()
         if not isinstance(event, Received):
             return
         levels, taking = self._topics.split(event.topic), self._taking
@@ -438,7 +447,12 @@ class Aggregator:
         presence = decode(event.payload, Presence)
         if levels != (presence.name,):
             raise MessageError("the presence is of another device", "ignore it", reason="wrong-topic")
-        self._registry.update(presence, retained=event.retained)
+        was_here = self._registry.is_here(presence.name)
+        if self._registry.update(presence, retained=event.retained) and not event.retained:
+            if was_here and presence.state == "offline":
+                log.warning("%s is offline: %s", presence.name, presence.detail)
+            elif not was_here and presence.state != "offline":
+                log.info("%s is there", presence.name)
 
     # --- closing ------------------------------------------------------------------------------------------------
 

@@ -131,11 +131,14 @@ class Intake:
         tensors = Codec.named(manifest.payload.codec).decode(data)
         for name, tensor in tensors.items():
             if self._job.shapes.get(name) != tensor.shape or not name.startswith(current.plan.trained):
-                stale = late and self._job.shapes.get(name) == tensor.shape  # of the stage before
+                if late and self._job.shapes.get(name) == tensor.shape:
+                    raise MessageError(
+                        "the update is of a stage that is over", "wait for the next", reason="stale-round"
+                    )
                 raise MessageError(
                     f"tensor {name} of shape {tensor.shape} is not expected in this stage",
                     "use the same pack and the same number of classes",
-                    reason="stale-round" if stale else "unexpected-tensor",
+                    reason="unexpected-tensor",
                 )
         return tensors
 
@@ -195,7 +198,7 @@ class Intake:
             log.info(
                 "%s: update of %s, %d bytes%s%s",
                 *(manifest.job, manifest.device, len(data), in_words(manifest.metrics)),
-                f", {record.staleness} rounds late" if record.staleness else "",
+                f", staleness {record.staleness}" if record.staleness else "",
             )
             self._answer(manifest.device, manifest.update)
         return True

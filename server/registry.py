@@ -86,6 +86,11 @@ class Registry:
         now = time.monotonic()
         return {name for name in self._presence if now - self._gone.get(name, now) < patience}
 
+    def is_here(self, name: str) -> bool:
+        """Whether a device is connected, as far as anybody told."""
+        presence = self._presence.get(name)
+        return presence is not None and presence.state != "offline"
+
     def save(self, store: Store) -> None:
         """Keep what is new."""
         if self._unsaved:

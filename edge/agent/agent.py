@@ -84,8 +84,9 @@ class Agent:
         self._earlier = (counters.bytes_up, counters.bytes_down)
         self._broadcasts = Broadcasts(self._state)
         self._newest: dict[str, Announcement] = {}
-        self._declined: dict[str, tuple[str, int]] = {}  # job → run and version that this device does not answer
+        self._declined: dict[str, tuple[str, int, str]] = {}  # job → run and version that it does not answer, and why
         self._led: set[str] = set()
+        self._doing: Announcement | None = None  # until its update is in the outbox
         self._unsaved: tuple[Announcement, Answer] | None = None
         self._repairs: set[str] = set()
         self._facts: dict[str, float | int | str | bool] = {}
@@ -247,11 +248,23 @@ class Agent:
             self._outbox.hurry()
             self._publish(*self._said)
         self._newest[job] = announced
-        declined = self._declined.get(job) == (announced.run, announced.version)
-        if declined or announced.version <= self._state.answered(announced.run, job):
+        run, version, why = self._declined.get(job, ("", -1, ""))
+        if (run, version) == (announced.run, announced.version):
+            self._publish("declined", why)  # whoever leads now may not have heard it
+            self._broadcasts.forget(job)
+        elif announced.version <= self._state.answered(announced.run, job) or self._is_doing(announced):
             self._broadcasts.forget(job)
         else:
             self._broadcasts.want(announced, under_way=not event.retained and not again)
+
+    def _is_doing(self, announced: Announcement) -> bool:
+        """Whether it is the round that this device is doing, which a broker tells once more when it is back."""
+        doing = self._doing
+        return doing is not None and (doing.run, doing.job, doing.version) == (
+            announced.run,
+            announced.job,
+            announced.version,
+        )
 
     def _forget(self, job: str) -> None:
         """The newest announcement of a job does not count any more."""
@@ -271,7 +284,8 @@ class Agent:
         except BrokerProtocolError:
             raise
         except FleetuneError as error:
-            self._declined[announced.job] = announced.run, announced.version
+            self._declined[announced.job] = announced.run, announced.version, error.public
+            self._doing = None
             self._broadcasts.forget(announced.job)
             self._worker.forget()
             log.warning(
@@ -332,6 +346,7 @@ class Agent:
         # Said when the round takes longer than a moment.
         self._said = "working", f"{announced.job}: {announced.stage}, round {announced.round} of {announced.rounds}"
         self._shown = time.monotonic()
+        self._doing = announced
         answer = self._worker.answer(announced, tensors, self._show_progress, self._pulse)
         self._unsaved = announced, answer
         self._queue_update(announced, answer)
@@ -386,7 +401,7 @@ class Agent:
             payload=chunks.describe(data, self._codec.name, self._link.max_chunk) if data else None,
         )
         self._state.put_outbox(manifest, data, _EXACT.encode(lost) if lost else b"")
-        self._unsaved = None
+        self._doing = self._unsaved = None
         record.answered[announced.job] = announced.version
         self._facts |= {name: value for name, value in answer.metrics.items() if name in _SHOWN}
         self._publish("idle", "waits for the next round")

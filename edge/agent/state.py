@@ -236,6 +236,7 @@ class State:
             lost: What these lack, for :meth:`lost`.
         """
         write_atomic(self._update(manifest.update), b"".join((encode(manifest), b"\n", data, lost)))
+        self._acknowledged.discard(manifest.update)
         for old in self._of_job(manifest.run, manifest.job):
             if old.update in self._acknowledged:
                 self._unlink(old.update)

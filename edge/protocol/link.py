@@ -52,6 +52,9 @@ _KEEP_ALIVE = 15
 _ANSWER_WITHIN = 10.0
 """Seconds that a broker may take from the connection to its answer."""
 
+_LAST_WORDS = 1.0
+"""Seconds that a broker may take to acknowledge what was said before the end."""
+
 _LONGEST_PAUSE = 30
 """Seconds between two attempts to connect."""
 
@@ -85,7 +88,9 @@ class BrokerAddress:
             port = 1883 if parts.port is None else parts.port
         except ValueError as error:
             raise ConfigError(f"broker: {url!r}: {error}", remedy) from error
-        rest = parts.username, parts.password, parts.path.strip("/"), parts.query, parts.fragment
+        if parts.username or parts.password:
+            raise ConfigError("broker: the address names a user or a password", "leave them out: no passwords yet")
+        rest = parts.path.strip("/"), parts.query, parts.fragment
         if parts.scheme != "mqtt" or not parts.hostname or not port or any(part for part in rest):
             raise ConfigError(f"broker: {url!r} is not an address", remedy)
         return cls(parts.hostname, port)
@@ -299,7 +304,15 @@ class Link:
         )
 
     def close(self) -> None:
-        """Disconnect without triggering the Will."""
+        """Disconnect without triggering the Will, once the broker has what was said last, or takes too long."""
+        until = time.monotonic() + _LAST_WORDS
+        while self._up and self._on_their_way and time.monotonic() < until:
+            try:
+                for _ in self.events(0.05):
+                    pass
+            except BrokerProtocolError as error:
+                log.warning("closing: %s", error.what)
+                break
         self._closing = True
         self._client.disconnect()
         self._client.loop_stop()

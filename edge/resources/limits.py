@@ -85,7 +85,7 @@ LIMITS = (
         TIME_MARGIN,
         lambda plan: plan.cpu_s,
         lambda budget: budget.cpu_s,
-        "raise the CPU budget, give the device fewer samples, or lower the local epochs",
+        "raise the CPU budget, give the device fewer samples, or lower the local epochs or the job's --max-depth",
     ),
     Limit(
         "time",
@@ -94,7 +94,7 @@ LIMITS = (
         TIME_MARGIN,
         lambda plan: plan.seconds,
         lambda budget: budget.deadline_s,
-        "raise the deadline, give the device fewer samples, or lower the local epochs",
+        "raise the deadline, give the device fewer samples, or lower the local epochs or the job's --max-depth",
     ),
     Limit(
         "energy",
@@ -103,7 +103,7 @@ LIMITS = (
         TIME_MARGIN,
         lambda plan: plan.joules or 0.0,
         lambda budget: budget.joules,
-        "raise the energy budget, give the device fewer samples, or lower the local epochs",
+        "raise the energy budget, give the device fewer samples, or lower the local epochs or the job's --max-depth",
     ),
     Limit(
         "disk",

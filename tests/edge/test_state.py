@@ -171,6 +171,13 @@ def test_an_update_that_nobody_has_is_not_let_go_for_the_next(state: State) -> N
     assert [manifest.update for manifest in again(state).outbox()] == ["u-1", "u-3"]
 
 
+def test_an_update_that_is_put_anew_after_it_was_acknowledged_is_there(state: State) -> None:
+    state.put_outbox(update("u-1", b"data"), b"data")
+    state.acknowledge("u-1")
+    state.put_outbox(update("u-1", b"anew"), b"anew")
+    assert waiting(state) == waiting(again(state)) == [(update("u-1", b"anew"), b"anew")]
+
+
 def test_after_a_restart_an_acknowledged_update_is_offered_again(state: State) -> None:
     """Rather once too often: the aggregator knows which it has."""
     state.put_outbox(update("u-1", b"data"), b"data")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -49,7 +50,9 @@ Tensors = Mapping[str, NDArray[np.float32]]
 class Fleet:
     """An aggregator that runs, and the devices ``a`` and ``b``."""
 
-    def __init__(self, broker: BrokerAddress, state: Path, max_staleness: int = 8) -> None:
+    def __init__(
+        self, broker: BrokerAddress, state: Path, max_staleness: int = 8, here: str = "ab", **settings: Any
+    ) -> None:
         self.state = state
         self.announced: list[Announcement] = []
         self.details: list[str] = []
@@ -58,14 +61,14 @@ class Fleet:
         topics = TOPICS.current("+"), TOPICS.aggregator_presence, TOPICS.down("+", "+")
         self.link = Link(broker, "devices", subscriptions=topics, will=None)
         self.link.connect()
-        for device in "ab":
+        for device in here:
             self.say(device, "online")
         config = AggregatorConfig(
             *("lab", broker, state, (JOB,)),
             devices=frozenset("ab"),
-            away_s=0.1,
             max_staleness=max_staleness,
             keep_history=True,
+            **{"away_s": 0.1, **settings},
         )
         self._running: Future[None] = Future()
         threading.Thread(target=self._run, args=(config,), daemon=True).start()
@@ -197,8 +200,8 @@ def broker() -> Iterator[BrokerAddress]:
 def start(broker: BrokerAddress) -> Iterator[Start]:
     started: list[Fleet] = []
 
-    def start(state: Path, max_staleness: int = 8) -> Fleet:
-        started.append(Fleet(broker, state, max_staleness))
+    def start(state: Path, max_staleness: int = 8, **settings: Any) -> Fleet:
+        started.append(Fleet(broker, state, max_staleness, **settings))
         return started[-1]
 
     yield start
@@ -270,6 +273,32 @@ def test_how_far_a_round_is_gets_said_though_the_answer_came_at_once(tmp_path: P
     fleet.await_round(0)
     fleet.update("a", 0, {}).send()
     fleet.wait(lambda: "collects updates: 1 of 2" in fleet.details)
+
+
+def test_a_quorum_begins_without_the_rest_when_the_deadline_has_passed(tmp_path: Path, start: Start) -> None:
+    fleet = start(tmp_path / "run", here="a", deadline_s=1.0)
+    fleet.wait(lambda: "waits for b: 1 of 2 are there" in fleet.details)
+    begun = time.monotonic()
+    assert fleet.announced == []
+    fleet.await_round(0)
+    assert 0.5 < time.monotonic() - begun < 3
+
+
+def test_a_deadline_does_not_pass_while_nobody_could_answer(tmp_path: Path) -> None:
+    port = free_port()
+    with embedded_broker(port) as broker:
+        fleet = Fleet(broker, tmp_path / "run", deadline_s=2.0, away_s=60.0)
+        fleet.await_round(0)
+        fleet.update("a", 0, {}).send()
+        fleet.wait(lambda: fleet.accepted() != [])
+    time.sleep(3)
+    assert fleet.closed() == []
+    with embedded_broker(port):
+        answer = fleet.update("b", 0, {})
+        fleet.wait(lambda: answer.send() and "b" in dict(fleet.answers))
+        fleet.await_round(1)
+        assert fleet.closed() == [(["a", "b"], 0)]
+        fleet.close()
 
 
 @pytest.mark.parametrize("left", ["the other's", "nothing"])

@@ -16,7 +16,7 @@ from fleetune.edge.protocol.topics import Topics
 from fleetune.server import broadcast as module
 from fleetune.server.broadcast import Broadcast
 from fleetune.server.broker import embedded_broker, free_port
-from support.mosquitto import mosquitto
+from support.brokers import mosquitto
 
 TOPICS = Topics("lab")
 GATHER = 0.2
@@ -274,8 +274,8 @@ def test_chunks_are_no_larger_than_the_broker_takes(tmp_path: Path, monkeypatch:
     changes, whole = bytes(range(256)) * 200, bytes(reversed(range(256))) * 300
     announced = announcement(described(changes, 65536), described(whole, 65536))
     data = {described(some).sha256: some for some in (changes, whole)}
-    with mosquitto(tmp_path, "max_packet_size 20000") as broker, ExitStack() as stack:
-        bench = Bench(broker)
+    with mosquitto(tmp_path, free_port(), "max_packet_size 20000") as broker, ExitStack() as stack:
+        bench = Bench(broker.address)
         stack.callback(bench.close)
         device = bench.device()
         bench.broadcast.announce(announced, data, fresh=True)

@@ -40,7 +40,7 @@ def state(tmp_path: Path) -> Path:
     ]  # fmt: skip
     journal.append(*records)
     store = open_store(journal)
-    store.see([Presence("nano-1", "idle", 3, "0.1.0")], 7.0)
+    store.see([Presence("nano-1", "idle", 3, "0.1.0", detail="waits: no room")], 7.0)
     store.refuse("nano-2", "not-finite")
     store.close()
     journal.close()
@@ -57,9 +57,9 @@ def test_devices_and_rounds_are_shown(state: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line]
     assert rows[1][:2] == ["nano-1", "idle"]
-    assert rows[1][-4:] == ["3", "1", "0", "0"]
+    assert rows[1][-8:] == ["3", "1", "0", "0", "-", "waits:", "no", "room"]
     assert rows[2][0] == "nano-2"
-    assert rows[2][-4:] == ["0", "1", "1", "not-finite"]
+    assert rows[2][-5:] == ["0", "1", "1", "not-finite", "-"]
     assert rows[4][:5] == ["fedms", "global", "1", "2", "1"]
     assert rows[4][-1] == "0.750"
     assert "open" in rows[5]

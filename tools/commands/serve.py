@@ -43,14 +43,17 @@ def register(subparsers: Any) -> None:
     add_job_options(parser)
     parser.add_argument("--classes", type=int, required=True, metavar="N", help="classes of the task")
     parser.add_argument(
-        "--quorum", type=int, metavar="N", help="updates that close a round at its deadline (default: all devices)"
+        "--quorum",
+        type=int,
+        metavar="N",
+        help="updates that close a round at its deadline, devices that begin without the rest (default: all devices)",
     )
     parser.add_argument(
         "--deadline",
         type=float,
         default=600.0,
         metavar="S",
-        help="seconds after which a quorum closes a round (default: %(default)s)",
+        help="seconds after which a quorum begins, or closes a round (default: %(default)s)",
     )
     add_codec(parser, "broadcasts")
     parser.add_argument(
@@ -111,7 +114,8 @@ def add_job_options(parser: argparse.ArgumentParser, *, jobs: str = "fedms", max
         type=int,
         default=max_depth,
         metavar="N",
-        help=f"deepest that any device may train (default: {max_depth or 'all blocks'})",
+        help="deepest that any device may train; where it is less, devices that train fewer blocks cache more of the "
+        f"others, and need less CPU (default: {max_depth or 'all blocks'})",
     )
     group.add_argument("--sal-start", type=int, default=2, metavar="N", help="SAL: first depth (default: %(default)s)")
     group.add_argument("--sal-step", type=int, default=1, metavar="N", help="SAL: blocks added (default: %(default)s)")

@@ -61,16 +61,16 @@ def _run(args: argparse.Namespace) -> None:
         document = {"devices": [asdict(row) for row in devices], "rounds": [_as_json(row) for row in rounds]}
         print(json.dumps(document, indent=1))  # noqa: T201
         return
-    head = ["device", "state", "last heard", "boot", "updates", "late", "refused", "last reason"]
+    head = ["device", "state", "last heard", "starts", "updates", "late", "refused", "last reason", "says"]
     print(columns([head, *map(_device, devices)]))  # noqa: T201
-    head = ["job", "stage", "round", "depth", "answers", "late", "closed", "val"]
+    head = ["job", "stage", "round", "depth", "answers", "late", "closed", "accuracy"]
     print()  # noqa: T201
     print(columns([head, *map(_round, rounds[-args.rounds :])]))  # noqa: T201
 
 
 def _device(row: DeviceRow) -> list[str]:
     counts = (row.boot or 0, row.accepted, row.late, row.refused)
-    return [row.id, row.state or "-", _time(row.last_seen), *map(str, counts), row.reason]
+    return [row.id, row.state or "-", _time(row.last_seen), *map(str, counts), row.reason or "-", row.detail or "-"]
 
 
 def _round(row: RoundRow) -> list[str]:

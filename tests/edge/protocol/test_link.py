@@ -230,6 +230,15 @@ def test_a_message_that_the_broker_acknowledged_and_dropped_is_told(tmp_path: Pa
         link.close()
 
 
+def test_the_last_words_arrive_before_the_link_is_closed(broker: BrokerAddress) -> None:
+    link, later = connect(broker, "sender"), connect(broker, "later", "t/#")
+    for number in range(300):
+        link.publish("t/count", str(number).encode(), retain=True)
+    link.close()
+    assert [event.payload for event in collect(later, Received, 300)][-1] == b"299"
+    later.close()
+
+
 def test_two_clients_of_one_name_do_not_fight_for_ever(broker: BrokerAddress) -> None:
     links = connect(broker, "twin"), connect(broker, "twin")
     deadline = time.monotonic() + 30

@@ -1,0 +1,160 @@
+"""An agent over a real broker: what it hears while a round is under way."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fleetune.edge.agent.agent import Agent
+from fleetune.edge.agent.config import AgentConfig
+from fleetune.edge.protocol.codec import Tensors
+from fleetune.edge.protocol.errors import BrokerProtocolError, BudgetError
+from fleetune.edge.protocol.link import BrokerAddress, Link, Received
+from fleetune.edge.protocol.messages import (
+    Ack,
+    Announcement,
+    Presence,
+    UpdateManifest,
+    decode,
+    encode,
+    open_envelope,
+    seal,
+)
+from fleetune.edge.protocol.topics import Topics
+from fleetune.server.broker import embedded_broker, free_port
+from fleetune.tools.bench.noop import NoOpAnswer, NoOpWorker
+
+TOPICS = Topics("lab")
+ME = "nano-1"
+
+
+class Worker(NoOpWorker):
+    """Does a round when the test lets it."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.begun: list[int] = []
+        self.go_on = threading.Event()
+        self.refuses = self.over = False
+
+    def check_fit(self, _announced: Announcement) -> None:
+        if self.refuses:
+            raise BudgetError("too small", "raise it")
+
+    def answer(
+        self,
+        announced: Announcement,
+        _tensors: Tensors,
+        _progress: Callable[[float, float], None],
+        pulse: Callable[[], None],
+    ) -> NoOpAnswer:
+        self.begun.append(announced.version)
+        while not self.go_on.wait(0.02):
+            pulse()
+            if self.over:
+                raise BrokerProtocolError("the test is over", "")
+        return NoOpAnswer()
+
+
+class Bench:
+    """An agent that runs, and the aggregator that it talks to."""
+
+    def __init__(self, broker: BrokerAddress, state: Path) -> None:
+        self.worker = Worker()
+        self.manifests: list[UpdateManifest] = []
+        self.said: list[Presence] = []
+        topics = [TOPICS.upload_manifest(ME, "+"), TOPICS.presence(ME)]
+        self.link = Link(broker, "aggregator", subscriptions=topics, will=None)
+        self.link.connect()
+        self.agent = Agent(AgentConfig(ME, "lab", broker, state), self.worker)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self.wait(lambda: bool(self.said))
+
+    def _run(self) -> None:
+        with pytest.raises(BrokerProtocolError, match="the test is over"):
+            self.agent.run()
+
+    def announce(self, version: int) -> None:
+        announced = Announcement(
+            fleet="lab", run="r", job="fedms", version=version, method="fedms", stage="global", round=1, rounds=6,
+            backbone="b", quantisation="nf4", settings={}, expires=time.time() + 60,
+        )  # fmt: skip
+        self.link.publish(TOPICS.current("fedms"), seal(announced), retain=True)
+
+    def withdraw(self) -> None:
+        self.link.publish(TOPICS.current("fedms"), b"", retain=True)
+
+    def wait(self, until: Callable[[], bool], seconds: float = 10.0) -> None:
+        end = time.monotonic() + seconds
+        while not until():
+            assert time.monotonic() < end, self.said[-3:]
+            for event in self.link.events(0.02):
+                if isinstance(event, Received) and event.topic.endswith("/m"):
+                    manifest = open_envelope(event.payload, UpdateManifest)
+                    self.manifests.append(manifest)
+                    self.link.publish(TOPICS.down(ME, "ack"), encode(Ack(manifest.update, accepted=True)))
+                elif isinstance(event, Received):
+                    self.said.append(decode(event.payload, Presence))
+
+    def listen(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        self.wait(lambda: time.monotonic() > end)
+
+    def close(self) -> None:
+        self.worker.go_on.clear()
+        self.worker.over, self.worker.refuses = True, False
+        self.announce(99)
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+        self.link.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with embedded_broker(free_port()) as broker:
+        bench = Bench(broker, tmp_path / "state")
+        yield bench
+        bench.close()
+
+
+def test_a_round_that_a_broker_tells_again_while_it_is_under_way_is_done_once(bench: Bench) -> None:
+    """As it does when it was away for a moment: announcements are retained."""
+    bench.announce(3)
+    bench.wait(lambda: bench.worker.begun == [3])
+    bench.announce(3)
+    bench.listen(0.5)
+    bench.worker.go_on.set()
+    bench.wait(lambda: len(bench.manifests) == 1)
+    bench.listen(0.5)
+    assert bench.worker.begun == [3]
+    assert [manifest.version for manifest in bench.manifests] == [3]
+    bench.announce(4)
+    bench.wait(lambda: len(bench.manifests) == 2)
+    assert bench.worker.begun == [3, 4]
+
+
+def test_a_newer_round_that_is_announced_meanwhile_comes_next(bench: Bench) -> None:
+    bench.announce(3)
+    bench.wait(lambda: bench.worker.begun == [3])
+    bench.announce(4)
+    bench.listen(0.3)
+    bench.worker.go_on.set()
+    bench.wait(lambda: len(bench.manifests) == 2)
+    assert [manifest.version for manifest in bench.manifests] == [3, 4]
+
+
+def test_an_aggregator_that_comes_back_hears_once_more_why_a_device_declined(bench: Bench) -> None:
+    bench.worker.refuses = True
+    bench.announce(3)
+    bench.wait(lambda: bench.said[-1].state == "declined")
+    bench.withdraw()  # too few devices were left
+    bench.wait(lambda: bench.said[-1].state == "idle")
+    bench.announce(3)
+    bench.wait(lambda: bench.said[-1].state == "declined")
+    assert "too small" in bench.said[-1].detail
+    assert bench.worker.begun == []
