@@ -447,12 +447,14 @@ class Aggregator:
         presence = decode(event.payload, Presence)
         if levels != (presence.name,):
             raise MessageError("the presence is of another device", "ignore it", reason="wrong-topic")
-        was_here = self._registry.is_here(presence.name)
+        was_here, was_shared = self._registry.is_here(presence.name), self._registry.is_shared(presence.name)
         if self._registry.update(presence, retained=event.retained) and not event.retained:
             if was_here and presence.state == "offline":
                 log.warning("%s is offline: %s", presence.name, presence.detail)
             elif not was_here and presence.state != "offline":
                 log.info("%s is there", presence.name)
+        if self._registry.is_shared(presence.name) and not was_shared:
+            log.warning("%s: two agents take turns under this id; give each device one of its own", presence.name)
 
     # --- closing ------------------------------------------------------------------------------------------------
 

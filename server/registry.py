@@ -28,6 +28,7 @@ class Registry:
         self._gone: dict[str, float] = {}
         self._unsaved: set[str] = set()
         self._members: frozenset[str] | None = None  # until somebody comes, goes, or fails
+        self._falls: dict[str, int] = {}  # device → how often its boot counter fell
 
     def update(self, presence: Presence, *, retained: bool = False) -> bool:
         """Take a presence message; False if it is from an unknown device, or the late Will of another boot.
@@ -44,6 +45,8 @@ class Registry:
             return False
         if retained and known is None and presence.state in _OUTLIVED:
             presence = msgspec.structs.replace(presence, state=_OUTLIVED[presence.state])
+        if known is not None and presence.boot < known.boot:
+            self._falls[presence.name] = self._falls.get(presence.name, 0) + 1
         self._presence[presence.name] = presence
         self._members = None
         self._unsaved.add(presence.name)
@@ -90,6 +93,10 @@ class Registry:
         """Whether a device is connected, as far as anybody told."""
         presence = self._presence.get(name)
         return presence is not None and presence.state != "offline"
+
+    def is_shared(self, name: str) -> bool:
+        """Whether two agents take turns under one id. A boot counter falls where a board was flashed anew, but once."""
+        return self._falls.get(name, 0) > 1
 
     def save(self, store: Store) -> None:
         """Keep what is new."""

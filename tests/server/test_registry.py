@@ -45,6 +45,17 @@ def test_the_late_will_of_an_earlier_boot_is_ignored(fleet: Registry) -> None:
     assert fleet.ready() == set()
 
 
+def test_two_agents_that_take_turns_under_one_id_are_told_from_one_that_was_flashed_anew(fleet: Registry) -> None:
+    for boot in (7, 8, 1, 2):  # flashed before the third
+        fleet.update(presence("a", "offline", boot=max(1, boot - 1)))
+        fleet.update(presence("a", boot=boot))
+    assert not fleet.is_shared("a")
+    for boot in (9, 2):
+        fleet.update(presence("a", boot=boot))
+    assert fleet.is_shared("a")
+    assert not fleet.is_shared("b")
+
+
 def test_a_device_that_was_flashed_anew_counts_its_boots_from_one(fleet: Registry) -> None:
     fleet.update(presence("a", "offline", boot=7))
     assert fleet.update(presence("a", boot=1))
