@@ -89,7 +89,8 @@ class BrokerAddress:
         except ValueError as error:
             raise ConfigError(f"broker: {url!r}: {error}", remedy) from error
         if parts.username or parts.password:
-            raise ConfigError("broker: the address names a user or a password", "leave them out: no passwords yet")
+            what = f"broker: the address of {parts.hostname!r} names a user or a password"
+            raise ConfigError(what, "leave them out: Fleetune knows no passwords yet")
         rest = parts.path.strip("/"), parts.query, parts.fragment
         if parts.scheme != "mqtt" or not parts.hostname or not port or any(part for part in rest):
             raise ConfigError(f"broker: {url!r} is not an address", remedy)

@@ -281,7 +281,6 @@ def test_addresses_are_parsed_and_written_alike(url: str, host: str, port: int) 
     "mqtt://broker:-1",
     "mqtt://broker:0",
     "mqtt://[::1",
-    "mqtt://user:secret@broker",
     "mqtt://broker/lab",
 ])  # fmt: skip
 def test_what_is_not_an_address_is_refused_by_name(url: str) -> None:
@@ -289,3 +288,11 @@ def test_what_is_not_an_address_is_refused_by_name(url: str) -> None:
         BrokerAddress.parse(url)
     assert repr(url) in caught.value.what
     assert "mqtt://host:port" in caught.value.remedy
+
+
+@pytest.mark.parametrize("url", ["mqtt://user:secret@broker", "mqtt://:secret@broker", "mqtt://user@broker"])
+def test_an_address_with_a_password_is_refused_without_repeating_it(url: str) -> None:
+    with pytest.raises(ConfigError, match="broker: the address of 'broker' names a user or a password") as caught:
+        BrokerAddress.parse(url)
+    assert "secret" not in str(caught.value)
+    assert "leave them out" in caught.value.remedy
