@@ -12,12 +12,10 @@ from __future__ import annotations
 import msgspec
 
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.codec import Codec, Tensors, add_differences
+from fleetune.edge.protocol.codec import EXACT, Codec, Tensors, add_differences
 from fleetune.edge.protocol.messages import MAX_CHUNK, Payload, decode, encode
 
 _Told = tuple[Tensors, set[str], Payload | None, dict[str, bytes]]
-
-_EXACT = Codec.named("f32")
 
 
 class _Head(msgspec.Struct, frozen=True):
@@ -47,23 +45,23 @@ class Globals:
         self._codec = Codec.named(codec)
         head, _, tensors = checkpoint.partition(b"\n")
         kept = decode(head, _Head) if head else _Head()
-        self.tensors: Tensors = _EXACT.decode(tensors[: kept.size]) if head else {}
-        self._told: Tensors = _EXACT.decode(tensors[kept.size :]) if head else {}
+        self.tensors: Tensors = EXACT.decode(tensors[: kept.size]) if head else {}
+        self._told: Tensors = EXACT.decode(tensors[kept.size :]) if head else {}
         self._changed = set(kept.changed)
         self.whole: Payload | None = None
         self.payloads: dict[str, bytes] = {}
         if self._told:
-            self._describe(_EXACT.encode(self._told), MAX_CHUNK)
+            self._describe(EXACT.encode(self._told), MAX_CHUNK)
 
     def _describe(self, whole: bytes, chunk_size: int) -> None:
-        self.whole = chunks.describe(whole, _EXACT.name, chunk_size)
+        self.whole = chunks.describe(whole, EXACT.name, chunk_size)
         self.payloads = {self.whole.sha256: whole}
 
     def checkpoint(self) -> bytes:
         """All of it, for a restart."""
-        tensors = _EXACT.encode(self.tensors)
+        tensors = EXACT.encode(self.tensors)
         head = encode(_Head(sorted(self._changed), len(tensors)))
-        return head + b"\n" + tensors + _EXACT.encode(self._told)
+        return head + b"\n" + tensors + EXACT.encode(self._told)
 
     def add(self, means: Tensors) -> None:
         """Add what a round has gained."""
@@ -91,7 +89,7 @@ class Globals:
         differences = {name: self.tensors[name] - told[name] if name in told else self.tensors[name] for name in names}
         changes = self._codec.encode(differences)
         self._told, self._changed = add_differences(told, self._codec.decode(changes)), self._changed - set(names)
-        self._describe(_EXACT.encode(self._told), chunk_size)
+        self._describe(EXACT.encode(self._told), chunk_size)
         described = chunks.describe(changes, self._codec.name, chunk_size)
         self.payloads[described.sha256] = changes
         return since, described

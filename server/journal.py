@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetune.edge.protocol.codec import Codec, Tensors
+from fleetune.edge.protocol.codec import EXACT, Codec, Tensors
 from fleetune.edge.protocol.errors import UNDECODABLE, RunFolderError
 from fleetune.edge.protocol.files import FolderLock, make_folder, sync_folder, write_atomic
 from fleetune.edge.protocol.messages import Announcement, UpdateManifest
@@ -246,11 +246,11 @@ class Journal:
     def keep_globals(self, job: str, version: int, tensors: Mapping[str, NDArray[np.float32]]) -> None:
         """Keep the global tensors after a round, if the history is kept."""
         if self._keep_history:
-            write_atomic(self._globals(job, version), Codec.named("f32").encode(tensors), sync=False)
+            write_atomic(self._globals(job, version), EXACT.encode(tensors), sync=False)
 
     def load_globals(self, job: str, version: int) -> Tensors:
         """The global tensors after a round, less the initial ones, if the history was kept."""
-        return Codec.named("f32").decode(self._globals(job, version).read_bytes())
+        return EXACT.decode(self._globals(job, version).read_bytes())
 
     def _globals(self, job: str, version: int) -> Path:
         return self.folder / job / "globals" / f"{version}.safetensors"

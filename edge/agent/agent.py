@@ -20,7 +20,7 @@ from fleetune.edge.agent.outbox import Outbox
 from fleetune.edge.agent.state import State
 from fleetune.edge.agent.worker import Answer, Worker
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.codec import Codec
+from fleetune.edge.protocol.codec import EXACT, Codec
 from fleetune.edge.protocol.errors import BrokerProtocolError, FleetuneError, MessageError, RunFailedError
 from fleetune.edge.protocol.files import is_full
 from fleetune.edge.protocol.link import Connected, Disconnected, Event, Link, Received
@@ -54,10 +54,16 @@ _HEAR_AGAIN = 1.0
 
 _WAITS = "waits: "
 
-_EXACT = Codec.named("f32")
-
 _SHOWN = ("loss", "test", "depth", "cpu_s", "peak_mib", "cache_missing_mib")
 """Metrics that the presence shows too."""
+
+
+_Round = tuple[str, str, int]
+
+
+def _round(one: Announcement | UpdateManifest) -> _Round:
+    """What tells a round from every other."""
+    return one.run, one.job, one.version
 
 
 class Agent:
@@ -84,9 +90,9 @@ class Agent:
         self._earlier = (counters.bytes_up, counters.bytes_down)
         self._broadcasts = Broadcasts(self._state)
         self._newest: dict[str, Announcement] = {}
-        self._declined: dict[str, tuple[str, int, str]] = {}  # job → run and version that it does not answer, and why
+        self._declined: dict[str, tuple[_Round, str]] = {}  # job → the round that this device does not do, and why
         self._led: set[str] = set()
-        self._doing: Announcement | None = None  # until its update is in the outbox
+        self._doing: _Round | None = None  # until its update is in the outbox; a broker that was away tells it again
         self._unsaved: tuple[Announcement, Answer] | None = None
         self._repairs: set[str] = set()
         self._facts: dict[str, float | int | str | bool] = {}
@@ -243,28 +249,19 @@ class Agent:
         if announced.expires < time.time():  # but the broker would not have kept it
             log.warning("%s: by the clock of this device version %d has expired", job, announced.version)
         before = self._newest.get(job)
-        again = before is not None and (before.run, before.version) == (announced.run, announced.version)
+        again = before is not None and _round(before) == _round(announced)
         if again:  # by an aggregator that has restarted, or has been away
             self._outbox.hurry()
             self._publish(*self._said)
         self._newest[job] = announced
-        run, version, why = self._declined.get(job, ("", -1, ""))
-        if (run, version) == (announced.run, announced.version):
+        declined, why = self._declined.get(job, (None, ""))
+        if declined == _round(announced):
             self._publish("declined", why)  # whoever leads now may not have heard it
             self._broadcasts.forget(job)
-        elif announced.version <= self._state.answered(announced.run, job) or self._is_doing(announced):
+        elif announced.version <= self._state.answered(announced.run, job) or self._doing == _round(announced):
             self._broadcasts.forget(job)
         else:
             self._broadcasts.want(announced, under_way=not event.retained and not again)
-
-    def _is_doing(self, announced: Announcement) -> bool:
-        """Whether it is the round that this device is doing, which a broker tells once more when it is back."""
-        doing = self._doing
-        return doing is not None and (doing.run, doing.job, doing.version) == (
-            announced.run,
-            announced.job,
-            announced.version,
-        )
 
     def _forget(self, job: str) -> None:
         """The newest announcement of a job does not count any more."""
@@ -284,7 +281,7 @@ class Agent:
         except BrokerProtocolError:
             raise
         except FleetuneError as error:
-            self._declined[announced.job] = announced.run, announced.version, error.public
+            self._declined[announced.job] = _round(announced), error.public
             self._doing = None
             self._broadcasts.forget(announced.job)
             self._worker.forget()
@@ -305,7 +302,7 @@ class Agent:
             return
         self._state.enter(gone.run).answered.pop(gone.job, None)  # mended and started again, it shall answer anew
         announced = self._newest.get(gone.job)
-        if announced is not None and (announced.run, announced.version) == (gone.run, gone.version):
+        if announced is not None and _round(announced) == _round(gone):
             with self._declining(announced):
                 raise RunFailedError(
                     f"the aggregator refuses this device's update: {ack.reason}", "see the aggregator's log"
@@ -346,7 +343,7 @@ class Agent:
         # Said when the round takes longer than a moment.
         self._said = "working", f"{announced.job}: {announced.stage}, round {announced.round} of {announced.rounds}"
         self._shown = time.monotonic()
-        self._doing = announced
+        self._doing = _round(announced)
         answer = self._worker.answer(announced, tensors, self._show_progress, self._pulse)
         self._unsaved = announced, answer
         self._queue_update(announced, answer)
@@ -400,7 +397,7 @@ class Agent:
             },
             payload=chunks.describe(data, self._codec.name, self._link.max_chunk) if data else None,
         )
-        self._state.put_outbox(manifest, data, _EXACT.encode(lost) if lost else b"")
+        self._state.put_outbox(manifest, data, EXACT.encode(lost) if lost else b"")
         self._doing = self._unsaved = None
         record.answered[announced.job] = announced.version
         self._facts |= {name: value for name, value in answer.metrics.items() if name in _SHOWN}

@@ -10,14 +10,12 @@ from dataclasses import dataclass, field
 
 from fleetune.edge.agent.state import State
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.codec import Codec, Tensors, add_differences
+from fleetune.edge.protocol.codec import EXACT, Codec, Tensors, add_differences
 from fleetune.edge.protocol.errors import MessageError
 from fleetune.edge.protocol.files import is_full
 from fleetune.edge.protocol.messages import Announcement, Need, Payload
 
 log = logging.getLogger(__name__)
-
-_EXACT = Codec.named("f32")
 
 _PATIENCE = 5.0
 """Seconds for a chunk that is on its way; asked for too soon, a slow link carries it twice."""
@@ -139,8 +137,8 @@ class Broadcasts:
         if payload == announced.whole:
             return data, tensors
         tensors = add_differences(self._state.load_globals(announced.since), tensors)
-        whole = _EXACT.encode(tensors)
-        if chunks.describe(whole, _EXACT.name).sha256 != announced.whole.sha256:
+        whole = EXACT.encode(tensors)
+        if chunks.describe(whole, EXACT.name).sha256 != announced.whole.sha256:
             raise MessageError("the changes do not lead to the announced tensors", "ask for all", reason="wrong-hash")
         return whole, tensors
 

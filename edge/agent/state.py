@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from fleetune.edge.protocol.codec import Codec, Tensors
+from fleetune.edge.protocol.codec import EXACT, Tensors
 from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError, MessageError
 from fleetune.edge.protocol.files import FolderLock, write_atomic
 from fleetune.edge.protocol.messages import UpdateManifest, encode
@@ -183,7 +183,7 @@ class State:
             file.unlink(missing_ok=True)
             raise MessageError(f"{file} is damaged", "nothing: it is asked for again", reason="wrong-hash")
         self._touch(file)  # what is still read is not the oldest
-        return Codec.named("f32").decode(data)
+        return EXACT.decode(data)
 
     def save_globals(self, sha256: str, data: bytes, tensors: Tensors, *, on_disk: bool = True) -> None:
         """Keep global tensors, and let go of the oldest ones.
@@ -262,22 +262,26 @@ class State:
         update, data = self._queued
         if update == manifest.update:  # as long as it is the newest: most are sent at once
             return data
-        data, _ = self._read_update(manifest)
+        data = self._read_update(manifest)
         whole = manifest.payload is None or hashlib.sha256(data).hexdigest() == manifest.payload.sha256
         return data if whole else None
 
-    def _read_update(self, manifest: UpdateManifest) -> tuple[bytes, bytes]:
-        """Tensors of an update, and what these lack."""
+    def _read_update(self, manifest: UpdateManifest, *, lost: bool = False) -> bytes:
+        """Tensors of an update, or what these lack."""
+        size = 0 if manifest.payload is None else manifest.payload.size
         with self._update(manifest.update).open("rb") as file:
             file.readline()
-            return file.read(0 if manifest.payload is None else manifest.payload.size), file.read()
+            if not lost:
+                return file.read(size)
+            file.seek(size, os.SEEK_CUR)
+            return file.read()
 
     def lost(self, run: str, job: str) -> Tensors:
         """What the newest update of a job lacks; nothing if none is here, or its file is damaged."""
         for manifest in self._of_job(run, job)[-1:]:
-            _, lost = self._read_update(manifest)
+            lost = self._read_update(manifest, lost=True)
             try:
-                return Codec.named("f32").decode(lost) if lost else {}
+                return EXACT.decode(lost) if lost else {}
             except MessageError as error:
                 log.warning("%s: what it lacks is lost: %s", self._update(manifest.update), error)
         return {}
@@ -290,15 +294,17 @@ class State:
 
     def drop_outbox(self, update: str) -> None:
         """Let go of an update, if it is there."""
-        if update in self._outbox:
-            self.save_counters()  # that it was answered must outlast the answer
-            self._unlink(update)
+        self._drop([update] if update in self._outbox else [])
 
     def drop_updates(self, run: str, job: str | None = None) -> None:
         """Let go of all updates of a run, or of one job in it."""
-        for manifest in list(self._outbox.values()):
-            if manifest.run == run and job in (None, manifest.job):
-                self.drop_outbox(manifest.update)
+        self._drop([m.update for m in self._outbox.values() if m.run == run and job in (None, m.job)])
+
+    def _drop(self, updates: list[str]) -> None:
+        if updates:
+            self.save_counters()  # that they were answered must outlast the answers
+        for update in updates:
+            self._unlink(update)
 
     def _unlink(self, update: str) -> None:
         self._update(update).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from fleetune.edge.agent.agent import Agent
 from fleetune.edge.agent.config import AgentConfig
-from fleetune.edge.protocol.codec import Codec, Tensors
+from fleetune.edge.protocol.codec import EXACT, Tensors
 from fleetune.edge.protocol.files import write_atomic
 from fleetune.edge.protocol.link import BrokerAddress, Received
 from fleetune.edge.protocol.messages import Announcement
@@ -53,7 +53,7 @@ class ChaosWorker(NoOpWorker):
         pulse: Callable[[], None],
     ) -> NoOpAnswer:
         """The tensors, in a round that asks for some."""
-        write_atomic(Path(self._spec.given), Codec.named("f32").encode(tensors), sync=False)
+        write_atomic(Path(self._spec.given), EXACT.encode(tensors), sync=False)
         until = time.monotonic() + random.uniform(*_TRAINING_S)  # noqa: S311
         while time.monotonic() < until:
             time.sleep(0.01)

@@ -93,10 +93,12 @@ def answer(
 
 def _payload_bytes(layout: Layout, depth: int) -> int:
     """Bytes of an update of so many blocks, as agents encode it: what training adds compresses as well as noise."""
+    if not depth:
+        return 0
     rng = np.random.default_rng(0)
-    active = Expert(layout).active(depth) if depth else {}
+    active = Expert(layout).active(depth)
     noise = {name: rng.standard_normal(tensor.shape, dtype=np.float32) for name, tensor in active.items()}
-    return len(Codec.named(DEFAULT).encode(noise)) if depth else 0
+    return len(Codec.named(DEFAULT).encode(noise))
 
 
 def _usable(device: str, profile: Profile, pack: Pack, workload: Workload, threads: int | None) -> list[Costs]:
