@@ -13,9 +13,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import FileAccessError, MessageError, RunFailedError, RunFolderError
 from fleetune.edge.protocol.files import is_full
-from fleetune.edge.protocol.link import BrokerAddress, Connected, Disconnected, Event, Link, Received
+from fleetune.edge.protocol.link import Connected, Disconnected, Event, Link, Received
 from fleetune.edge.protocol.messages import Announcement, Need, Presence, PresenceState, decode, open_envelope
 from fleetune.edge.protocol.modelfile import Card
 from fleetune.edge.protocol.topics import Topics, read_number

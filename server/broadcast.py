@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.link import Link, Sending
+from fleetune.edge.protocol.link import Link
 from fleetune.edge.protocol.messages import Announcement, Need, Payload, seal
+from fleetune.edge.protocol.sending import Sending
 from fleetune.edge.protocol.topics import Topics
 
 _EXPIRY = 24 * 3600

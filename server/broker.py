@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import BrokerUnreachableError, ConfigError, install_hint
-from fleetune.edge.protocol.link import BrokerAddress
 from fleetune.edge.protocol.topics import PROTOCOL
 
 _CONFIG = """\

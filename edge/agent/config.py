@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.codec import DEFAULT
-from fleetune.edge.protocol.link import BrokerAddress
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import msgspec
 
 from fleetune.edge.agent.state import State
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.link import Link, Sending
+from fleetune.edge.protocol.link import Link
 from fleetune.edge.protocol.messages import Ack, Missing, Payload, UpdateManifest, seal
+from fleetune.edge.protocol.sending import Sending
 from fleetune.edge.protocol.topics import Topics
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
@@ -26,8 +25,10 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from fleetune.edge.protocol.errors import BrokerProtocolError, BrokerUnreachableError, ConfigError, install_hint
+from fleetune.edge.protocol.address import BrokerAddress
+from fleetune.edge.protocol.errors import BrokerProtocolError, BrokerUnreachableError, install_hint
 from fleetune.edge.protocol.messages import MAX_CHUNK, MAX_MESSAGE
+from fleetune.edge.protocol.sending import Sending
 
 log = logging.getLogger(__name__)
 
@@ -66,39 +67,6 @@ _RECEIVE_MAXIMUM = 10
 
 _MAX_QUEUED = 16 << 20
 """Bytes that came and wait to be looked at; beyond that the network's thread stops reading, and the broker notices."""
-
-
-@dataclass(frozen=True)
-class BrokerAddress:
-    """Where the broker listens."""
-
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, url: str) -> BrokerAddress:
-        """Parse ``mqtt://host[:port]``.
-
-        Raises:
-            ConfigError: It is not such an address.
-        """
-        remedy = "write mqtt://host or mqtt://host:port"
-        try:
-            parts = urlsplit(url)
-            port = 1883 if parts.port is None else parts.port
-        except ValueError as error:
-            raise ConfigError(f"broker: {url!r}: {error}", remedy) from error
-        if parts.username or parts.password:
-            what = f"broker: the address of {parts.hostname!r} names a user or a password"
-            raise ConfigError(what, "leave them out: Fleetune knows no passwords yet")
-        rest = parts.path.strip("/"), parts.query, parts.fragment
-        if parts.scheme != "mqtt" or not parts.hostname or not port or any(part for part in rest):
-            raise ConfigError(f"broker: {url!r} is not an address", remedy)
-        return cls(parts.hostname, port)
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"mqtt://{host}:{self.port}"
 
 
 @dataclass(frozen=True)
@@ -145,52 +113,6 @@ class _Published:
 
 
 Event = Connected | Disconnected | Received | Refused
-
-
-class Sending:
-    """Messages that go out through the link's window, one after the other.
-
-    Attributes:
-        done: Whether the broker has acknowledged the last.
-        lost: Whether the link went down before: then some may have arrived, and all are to be sent again.
-    """
-
-    def __init__(self, messages: Iterable[tuple[str, bytes]], expiry: int | None) -> None:
-        self._messages, self._expiry = iter(messages), expiry
-        self._ahead = next(self._messages, None)
-        self._unanswered = 0
-        self.lost = False
-
-    @property
-    def done(self) -> bool:
-        """Whether the broker has acknowledged the last."""
-        return self._ahead is None and not self._unanswered and not self.lost
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing of it is on its way any more."""
-        return self.done or self.lost
-
-    @property
-    def waits(self) -> bool:
-        """Whether there is more to send."""
-        return self._ahead is not None and not self.lost
-
-    def next(self) -> tuple[str, bytes, int | None]:
-        """The next message, and its expiry."""
-        assert self._ahead is not None
-        topic, payload = self._ahead
-        self._ahead = next(self._messages, None)
-        self._unanswered += 1
-        return topic, payload, self._expiry
-
-    def cancel(self) -> None:
-        """Send no more of them."""
-        self._ahead = None
-
-    def acknowledged(self) -> None:
-        """One of them has arrived at the broker."""
-        self._unanswered -= 1
 
 
 class Link:

@@ -11,9 +11,10 @@ import pytest
 
 from fleetune.edge.agent.agent import Agent
 from fleetune.edge.agent.config import AgentConfig
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.codec import Tensors
 from fleetune.edge.protocol.errors import BrokerProtocolError, BudgetError
-from fleetune.edge.protocol.link import BrokerAddress, Link, Received
+from fleetune.edge.protocol.link import Link, Received
 from fleetune.edge.protocol.messages import (
     Ack,
     Announcement,

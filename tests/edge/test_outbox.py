@@ -12,7 +12,8 @@ from fleetune.edge.agent import outbox as module
 from fleetune.edge.agent.outbox import Outbox
 from fleetune.edge.agent.state import State
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.link import BrokerAddress, Link, Received
+from fleetune.edge.protocol.address import BrokerAddress
+from fleetune.edge.protocol.link import Link, Received
 from fleetune.edge.protocol.messages import Ack, Missing, UpdateManifest, decode, encode, open_envelope
 from fleetune.edge.protocol.topics import Topics
 from fleetune.server.broker import embedded_broker, free_port

@@ -18,8 +18,9 @@ import safetensors.numpy
 
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.codec.entropy import decompress
-from fleetune.edge.protocol.link import BrokerAddress, Link, Received
+from fleetune.edge.protocol.link import Link, Received
 from fleetune.edge.protocol.messages import MAX_PAYLOAD
 from fleetune.edge.protocol.modelfile import FILE
 from fleetune.edge.protocol.topics import Topics

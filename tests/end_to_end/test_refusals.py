@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from fleetune.edge.protocol import chunks
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.codec import Codec
-from fleetune.edge.protocol.link import BrokerAddress, Link, Received
+from fleetune.edge.protocol.link import Link, Received
 from fleetune.edge.protocol.messages import (
     Ack,
     Announcement,

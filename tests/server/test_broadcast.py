@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.link import BrokerAddress, Connected, Disconnected, Event, Link, Received
+from fleetune.edge.protocol.address import BrokerAddress
+from fleetune.edge.protocol.link import Connected, Disconnected, Event, Link, Received
 from fleetune.edge.protocol.messages import Announcement, Need, Payload, decode, encode, open_envelope
 from fleetune.edge.protocol.topics import Topics
 from fleetune.server import broadcast as module

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from fleetune.edge.protocol import chunks
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.codec import Codec
 from fleetune.edge.protocol.errors import MessageError
-from fleetune.edge.protocol.link import BrokerAddress, Link, Received
+from fleetune.edge.protocol.link import Link, Received
 from fleetune.edge.protocol.messages import (
     MAX_PAYLOAD,
     Ack,

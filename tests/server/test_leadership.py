@@ -11,8 +11,9 @@ from contextlib import closing
 
 import pytest
 
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import RunFailedError
-from fleetune.edge.protocol.link import BrokerAddress, Link, Received
+from fleetune.edge.protocol.link import Link, Received
 from fleetune.edge.protocol.messages import Announcement, Presence, PresenceState, decode, encode, open_envelope, seal
 from fleetune.edge.protocol.topics import Topics
 from fleetune.server import leadership as module
@@ -25,7 +26,8 @@ LOOK, PATIENCE = 0.2, 0.6
 
 LEADER = """\
 import sys, time
-from fleetune.edge.protocol.link import BrokerAddress, Link
+from fleetune.edge.protocol.address import BrokerAddress
+from fleetune.edge.protocol.link import Link
 from fleetune.edge.protocol.topics import Topics
 from fleetune.server.leadership import Leadership
 

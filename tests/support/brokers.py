@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 import psutil
 import pytest
 
-from fleetune.edge.protocol.link import BrokerAddress
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.server.broker import embedded_broker
 from support.lacking import lacking
 

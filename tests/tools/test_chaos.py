@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import ConfigError
-from fleetune.edge.protocol.link import BrokerAddress
 from fleetune.server.journal import FILE, Accepted, Closed, Record, read_records
 from fleetune.tools.bench.chaos import Result, run_seeds, summary
 from fleetune.tools.bench.chaos_check import Findings, check

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import RunFailedError
-from fleetune.edge.protocol.link import BrokerAddress
 from fleetune.server.broker import free_port
 
 CONFIG = files("fleetune.server") / "mosquitto.conf"

@@ -15,9 +15,10 @@ import numpy as np
 
 from fleetune.edge.agent.agent import Agent
 from fleetune.edge.agent.config import AgentConfig
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.codec import EXACT, Tensors
 from fleetune.edge.protocol.files import write_atomic
-from fleetune.edge.protocol.link import BrokerAddress, Received
+from fleetune.edge.protocol.link import Received
 from fleetune.edge.protocol.messages import Announcement
 from fleetune.tools.bench.chaos_process import ChaosSpec, bend_clock
 from fleetune.tools.bench.noop import FLEET, NoOpAnswer, NoOpWorker

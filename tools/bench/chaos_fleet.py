@@ -17,9 +17,9 @@ from pathlib import Path
 
 import msgspec
 
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.edge.protocol.files import write_atomic
-from fleetune.edge.protocol.link import BrokerAddress
 from fleetune.server.journal import FILE, Accepted, Announced, Closed, Record
 from fleetune.tools.bench.chaos_network import Network, program
 from fleetune.tools.bench.chaos_plan import DEVICES, Fault, Plan

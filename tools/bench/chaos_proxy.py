@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 
-from fleetune.edge.protocol.link import BrokerAddress
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.tools.bench.chaos_plan import Habit
 
 _PUBLISH = 3

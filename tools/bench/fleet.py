@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 import psutil
 
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import RunFailedError
-from fleetune.edge.protocol.link import BrokerAddress
 from fleetune.server.journal import FILE, Announced, Closed, read_records
 from fleetune.tools.bench.broker import mosquitto
 from fleetune.tools.bench.figures import Document, Figure, Target, figure

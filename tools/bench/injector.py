@@ -11,8 +11,9 @@ import msgspec
 import numpy as np
 
 from fleetune.edge.protocol import chunks
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.codec import Codec
-from fleetune.edge.protocol.link import BrokerAddress, Link, Received
+from fleetune.edge.protocol.link import Link, Received
 from fleetune.edge.protocol.messages import Announcement, Presence, UpdateManifest, encode, open_envelope, seal
 from fleetune.edge.protocol.topics import Topics
 from fleetune.tools.bench.noop import BACKBONE, FLEET, JOB, NoOpSpec

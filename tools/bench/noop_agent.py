@@ -11,7 +11,7 @@ import msgspec
 
 from fleetune.edge.agent.agent import Agent
 from fleetune.edge.agent.config import AgentConfig
-from fleetune.edge.protocol.link import BrokerAddress
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.tools.bench.noop import FLEET, NoOpSpec, NoOpWorker
 
 

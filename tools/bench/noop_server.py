@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from fleetune.edge.protocol.link import BrokerAddress
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.server.aggregator import Aggregator, AggregatorConfig
 from fleetune.server.job import Job
 from fleetune.tools.bench.noop import BACKBONE, FLEET, JOB, NoOpSpec

@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.agent.config import AgentConfig
     from fleetune.edge.agent.rounds import Rounds, RoundsConfig
     from fleetune.edge.agent.unit import systemd_unit
-    from fleetune.edge.protocol.link import BrokerAddress
+    from fleetune.edge.protocol.address import BrokerAddress
     from fleetune.edge.resources.costs import Costs
     from fleetune.profiles.fleet import read_fleet
 

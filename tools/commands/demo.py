@@ -80,8 +80,8 @@ _TRAINED = (
 def _run(args: argparse.Namespace) -> None:
     import json
 
+    from fleetune.edge.protocol.address import BrokerAddress
     from fleetune.edge.protocol.errors import ConfigError
-    from fleetune.edge.protocol.link import BrokerAddress
     from fleetune.tools.assets import fetch
     from fleetune.tools.jobs import check_options
     from fleetune.tools.require import require_server_extra

@@ -146,8 +146,8 @@ def add_job_options(parser: argparse.ArgumentParser, *, jobs: str = "fedms", max
 
 def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.pack.pack import Pack
+    from fleetune.edge.protocol.address import BrokerAddress
     from fleetune.edge.protocol.errors import ConfigError
-    from fleetune.edge.protocol.link import BrokerAddress
     from fleetune.profiles.fleet import read_fleet
     from fleetune.server.aggregator import Aggregator, AggregatorConfig
     from fleetune.tools.jobs import build_jobs, build_models

@@ -14,9 +14,9 @@ from rich.live import Live
 from rich.table import Table
 
 from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.edge.protocol.files import write_atomic
-from fleetune.edge.protocol.link import BrokerAddress
 from fleetune.profiles.fleet import Fleet, read_fleet
 from fleetune.server.broker import free_port
 from fleetune.tools.demo.folder import RunFolder, prepare

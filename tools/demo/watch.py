@@ -9,8 +9,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import MessageError
-from fleetune.edge.protocol.link import BrokerAddress, Link, Received
+from fleetune.edge.protocol.link import Link, Received
 from fleetune.edge.protocol.messages import Presence, decode
 from fleetune.edge.protocol.topics import Topics
 from fleetune.profiles.fleet import Fleet

@@ -10,8 +10,9 @@ import os
 import time
 from dataclasses import dataclass
 
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import BrokerProtocolError, BrokerUnreachableError
-from fleetune.edge.protocol.link import BrokerAddress, Disconnected, Link, Received, Refused
+from fleetune.edge.protocol.link import Disconnected, Link, Received, Refused
 from fleetune.edge.protocol.messages import MAX_CHUNK
 from fleetune.edge.protocol.topics import Topics, check_name
 from fleetune.tools.doctor.host import Check

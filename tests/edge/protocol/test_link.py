@@ -12,8 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import BrokerProtocolError, BrokerUnreachableError
-from fleetune.edge.protocol.link import BrokerAddress, Connected, Disconnected, Event, Link, Received, Refused, Sending
+from fleetune.edge.protocol.link import Connected, Disconnected, Event, Link, Received, Refused
+from fleetune.edge.protocol.sending import Sending
 from fleetune.server.broker import embedded_broker, free_port
 from support.brokers import mosquitto
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import ConfigError, MessageError
-from fleetune.edge.protocol.link import BrokerAddress
 from fleetune.edge.protocol.messages import (
     MAX_MESSAGE,
     Ack,

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import ConfigError
-from fleetune.edge.protocol.link import BrokerAddress, Link
+from fleetune.edge.protocol.link import Link
 from fleetune.edge.protocol.messages import MAX_CHUNK
 from fleetune.server.broker import embedded_broker, free_port
 from fleetune.tools.doctor import broker
