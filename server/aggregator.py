@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import FileAccessError, MessageError, RunFailedError, RunFolderError
 from fleetune.edge.protocol.files import is_full
+from fleetune.edge.protocol.identity.credential import Sender
+from fleetune.edge.protocol.identity.folder import Identity
+from fleetune.edge.protocol.identity.seals import Seals
 from fleetune.edge.protocol.link import Connected, Disconnected, Event, Link, Received
-from fleetune.edge.protocol.messages import Announcement, Need, Presence, PresenceState, decode, open_envelope
+from fleetune.edge.protocol.messages import Announcement, Need, Presence, PresenceState, TimeReply, TimeRequest, Who
 from fleetune.edge.protocol.modelfile import Card
 from fleetune.edge.protocol.topics import Topics, read_number
 from fleetune.server.broadcast import Broadcast
@@ -25,7 +28,7 @@ from fleetune.server.globals import Globals
 from fleetune.server.intake import Intake, accuracies
 from fleetune.server.job import Job
 from fleetune.server.journal import Announced, Closed, Finished, Journal
-from fleetune.server.leadership import Facts, Leadership
+from fleetune.server.leadership import OWN, Facts, Leadership
 from fleetune.server.registry import Registry
 from fleetune.server.round import OpenRound
 from fleetune.server.run import identify
@@ -43,6 +46,9 @@ _NAMED = 8
 
 _LOOK_AGAIN = 5.0
 """Seconds after which a full disk is tried again."""
+
+_ASK_EVERY = 5.0
+"""Seconds between two questions to one device."""
 
 _CHECKPOINT_ROUNDS = 16
 _CHECKPOINT_BYTES = 256 << 20
@@ -79,6 +85,7 @@ class AggregatorConfig:
         max_staleness: Closed rounds after which an update no longer counts.
         keep_history: Whether every round's updates and global tensors stay on disk.
         models: Job → what its model file holds; a job without one gets no file.
+        identity: Who it is; without one nothing is signed or verified.
     """
 
     fleet: str
@@ -93,6 +100,7 @@ class AggregatorConfig:
     max_staleness: int = 8
     keep_history: bool = False
     models: Mapping[str, Model] = field(default_factory=dict)
+    identity: Identity | None = None
 
 
 class Aggregator:
@@ -127,18 +135,23 @@ class Aggregator:
         self._checkpointed = -1
         self._version = self._closed_version = -1
         self._cut: float | None = None  # since when the link is down
+        self._seals = Seals(config.identity)
+        self._asked: dict[str, float] = {}  # device → when it was asked who it is
         self._leadership = Leadership(self._topics, self._run.run, self._facts)
         self._link = Link(
             config.broker,
             f"{config.fleet}-aggregator-{self._run.run}-{self._leadership.boot}",
             subscriptions=[
+                *([self._topics.trust, self._topics.aggregator_introduction] if self._seals.signed else []),
+                *([self._topics.introduction("+")] if self._seals.signed else []),  # before what they have signed
                 self._topics.aggregator_presence,
                 self._topics.current("+"),
                 self._topics.presence("+"),
                 self._topics.upload_chunk("+", "+", "+"),  # and manifests: of two filters that fit, each gets a copy
-                self._topics.need("+"),
+                self._topics.up("+", "+"),
             ],
             will=self._leadership.will,
+            seals=self._seals,
         )
         self._broadcast = Broadcast(self._link, self._topics)
 
@@ -281,6 +294,8 @@ class Aggregator:
                 break
             self._check_quorum()
             missing = ", ".join(sorted(self._config.devices - self._registry.ready())) or "devices"
+            for device in self._config.devices - self._registry.ready():
+                self._ask_who(device)  # what the broker retains of it may be the late Will of an earlier connection
             detail = f"waits for {missing}: {there} of {wanted} are there"
             if detail != said:
                 said = detail
@@ -314,6 +329,7 @@ class Aggregator:
             backbone=job.backbone,
             quantisation=job.quantisation,
             settings={**job.settings, "depth": plan.depth},
+            issued=0.0,
             expires=0.0,
         )
 
@@ -406,6 +422,8 @@ class Aggregator:
 
     def _receive(self, event: Event) -> None:
         if isinstance(event, Connected):
+            if self._seals.signed:
+                self._link.publish(self._topics.aggregator_introduction, self._seals.introduction, retain=True)
             self._registry.trust()
             self._leadership.say_again(self._link)
             cut, self._cut = self._cut, None
@@ -425,8 +443,12 @@ class Aggregator:
             self._receive_announcement(event)
         elif levels[:1] == ("st",):
             self._receive_presence(levels[1:], event)
-        elif levels[:1] == ("up",) and levels[2:] == ("need",):
-            self._broadcast.need(decode(event.payload, Need))
+        elif levels == ("ca", "trust"):
+            self._receive_trust(event.payload)
+        elif levels == ("agg", "id"):
+            self._seals.meet(event.payload, OWN)
+        elif levels[:1] == ("up",) and len(levels) == 3:
+            self._receive_question(levels[1], levels[2], event)
         elif levels[:1] == ("up",) and len(levels) == 4 and self._intake is not None and taking is not None:
             device, update, last = levels[1:]
             if last == "m":
@@ -441,11 +463,35 @@ class Aggregator:
             return
         if own is None or event.topic != self._topics.current(own.job):
             self._leadership.clear(self._link, event.topic, event.payload)
-        elif not event.payload or open_envelope(event.payload, Announcement).run != own.run:
+        elif not event.payload or self._seals.open(event.topic, event.payload, Announcement, OWN).run != own.run:
             self._broadcast.announce(own, self._globals.payloads, fresh=False)  # devices have let go of it
 
+    def _receive_trust(self, raw: bytes) -> None:
+        trust = self._seals.hear_trust(raw)
+        if trust is not None:
+            log.info("takes version %d of the fleet's trust document", trust.version)
+
+    def _receive_question(self, device: str, verb: str, event: Received) -> None:
+        """What a device asks for."""
+        sender = Sender("device", device)
+        if verb == "need":
+            self._broadcast.need(self._seals.open(event.topic, event.payload, Need, sender))
+        elif verb == "time":
+            question = self._seals.open(event.topic, event.payload, TimeRequest, sender)
+            self._link.say(self._topics.down(device, "time"), TimeReply(question.nonce, self._seals.clock.now()))
+
     def _receive_presence(self, levels: tuple[str, ...], event: Received) -> None:
-        presence = decode(event.payload, Presence)
+        device = levels[0]
+        if levels[1:] == ("id",):
+            if event.payload:
+                self._seals.meet(event.payload, Sender("device", device))
+            return
+        try:
+            presence = self._seals.open(event.topic, event.payload, Presence, Sender("device", device))
+        except MessageError as error:
+            if error.reason == "unknown-key":
+                self._ask_who(device)
+            raise
         if levels != (presence.name,):
             raise MessageError("the presence is of another device", "ignore it", reason="wrong-topic")
         was_here, was_shared = self._registry.is_here(presence.name), self._registry.is_shared(presence.name)
@@ -456,6 +502,13 @@ class Aggregator:
                 log.info("%s is there", presence.name)
         if self._registry.is_shared(presence.name) and not was_shared:
             log.warning("%s: two agents take turns under this id; give each device one of its own", presence.name)
+
+    def _ask_who(self, device: str) -> None:
+        """Have a device introduce itself again."""
+        now = time.monotonic()
+        if now - self._asked.get(device, -_ASK_EVERY) >= _ASK_EVERY:
+            self._asked[device] = now
+            self._link.say(self._topics.down(device, "who"), Who())
 
     # --- closing ------------------------------------------------------------------------------------------------
 

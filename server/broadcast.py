@@ -9,7 +9,7 @@ import msgspec
 
 from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.link import Link
-from fleetune.edge.protocol.messages import Announcement, Need, Payload, seal
+from fleetune.edge.protocol.messages import Announcement, Need, Payload
 from fleetune.edge.protocol.sending import Sending
 from fleetune.edge.protocol.topics import Topics
 
@@ -38,7 +38,7 @@ class Broadcast:
         self._job = ""
         self._sending: Sending | None = None
         self._lacking: dict[str, set[int]] = {}
-        self._due = 0.0
+        self._due = self._issued = 0.0
 
     def announce(self, announcement: Announcement, data: Mapping[str, bytes], *, fresh: bool) -> None:
         """Send an announcement.
@@ -51,14 +51,11 @@ class Broadcast:
         size = self._link.max_chunk
         named = (announcement.whole, announcement.changes)
         whole, changes = (None if payload is None else chunks.fit(payload, size) for payload in named)
-        announcement = msgspec.structs.replace(
-            announcement, expires=time.time() + _EXPIRY, whole=whole, changes=changes
-        )
+        announcement = msgspec.structs.replace(self._dated(announcement), whole=whole, changes=changes)
         self._job, self._data = announcement.job, data
         self._payloads = {payload.sha256: payload for payload in (whole, changes) if payload is not None}
         self._lacking.clear()
-        topic = self._topics.current(announcement.job)
-        self._link.publish(topic, seal(announcement), retain=True, expiry=_EXPIRY)
+        self._link.say(self._topics.current(announcement.job), announcement, retain=True, expiry=_EXPIRY)
         if fresh and changes is not None:
             self._send(changes, range(changes.chunks), again=False)
 
@@ -66,8 +63,12 @@ class Broadcast:
         """Say that a job is over."""
         self._payloads.clear()
         self._lacking.clear()
-        expires = msgspec.structs.replace(announcement, expires=time.time() + _EXPIRY)
-        self._link.publish(self._topics.current(announcement.job), seal(expires), retain=True, expiry=_EXPIRY)
+        self._link.say(self._topics.current(announcement.job), self._dated(announcement), retain=True, expiry=_EXPIRY)
+
+    def _dated(self, announcement: Announcement) -> Announcement:
+        """An announcement as of now; later than every one before."""
+        self._issued = max(self._link.seals.clock.now(), self._issued + 0.001)
+        return msgspec.structs.replace(announcement, issued=self._issued, expires=self._issued + _EXPIRY)
 
     def need(self, need: Need) -> None:
         """A device lacks some chunks; others may lack them too."""

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 
 from fleetune.edge.protocol.codec import Codec, Tensors
 from fleetune.edge.protocol.errors import MessageError
+from fleetune.edge.protocol.identity.credential import Sender
 from fleetune.edge.protocol.link import Link
-from fleetune.edge.protocol.messages import Ack, UpdateManifest, encode, open_envelope
+from fleetune.edge.protocol.messages import Ack, UpdateManifest
 from fleetune.edge.protocol.topics import Topics
 from fleetune.server.job import Job
 from fleetune.server.journal import Accepted, Journal
@@ -24,6 +25,9 @@ from fleetune.server.strategies.base import Metrics
 from fleetune.server.uploads import Uploads
 
 log = logging.getLogger(__name__)
+
+_AGAIN = frozenset({"damaged", "wrong-chunk", "wrong-hash", "wrong-signature", "unknown-key"})
+"""Why an update is refused that may be whole when it comes again."""
 
 
 class Intake:
@@ -76,7 +80,8 @@ class Intake:
             MessageError: The update is refused; the device was told why.
         """
         with self._refusing(device, update):
-            manifest = open_envelope(raw, UpdateManifest)
+            topic = self._topics.upload_manifest(device, update)
+            manifest = self._link.seals.open(topic, raw, UpdateManifest, Sender("device", device))
             self._check(manifest, device, update)
             if self._store.has_update(device, update):
                 self._answer(device, update)
@@ -148,7 +153,7 @@ class Intake:
         try:
             yield
         except MessageError as error:
-            self._refuse(device, update, error.reason, keep=error.reason in ("damaged", "wrong-chunk", "wrong-hash"))
+            self._refuse(device, update, error.reason, keep=error.reason in _AGAIN)
             raise
         except OSError as error:
             self._refuse(device, update, "no-room")
@@ -165,14 +170,14 @@ class Intake:
 
     def _answer(self, device: str, update: str, reason: str = "") -> None:
         answer = Ack(update=update, accepted=not reason, reason=reason)
-        self._link.publish(self._topics.down(device, "ack"), encode(answer))
+        self._link.say(self._topics.down(device, "ack"), answer)
 
     # --- the journal --------------------------------------------------------------------------------------------
 
     def ask(self) -> None:
         """Ask devices whose turn it is for chunks."""
         for device, missing in self._uploads.grants():
-            self._link.publish(self._topics.down(device, "missing"), encode(missing))
+            self._link.say(self._topics.down(device, "missing"), missing)
 
     def commit(self, current: OpenRound) -> bool:
         """Journal what has come whole, then acknowledge it: in this order nothing acknowledged can be lost.

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 
 from fleetune.edge.protocol.errors import RunFailedError
+from fleetune.edge.protocol.identity.credential import AGGREGATOR, Sender
 from fleetune.edge.protocol.link import Link
-from fleetune.edge.protocol.messages import KIT, Announcement, Presence, PresenceState, decode, encode, open_envelope
+from fleetune.edge.protocol.messages import KIT, Announcement, Presence, PresenceState
 from fleetune.edge.protocol.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,9 @@ _SPEAK_EVERY = 0.5
 """Seconds between two words on how far a round is."""
 
 Facts = dict[str, float | int | str | bool]
+
+OWN = Sender("aggregator", AGGREGATOR)
+"""Who signs what an aggregator says: this one, or another of the same fleet."""
 
 
 class Leadership:
@@ -46,10 +50,9 @@ class Leadership:
         self._unsaid: tuple[PresenceState, str] | None = None
         self._spoke = 0.0
 
-    @property
-    def will(self) -> tuple[str, bytes]:
+    def will(self) -> tuple[str, Presence]:
         """What the broker says when this process dies."""
-        return self._topics.aggregator_presence, encode(self._presence("offline", "the connection broke"))
+        return self._topics.aggregator_presence, self._presence("offline", "the connection broke")
 
     def claim(self, link: Link, pump: Callable[[float], None]) -> None:
         """Make sure that this is the fleet's only aggregator.
@@ -99,7 +102,7 @@ class Leadership:
         Raises:
             RunFailedError: Both came at once, and the other one was first.
         """
-        presence = decode(raw, Presence)
+        presence = link.seals.open(self._topics.aggregator_presence, raw, Presence, OWN)
         if presence.boot == self.boot:
             return
         there = presence.state not in ("offline", "failed")
@@ -115,7 +118,7 @@ class Leadership:
 
     def clear(self, link: Link, topic: str, raw: bytes) -> None:
         """Take back the announcement of a run that nobody leads any more, or devices would answer it."""
-        if not raw or open_envelope(raw, Announcement).run == self._run:
+        if not raw or link.seals.open(topic, raw, Announcement, OWN).run == self._run:
             return
         if self.claimed:
             self._take_back(link, topic)
@@ -149,7 +152,7 @@ class Leadership:
             self.say(link, *self._said)
 
     def _publish(self, link: Link, state: PresenceState, detail: str, *, retain: bool) -> None:
-        link.publish(self._topics.aggregator_presence, encode(self._presence(state, detail)), retain=retain)
+        link.say(self._topics.aggregator_presence, self._presence(state, detail), retain=retain)
 
     def say_sometimes(self, link: Link, state: PresenceState, detail: str) -> None:
         """The same, once it is long enough since the last time: five hundred answers are not five hundred words."""

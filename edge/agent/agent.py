@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from fleetune.edge.agent.broadcasts import Broadcasts
 from fleetune.edge.agent.config import AgentConfig
 from fleetune.edge.agent.feedback import encode_with_feedback
+from fleetune.edge.agent.heard import Heard
 from fleetune.edge.agent.notify import Notifier
 from fleetune.edge.agent.outbox import Outbox
 from fleetune.edge.agent.state import State
@@ -23,6 +24,8 @@ from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.codec import EXACT, Codec
 from fleetune.edge.protocol.errors import BrokerProtocolError, FleetuneError, MessageError, RunFailedError
 from fleetune.edge.protocol.files import is_full
+from fleetune.edge.protocol.identity.credential import AGGREGATOR, Sender
+from fleetune.edge.protocol.identity.seals import Seals
 from fleetune.edge.protocol.link import Connected, Disconnected, Event, Link, Received
 from fleetune.edge.protocol.messages import (
     KIT,
@@ -31,10 +34,9 @@ from fleetune.edge.protocol.messages import (
     Missing,
     Presence,
     PresenceState,
+    TimeReply,
     UpdateManifest,
-    decode,
-    encode,
-    open_envelope,
+    Who,
 )
 from fleetune.edge.protocol.topics import Topics, check_name, read_number
 
@@ -57,6 +59,11 @@ _WAITS = "waits: "
 _SHOWN = ("loss", "test", "depth", "cpu_s", "peak_mib", "cache_missing_mib")
 """Metrics that the presence shows too."""
 
+
+_UNHEARD = frozenset({"damaged", "wrong-signature", "unknown-key"})
+"""Why an announcement may count when it comes again."""
+
+_FROM_AGGREGATOR = Sender("aggregator", AGGREGATOR)
 
 _Round = tuple[str, str, int]
 
@@ -101,16 +108,21 @@ class Agent:
         self._look_again = self._looked = 0.0
         self._hear_again = math.inf
         self._notifier = Notifier()
-        me = config.device
+        me, self._seals = config.device, Seals(config.identity)
+        self._seals.clock.passed(counters.time)
+        self._heard = Heard(counters.heard, self._seals.clock)
+        who = [self._topics.trust, self._topics.aggregator_introduction] if self._seals.signed else []
         self._link = Link(
             config.broker,
             f"{config.fleet}-{me}",
             subscriptions=[
+                *who,  # before what they have signed
                 self._topics.current("+"),
                 self._topics.broadcast_chunk("+", "+", "+"),
                 self._topics.down(me, "+"),
             ],
-            will=(self._topics.presence(me), encode(self._presence("offline", "the connection broke"))),
+            will=lambda: (self._topics.presence(me), self._presence("offline", "the connection broke")),
+            seals=self._seals,
         )
         self._outbox = Outbox(self._state, self._link, self._topics)
 
@@ -135,8 +147,7 @@ class Agent:
             raise
         finally:
             self._notifier.stopping()
-            self._count_bytes()
-            self._state.save_counters()
+            self._remember()
             if self._said[0] != "failed":
                 self._publish("offline", "stopped")
             self._link.close()
@@ -161,9 +172,14 @@ class Agent:
         self._shown = time.monotonic()
         self._count_bytes()
         self._facts |= {"bytes_up": self._state.counters.bytes_up, "bytes_down": self._state.counters.bytes_down}
-        topic = self._topics.presence(self._config.device)
-        self._link.publish(topic, encode(self._presence(state, detail)), retain=True)
+        self._link.say(self._topics.presence(self._config.device), self._presence(state, detail), retain=True)
         self._notifier.status(f"{state}: {detail}")
+
+    def _remember(self, *, sync: bool = True) -> None:
+        """Keep what has been counted and heard."""
+        self._count_bytes()
+        self._state.counters.time = self._seals.clock.now()
+        self._state.save_counters(sync=sync)
 
     def _count_bytes(self) -> None:
         counters = self._state.counters
@@ -180,11 +196,14 @@ class Agent:
         needs = list(self._broadcasts.overdue())
         self._listen_for_repairs()  # before what is asked for is sent
         for need in needs:
-            self._link.publish(self._topics.need(self._config.device), encode(need))
+            self._link.say(self._topics.up(self._config.device, "need"), need)
+        if (question := self._heard.question()) is not None:
+            self._link.say(self._topics.up(self._config.device, "time"), question)
         if time.monotonic() > self._hear_again:  # who subscribes is told what is retained
             self._hear_again = math.inf
-            self._link.unsubscribe(self._topics.current("+"))
-            self._link.subscribe(self._topics.current("+"))
+            for topic in self._said_by_aggregator:
+                self._link.unsubscribe(topic)
+                self._link.subscribe(topic)
         self._outbox.send(self._led)
 
     def _listen_for_repairs(self) -> None:
@@ -198,7 +217,7 @@ class Agent:
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, Connected):
-            self._publish(*self._said)
+            self._introduce()
             self._broadcasts.hurry()
         elif isinstance(event, Disconnected):
             self._outbox.hurry()
@@ -212,17 +231,51 @@ class Agent:
                     raise
                 log.warning("%s: no room in %s: %s", event.topic, self._config.state, error.strerror)
 
+    @property
+    def _said_by_aggregator(self) -> list[str]:
+        """What the broker retains of the aggregator, in the order in which it has to be heard."""
+        introduction = [self._topics.aggregator_introduction] if self._seals.signed else []
+        return [*introduction, self._topics.current("+")]
+
+    def _introduce(self) -> None:
+        """Say who this is, and where it stands."""
+        if self._seals.signed:
+            me = self._config.device
+            self._link.publish(self._topics.introduction(me), self._seals.introduction, retain=True)
+        self._publish(*self._said)
+
     def _receive(self, event: Received) -> None:
         levels = self._topics.split(event.topic)
-        if levels[:1] == ("g",) and levels[2:] == ("current",):
+        if levels == ("ca", "trust"):
+            self._receive_trust(event.payload)
+        elif levels == ("agg", "id"):
+            if event.payload and self._seals.meet(event.payload, _FROM_AGGREGATOR):
+                self._hear_again = 0.0  # what it said before could not be verified
+        elif levels[:1] == ("g",) and levels[2:] == ("current",):
             self._receive_announcement(levels[1], event)
         elif levels[:1] == ("g",) and len(levels) in (4, 5):
             if (index := read_number(levels[-1])) is not None and levels[3:-1] in ((), ("r",)):
                 self._broadcasts.add(levels[1], levels[2], index, event.payload)
-        elif levels[:1] == ("dn",) and levels[2:] == ("ack",):
-            self._receive_ack(decode(event.payload, Ack))
-        elif levels[:1] == ("dn",) and levels[2:] == ("missing",):
-            self._outbox.missing(decode(event.payload, Missing))
+        elif levels[:1] == ("dn",) and len(levels) == 3:
+            self._receive_word(levels[2], event)
+
+    def _receive_trust(self, raw: bytes) -> None:
+        trust = self._seals.hear_trust(raw)
+        if trust is not None:
+            log.info("takes version %d of the fleet's trust document", trust.version)
+
+    def _receive_word(self, verb: str, event: Received) -> None:
+        """What the aggregator says to this device."""
+        topic, raw = event.topic, event.payload
+        if verb == "ack":
+            self._receive_ack(self._seals.open(topic, raw, Ack, _FROM_AGGREGATOR))
+        elif verb == "missing":
+            self._outbox.missing(self._seals.open(topic, raw, Missing, _FROM_AGGREGATOR))
+        elif verb == "who":
+            self._seals.open(topic, raw, Who, _FROM_AGGREGATOR)
+            self._introduce()
+        elif verb == "time" and self._heard.answer(self._seals.open(topic, raw, TimeReply, _FROM_AGGREGATOR)):
+            self._hear_again = 0.0
 
     def _receive_announcement(self, job: str, event: Received) -> None:
         if not event.payload:  # nobody leads it any more
@@ -230,13 +283,15 @@ class Agent:
             self._await_another_job()
             return
         try:
-            announced = open_envelope(event.payload, Announcement)
+            announced = self._seals.open(event.topic, event.payload, Announcement, _FROM_AGGREGATOR)
         except MessageError as error:
-            if error.reason == "damaged":
+            if error.reason in _UNHEARD:
                 self._hear_again = time.monotonic() + _HEAR_AGAIN
             raise
         if announced.job != job or announced.fleet != self._config.fleet:
             raise MessageError("the announcement belongs to another topic", "ignore it", reason="wrong-topic")
+        self._seals.told(_FROM_AGGREGATOR, announced.issued)
+        self._heard.check(announced)
         self._led.add(announced.run)
         if announced.stage == "finished":
             self._forget(job)
@@ -246,8 +301,6 @@ class Agent:
                 folder = self._state.store(announced.run, job).folder
                 log.info("%s: done%s", job, f"; what is private is in {folder}" if folder.is_dir() else "")
             return
-        if announced.expires < time.time():  # but the broker would not have kept it
-            log.warning("%s: by the clock of this device version %d has expired", job, announced.version)
         before = self._newest.get(job)
         again = before is not None and _round(before) == _round(announced)
         if again:  # by an aggregator that has restarted, or has been away
@@ -344,6 +397,7 @@ class Agent:
         self._said = "working", f"{announced.job}: {announced.stage}, round {announced.round} of {announced.rounds}"
         self._shown = time.monotonic()
         self._doing = _round(announced)
+        self._remember(sync=False)
         answer = self._worker.answer(announced, tensors, self._show_progress, self._pulse)
         self._unsaved = announced, answer
         self._queue_update(announced, answer)

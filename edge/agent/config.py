@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.codec import DEFAULT
+from fleetune.edge.protocol.identity.folder import Identity
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class AgentConfig:
         broker: Where the broker listens.
         state: Its state folder.
         codec: How tensors become bytes on their way up.
+        identity: Who it is; without one nothing is signed.
     """
 
     device: str
@@ -26,3 +28,4 @@ class AgentConfig:
     broker: BrokerAddress
     state: Path
     codec: str = DEFAULT
+    identity: Identity | None = None

@@ -11,7 +11,7 @@ import msgspec
 from fleetune.edge.agent.state import State
 from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.link import Link
-from fleetune.edge.protocol.messages import Ack, Missing, Payload, UpdateManifest, seal
+from fleetune.edge.protocol.messages import Ack, Missing, Payload, UpdateManifest
 from fleetune.edge.protocol.sending import Sending
 from fleetune.edge.protocol.topics import Topics
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 _ASK_AGAIN = 3.0
 """Seconds without an answer after which an update is announced again."""
 
-_LATER = frozenset({"no-room", "damaged", "wrong-chunk", "wrong-hash"})
+_LATER = frozenset({"no-room", "damaged", "wrong-chunk", "wrong-hash", "wrong-signature", "unknown-key"})
 """Why an update is refused that may be taken another time."""
 
 
@@ -60,7 +60,7 @@ class Outbox:
             return
         manifest = self._in_chunks_that_fit(manifest)
         self._announced, self._at = manifest.update, time.monotonic()
-        self._link.publish(self._topics.upload_manifest(manifest.device, manifest.update), seal(manifest))
+        self._link.say(self._topics.upload_manifest(manifest.device, manifest.update), manifest)
         if manifest.payload is not None and manifest.payload.chunks == 1:  # to be asked for it would cost more
             self._send_chunks(manifest, manifest.payload, b"\1")
 

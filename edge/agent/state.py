@@ -52,12 +52,16 @@ class Counters(msgspec.Struct):
         bytes_up: Payload bytes sent, by runs before this one.
         bytes_down: Payload bytes received, by runs before this one.
         runs: The newest runs that this device took part in, oldest first.
+        heard: Job → when its newest announcement was issued.
+        time: Unix time that has passed for sure, for boards that wake up in the past.
     """
 
     boot: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     runs: list[RunRecord] = []
+    heard: dict[str, float] = {}
+    time: float = 0.0
 
 
 class State:
@@ -119,13 +123,13 @@ class State:
         except UNDECODABLE as error:
             raise ConfigError(f"{file}: {error}", "delete the file; it is made again") from error
 
-    def save(self, name: str, content: msgspec.Struct) -> None:
+    def save(self, name: str, content: msgspec.Struct, *, sync: bool = True) -> None:
         """Replace a file of the folder."""
-        write_atomic(self.folder / name, encode(content))
+        write_atomic(self.folder / name, encode(content), sync=sync)
 
-    def save_counters(self) -> None:
+    def save_counters(self, *, sync: bool = True) -> None:
         """Write the counters."""
-        self.save("counters.json", self.counters)
+        self.save("counters.json", self.counters, sync=sync)
 
     # --- runs ---------------------------------------------------------------------------------------------------
 

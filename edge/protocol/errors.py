@@ -137,6 +137,48 @@ class ModelError(FleetuneError):
     exit_code = 22
 
 
+class AuthorityError(FleetuneError):
+    """A fleet's authority exists already, or is not where it should be."""
+
+    exit_code = 23
+
+
+class EnrolmentError(FleetuneError):
+    """A token has expired, was used, or belongs to somebody else; or nobody answers."""
+
+    exit_code = 24
+
+
+class KeyExposedError(FleetuneError):
+    """Others than its owner may read a private key."""
+
+    exit_code = 25
+
+
+class IdentityError(FleetuneError):
+    """This machine has no identity, or one that does not count: of another fleet or authority, expired, or revoked."""
+
+    exit_code = 26
+
+
+class ClockError(FleetuneError):
+    """The clock shows a time that has passed for sure."""
+
+    exit_code = 27
+
+
+class DuplicateDeviceError(ConfigError):
+    """Two devices of a fleet file have one id."""
+
+    exit_code = 28
+
+
+class SignatureError(FleetuneError):
+    """A pack, a release or an image is not signed, was altered, or was signed by somebody else."""
+
+    exit_code = 29
+
+
 class MessageError(FleetuneError):
     """Bytes from the network are not a message of this protocol, or exceed its limits.
 

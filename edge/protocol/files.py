@@ -11,16 +11,17 @@ from pathlib import Path
 from fleetune.edge.protocol.errors import RunFolderError
 
 
-def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
+def write_atomic(path: Path, data: bytes, *, sync: bool = True, mode: int = 0o666) -> None:
     """Replace ``path`` with ``data``, so that a reader or a power cut finds the old content or the new one.
 
-    Folders that are missing are made; the file gets the mode that the umask leaves.
+    Folders that are missing are made.
 
     Args:
         path: The file.
         data: Its new content.
         sync: Whether it is on disk before this returns; not needed where a reader checks what it finds, and can do
             without.
+        mode: Of the file, less what the umask takes.
 
     Raises:
         OSError: The file cannot be written; the old one is then still there.
@@ -28,7 +29,7 @@ def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with scratch.open("xb") as file:
+        with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)
             file.flush()
             if sync:

@@ -3,6 +3,8 @@
 paho-mqtt runs the network in a thread of its own; its callbacks only put events on a queue, and everything else
 happens in the thread that calls :meth:`Link.events`. Each connection is a client of its own: paho would send what was
 on its way over the one before once more, in ignorance of what has become of it.
+
+A client id ends in random letters: whoever knew it could take the connection's place at the broker.
 """
 
 from __future__ import annotations
@@ -11,13 +13,16 @@ import logging
 import math
 import queue
 import random
+import secrets
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
@@ -26,9 +31,12 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from fleetune.edge.protocol.address import BrokerAddress
-from fleetune.edge.protocol.errors import BrokerProtocolError, BrokerUnreachableError, install_hint
+from fleetune.edge.protocol.errors import BrokerProtocolError, IdentityError
+from fleetune.edge.protocol.identity.seals import Seals
+from fleetune.edge.protocol.identity.tls import client_context, out_of_date
 from fleetune.edge.protocol.messages import MAX_CHUNK, MAX_MESSAGE
 from fleetune.edge.protocol.sending import Sending
+from fleetune.edge.protocol.unreachable import why_not
 
 log = logging.getLogger(__name__)
 
@@ -120,22 +128,33 @@ class Link:
 
     Args:
         address: The broker.
-        client_id: Unique at the broker.
-        subscriptions: Topic filters, subscribed again after every reconnect.
-        will: Topic and payload that the broker publishes, retained, when this side dies; None for nothing.
+        name: Begins the client id.
+        subscriptions: Topic filters, subscribed again after every reconnect, in this order.
+        will: Makes topic and message that the broker publishes, retained, when this side dies; None for nothing.
+        seals: Sign what is said; nothing is signed without.
+        context: Makes what TLS connects with; by default from the identity that signs.
 
     Attributes:
+        seals: Sign what goes out, verify what comes in.
         bytes_in: Payload bytes received.
         bytes_out: Payload bytes sent.
     """
 
     def __init__(
-        self, address: BrokerAddress, client_id: str, *, subscriptions: Iterable[str], will: tuple[str, bytes] | None
+        self,
+        address: BrokerAddress,
+        name: str,
+        *,
+        subscriptions: Iterable[str],
+        will: Callable[[], tuple[str, msgspec.Struct]] | None = None,
+        seals: Seals | None = None,
+        context: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
-        self.address = address
-        self._client_id, self._will = client_id, will
+        self.address, self.seals = address, seals or Seals()
+        self._context = context or self._own_context
+        self._client_id, self._will = f"{name}-{secrets.token_hex(8)}", will
         self.bytes_in = self.bytes_out = 0
-        self._subscriptions = set(subscriptions)
+        self._subscriptions = dict.fromkeys(subscriptions)
         self._events: queue.SimpleQueue[Event | _Published | BrokerProtocolError] = queue.SimpleQueue()
         self._queued, self._room = 0, threading.Condition()
         self._sendings: list[Sending] = []
@@ -143,7 +162,7 @@ class Link:
         self._bulk = 0  # messages of sendings that are on their way
         self._on_their_way: dict[int, tuple[int, Sending | None]] = {}  # mid → bytes, and what it belongs to
         self._answer: ReasonCode | None = None
-        self._answered = False
+        self._answered = self._refused = False
         self._first_subscription: int | None = None
         self._closing = False
         self._up = False
@@ -167,9 +186,21 @@ class Link:
         client.on_publish = self._on_publish
         client.on_socket_open = no_delay
         if self._will is not None:
-            client.will_set(self._will[0], self._will[1], qos=1, retain=True)
+            topic, message = self._will()
+            client.will_set(topic, self.seals.seal(topic, message), qos=1, retain=True)
+        if self.address.tls:
+            client.tls_set_context(self._context())
         client.max_inflight_messages_set(self._receive_maximum)
         return client
+
+    def _own_context(self) -> ssl.SSLContext:
+        identity = self.seals.identity
+        if identity is None:
+            raise IdentityError(
+                f"{self.address} wants a certificate, and this machine has no identity",
+                "enrol it (`fleetune enroll`), and name the folder with --identity",
+            )
+        return client_context(identity.folder)
 
     def _open(self) -> None:
         """Begin to connect, in paho's thread."""
@@ -192,17 +223,20 @@ class Link:
         Raises:
             BrokerUnreachableError: Nothing answers in time.
             BrokerProtocolError: The broker refuses MQTT 5 or this client.
+            IdentityError: One side's certificate does not satisfy the other.
         """
         start, said = time.monotonic(), False
         self._open()
         while not self._answered:
             waited = time.monotonic() - start
-            if waited > timeout or (waited > _ANSWER_WITHIN and self._client.socket() is not None):
+            silent = waited > _ANSWER_WITHIN and self._client.socket() is not None
+            refused, self._refused = self._refused, False
+            if waited > timeout or (timeout < math.inf and refused) or silent:
                 self.close()
-                raise self._unreachable()
-            if waited > 1 and timeout == math.inf and not said:
+                raise why_not(self.address, self._context, self.seals.clock)
+            if waited > 1 and not said:
                 said = True
-                log.warning("%s; waits for one", self._unreachable().what)
+                log.warning("%s; waits for one", why_not(self.address, self._context, self.seals.clock).what)
             if time.monotonic() > self._open_at:
                 self._open()
             time.sleep(0.005)
@@ -214,17 +248,6 @@ class Link:
                 "use a broker that speaks MQTT 5 (Mosquitto 1.6 or newer, or `fleetune broker`)",
             )
         self._up = True
-
-    def _unreachable(self) -> BrokerUnreachableError:
-        why = "it accepts connections but does not answer"
-        try:
-            socket.create_connection((self.address.host, self.address.port), timeout=1.0).close()
-        except OSError as error:
-            why = str(error)
-        return BrokerUnreachableError(
-            f"no broker answers at {self.address}: {why}",
-            f"check the address, or start a broker: Mosquitto, or `fleetune broker` ({install_hint('server')})",
-        )
 
     def close(self) -> None:
         """Disconnect without triggering the Will, once the broker has what was said last, or takes too long."""
@@ -246,6 +269,11 @@ class Link:
     def max_chunk(self) -> int:
         """Bytes of the largest chunk that the broker takes."""
         return min(MAX_CHUNK, self._max_packet - _OVERHEAD)
+
+    def say(self, topic: str, message: msgspec.Struct, *, retain: bool = False, expiry: int | None = None) -> None:
+        """Seal one message and publish it."""
+        if self._up:
+            self.publish(topic, self.seals.seal(topic, message), retain=retain, expiry=expiry)
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False, expiry: int | None = None) -> None:
         """Send one message with QoS 1 and return at once.
@@ -295,14 +323,14 @@ class Link:
     def subscribe(self, topic: str) -> None:
         """Hear another topic from now on."""
         if topic not in self._subscriptions:
-            self._subscriptions.add(topic)
+            self._subscriptions[topic] = None
             if self._up:
                 self._client.subscribe(topic, options=SubscribeOptions(qos=1))
 
     def unsubscribe(self, topic: str) -> None:
         """Hear it no more."""
         if topic in self._subscriptions:
-            self._subscriptions.remove(topic)
+            del self._subscriptions[topic]
             if self._up:
                 self._client.unsubscribe(topic)
 
@@ -312,8 +340,8 @@ class Link:
         """Wait up to ``timeout`` seconds for an event, then yield all that are there.
 
         Raises:
-            BrokerProtocolError: The broker ends every connection soon after it is made, as it does for two clients
-                with one id, or it takes no message of the size that a manifest needs.
+            BrokerProtocolError: The broker ends every connection soon after it is made, or it takes no message of the
+                size that a manifest needs.
         """
         pause = self._open_at - time.monotonic()
         if pause <= 0:
@@ -392,6 +420,9 @@ class Link:
         self, client: mqtt.Client, _u: Any, _f: mqtt.ConnectFlags, reason: ReasonCode, properties: Properties | None
     ) -> None:
         self._since = time.monotonic()
+        if self._is_out_of_date(client):
+            client.disconnect()
+            return
         self._answer = reason
         if reason.is_failure:
             self._answered = True
@@ -399,10 +430,17 @@ class Link:
         self._max_packet = min(self._trusted, getattr(properties, "MaximumPacketSize", _MAX_PACKET))
         # paho takes it for the next connection only; a broker that is asked for too much ends this one.
         self._receive_maximum = min(_RECEIVE_MAXIMUM, getattr(properties, "ReceiveMaximum", _RECEIVE_MAXIMUM))
-        topics = [(topic, SubscribeOptions(qos=1)) for topic in sorted(self._subscriptions)]
+        topics = [(topic, SubscribeOptions(qos=1)) for topic in self._subscriptions]
         self._first_subscription = client.subscribe(topics)[1]
 
+    def _is_out_of_date(self, client: mqtt.Client) -> bool:
+        """Whether the broker's certificate has expired by the fleet's clock; the handshake does not look at time."""
+        sock = client.socket()
+        certificate = sock.getpeercert() if isinstance(sock, ssl.SSLSocket) else None
+        return bool(certificate) and bool(out_of_date(certificate or {}, self.seals.clock.now()))
+
     def _on_connect_fail(self, _c: mqtt.Client, _u: Any) -> None:
+        self._refused = self.address.tls
         self._open_later()
 
     def _on_subscribe(self, client: mqtt.Client, _u: Any, mid: int, reasons: list[ReasonCode], _p: Any) -> None:
@@ -420,6 +458,10 @@ class Link:
         self._events.put(Connected())
 
     def _on_disconnect(self, client: mqtt.Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
+        if not self._answered and self.address.tls and client is self._client:
+            self._refused = True  # TLS 1.3: a certificate is refused after the handshake
+            self._open_later()
+            return
         if not self._answered:
             self._answer = reason if reason.is_failure else None
             self._answered = True
@@ -431,8 +473,7 @@ class Link:
             self._events.put(
                 BrokerProtocolError(
                     f"the broker at {self.address} ended {_SHORT_LIVES} connections in a row as soon as they were made",
-                    f"see that nothing else connects as {self._client_id!r}: a fleet has one aggregator, and a "
-                    "device's id belongs to one agent; else read the broker's log",
+                    "read the broker's log",
                 )
             )
 

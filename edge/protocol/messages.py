@@ -1,7 +1,7 @@
 """The messages, as frozen structs. Each is small JSON; tensors travel apart from them, in chunks.
 
-A manifest travels inside an :class:`Envelope`, whose ``body`` is the manifest's canonical bytes: what a signature
-covers is exactly what was sent, and what does not fit its hash was damaged on its way.
+Each travels inside an :class:`Envelope`, whose ``body`` is its canonical bytes: what a signature covers is exactly what
+was sent. Where a fleet has no keys a hash shows what was damaged on its way.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
 
 class Envelope(_Struct, frozen=True):
-    """A manifest as it travels.
+    """A message as it travels: with a hash, or with key and signature.
 
     Attributes:
-        body: Canonical bytes of the manifest.
-        sha256: Their hash.
-        key: Id of the signing key; absent while the fleet has no keys.
-        signature: Ed25519 signature of ``body``; absent while the fleet has no keys.
+        body: Canonical bytes of the message.
+        sha256: Their hash; only where nothing is signed.
+        key: Id of the signing key.
+        signature: By that key, 64 bytes.
     """
 
     body: msgspec.Raw
-    sha256: Sha256
-    key: str | None = None
-    signature: str | None = None
+    sha256: Sha256 | None = None
+    key: Annotated[str, msgspec.Meta(max_length=64)] | None = None
+    signature: Annotated[bytes, msgspec.Meta(max_length=64)] | None = None
 
 
 class Payload(_Struct, frozen=True):
@@ -97,6 +97,7 @@ class Announcement(_Struct, frozen=True):
         backbone: Hash of the backbone's weights before they were quantised; a device with another one declines.
         quantisation: How the pack stores them; a device with another one declines.
         settings: Hyper-parameters of the method.
+        issued: Unix time at which it was said, by the aggregator's clock; it grows with every announcement.
         expires: Unix time after which the announcement is void.
         whole: The global tensors, less the initial ones that follow from the job's seed, in float32; absent while
             nobody has trained any.
@@ -115,6 +116,7 @@ class Announcement(_Struct, frozen=True):
     backbone: str
     quantisation: str
     settings: dict[str, float | int | str | bool]
+    issued: float
     expires: float
     whole: Payload | None = None
     since: Sha256 | None = None
@@ -193,6 +195,23 @@ class Presence(_Struct, frozen=True):
     facts: dict[str, float | int | str | bool] = {}
 
 
+class Who(_Struct, frozen=True):
+    """The aggregator asks a device to introduce itself: its key or its presence is not known."""
+
+
+class TimeRequest(_Struct, frozen=True):
+    """A device that doubts its clock asks for the time; the answer names the nonce, so it is no older than this."""
+
+    nonce: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+
+
+class TimeReply(_Struct, frozen=True):
+    """The aggregator's Unix time."""
+
+    nonce: str
+    now: float
+
+
 Message = TypeVar("Message", bound=msgspec.Struct)
 
 _encoder = msgspec.json.Encoder(order="deterministic")
@@ -221,25 +240,34 @@ def decode(raw: bytes, kind: type[Message]) -> Message:
         ) from error
 
 
-def seal(manifest: msgspec.Struct) -> bytes:
-    """Put a manifest into an envelope."""
-    body = encode(manifest)
+def seal(message: msgspec.Struct) -> bytes:
+    """Put a message into an envelope that is not signed."""
+    body = encode(message)
     return encode(Envelope(body=msgspec.Raw(body), sha256=hashlib.sha256(body).hexdigest()))
 
 
-def open_envelope(raw: bytes, kind: type[Message]) -> Message:
-    """Take a manifest out of its envelope.
+def read_envelope(raw: bytes) -> Envelope:
+    """Read an envelope, whose body is not looked at.
 
     Raises:
-        MessageError: It is too large (``message-too-large``), is not what was sent (``damaged``), so that it may help
-            to have it sent again, or is not a manifest of this kind (``malformed``).
+        MessageError: It is too large (``message-too-large``), or not what was sent (``damaged``), so that it may help
+            to have it sent again.
     """
     try:
-        envelope = decode(raw, Envelope)
+        return decode(raw, Envelope)
     except MessageError as error:
         if error.reason != "malformed":
             raise
         raise MessageError(error.what, error.remedy, reason="damaged") from error
-    if hashlib.sha256(envelope.body).hexdigest() != envelope.sha256:
-        raise MessageError("a manifest's hash is not its own", "send it again", reason="damaged")
+
+
+def open_envelope(raw: bytes, kind: type[Message]) -> Message:
+    """Take a message out of its envelope, whoever has signed it.
+
+    Raises:
+        MessageError: As :func:`read_envelope`; or it is not a message of this kind (``malformed``).
+    """
+    envelope = read_envelope(raw)
+    if envelope.signature is None and hashlib.sha256(envelope.body).hexdigest() != envelope.sha256:
+        raise MessageError("a message's hash is not its own", "send it again", reason="damaged")
     return decode(bytes(envelope.body), kind)

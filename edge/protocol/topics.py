@@ -48,6 +48,20 @@ class Topics:
         """Retained presence of a device, and its Will."""
         return f"{self._root}/st/{device}"
 
+    def introduction(self, device: str) -> str:
+        """Retained credential of a device."""
+        return f"{self._root}/st/{device}/id"
+
+    @property
+    def aggregator_introduction(self) -> str:
+        """Retained credential of the aggregator."""
+        return f"{self._root}/agg/id"
+
+    @property
+    def trust(self) -> str:
+        """Retained trust document of the fleet's authority."""
+        return f"{self._root}/ca/trust"
+
     @property
     def aggregator_presence(self) -> str:
         """Retained presence of the aggregator, and its Will."""
@@ -73,12 +87,12 @@ class Topics:
         """One chunk of an update."""
         return f"{self._root}/up/{device}/{update}/{index}"
 
-    def need(self, device: str) -> str:
-        """A device asks for broadcast chunks that it missed."""
-        return f"{self._root}/up/{device}/need"
+    def up(self, device: str, verb: str) -> str:
+        """What a device asks: ``need`` for broadcast chunks that it missed, ``time``, or ``renew`` for a credential."""
+        return f"{self._root}/up/{device}/{verb}"
 
     def down(self, device: str, verb: str) -> str:
-        """What the aggregator says to one device: ``ack`` or ``missing``."""
+        """What is said to one device: ``ack``, ``missing``, ``who``, ``time`` or ``renewed``."""
         return f"{self._root}/dn/{device}/{verb}"
 
     def split(self, topic: str) -> tuple[str, ...]:

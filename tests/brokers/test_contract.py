@@ -65,7 +65,7 @@ class TestDelivery:
         with Peer(broker, name()) as sender, Peer(broker, name()) as receiver:
             receiver.subscribe(topics.upload_chunk("+", "+", "+"))
             for topic in (
-                topics.need("cam"),
+                topics.up("cam", "need"),
                 topics.down("cam", "ack"),
                 topics.upload_chunk("cam", "u", "0") + "/more",
                 topics.upload_chunk("cam", "u", 0),
@@ -221,7 +221,7 @@ class TestFleet:
             pytest.skip("the link knows no passwords yet")
         port = free_port()
         with BROKERS[broker.name](tmp_path, port) as first:
-            link = Link(first.address, name(), subscriptions=[topics.down("cam", "+")], will=None)
+            link = Link(first.address, name(), subscriptions=[topics.down("cam", "+")])
             link.connect()
             assert _collect(link, Connected, timeout=5)
             first.kill()

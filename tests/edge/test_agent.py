@@ -20,8 +20,6 @@ from fleetune.edge.protocol.messages import (
     Announcement,
     Presence,
     UpdateManifest,
-    decode,
-    encode,
     open_envelope,
     seal,
 )
@@ -69,7 +67,7 @@ class Bench:
         self.manifests: list[UpdateManifest] = []
         self.said: list[Presence] = []
         topics = [TOPICS.upload_manifest(ME, "+"), TOPICS.presence(ME)]
-        self.link = Link(broker, "aggregator", subscriptions=topics, will=None)
+        self.link = Link(broker, "aggregator", subscriptions=topics)
         self.link.connect()
         self.agent = Agent(AgentConfig(ME, "lab", broker, state), self.worker)
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -83,7 +81,7 @@ class Bench:
     def announce(self, version: int) -> None:
         announced = Announcement(
             fleet="lab", run="r", job="fedms", version=version, method="fedms", stage="global", round=1, rounds=6,
-            backbone="b", quantisation="nf4", settings={}, expires=time.time() + 60,
+            backbone="b", quantisation="nf4", settings={}, issued=time.time(), expires=time.time() + 60,
         )  # fmt: skip
         self.link.publish(TOPICS.current("fedms"), seal(announced), retain=True)
 
@@ -98,9 +96,9 @@ class Bench:
                 if isinstance(event, Received) and event.topic.endswith("/m"):
                     manifest = open_envelope(event.payload, UpdateManifest)
                     self.manifests.append(manifest)
-                    self.link.publish(TOPICS.down(ME, "ack"), encode(Ack(manifest.update, accepted=True)))
+                    self.link.publish(TOPICS.down(ME, "ack"), seal(Ack(manifest.update, accepted=True)))
                 elif isinstance(event, Received):
-                    self.said.append(decode(event.payload, Presence))
+                    self.said.append(open_envelope(event.payload, Presence))
 
     def listen(self, seconds: float) -> None:
         end = time.monotonic() + seconds

@@ -51,7 +51,7 @@ class Aggregator:
         self.bytes |= self.globals.payloads
         return Announcement(
             fleet="lab", run="r", job=self._job, version=self._version, method="fedms", stage="global",
-            round=self._version, rounds=9, backbone="b", quantisation="nf4", settings={}, expires=0.0,
+            round=self._version, rounds=9, backbone="b", quantisation="nf4", settings={}, issued=0.0, expires=0.0,
             whole=self.globals.whole, since=since, changes=changes,
         )  # fmt: skip
 

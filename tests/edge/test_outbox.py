@@ -14,7 +14,7 @@ from fleetune.edge.agent.state import State
 from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.link import Link, Received
-from fleetune.edge.protocol.messages import Ack, Missing, UpdateManifest, decode, encode, open_envelope
+from fleetune.edge.protocol.messages import Ack, Missing, UpdateManifest, open_envelope, seal
 from fleetune.edge.protocol.topics import Topics
 from fleetune.server.broker import embedded_broker, free_port
 from support.brokers import mosquitto
@@ -39,7 +39,7 @@ class Device:
 
     def __init__(self, folder: Path, broker: BrokerAddress) -> None:
         self.state = State(folder, ME)
-        self.link = Link(broker, ME, subscriptions=[TOPICS.down(ME, "+")], will=None)
+        self.link = Link(broker, ME, subscriptions=[TOPICS.down(ME, "+")])
         self.link.connect()
         self.outbox = Outbox(self.state, self.link, TOPICS)
         self.runs = {"r"}
@@ -52,9 +52,9 @@ class Device:
     def pump(self) -> None:
         for event in self.link.events(0.01):
             if isinstance(event, Received) and event.topic.endswith("ack"):
-                self.outbox.acknowledge(decode(event.payload, Ack))
+                self.outbox.acknowledge(open_envelope(event.payload, Ack))
             elif isinstance(event, Received):
-                self.outbox.missing(decode(event.payload, Missing))
+                self.outbox.missing(open_envelope(event.payload, Missing))
         self.outbox.send(self.runs)
 
     def waiting(self) -> list[str]:
@@ -72,7 +72,7 @@ class Bench:
         self._folder, self._broker = folder, broker
         self.manifests: list[UpdateManifest] = []
         self.parts: list[tuple[str, int, bytes]] = []
-        self.aggregator = Link(broker, "aggregator", subscriptions=[TOPICS.upload_chunk("+", "+", "+")], will=None)
+        self.aggregator = Link(broker, "aggregator", subscriptions=[TOPICS.upload_chunk("+", "+", "+")])
         self.aggregator.connect()
         self.device = Device(folder, broker)
 
@@ -108,11 +108,11 @@ class Bench:
     def ask(self, manifest: UpdateManifest, indices: Iterable[int]) -> None:
         assert manifest.payload is not None
         bitmap = chunks.pack_bitmap(indices, manifest.payload.chunks)
-        self.aggregator.publish(TOPICS.down(ME, "missing"), encode(Missing(manifest.update, bitmap)))
+        self.aggregator.publish(TOPICS.down(ME, "missing"), seal(Missing(manifest.update, bitmap)))
 
     def answer(self, manifest: UpdateManifest, reason: str = "") -> None:
         ack = Ack(manifest.update, accepted=not reason, reason=reason)
-        self.aggregator.publish(TOPICS.down(ME, "ack"), encode(ack))
+        self.aggregator.publish(TOPICS.down(ME, "ack"), seal(ack))
 
     def close(self) -> None:
         self.device.close()

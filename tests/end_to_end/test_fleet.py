@@ -466,9 +466,7 @@ def tensors(payload: bytes) -> dict[str, Any]:
 
 def test_payloads_travel_as_safetensors(make_fleet: Any, embedded: str) -> None:
     fleet, topics = make_fleet(embedded), Topics("lab")
-    listener = Link(
-        BrokerAddress.parse(embedded), "listener", subscriptions=[topics.broadcast_chunk("+", "+", "+")], will=None
-    )
+    listener = Link(BrokerAddress.parse(embedded), "listener", subscriptions=[topics.broadcast_chunk("+", "+", "+")])
     listener.connect()
     run_to_the_end(fleet)
     down = [(*topics.split(e.topic)[2:], e.payload) for e in listener.events(1.0) if isinstance(e, Received)]

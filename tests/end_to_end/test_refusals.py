@@ -20,8 +20,6 @@ from fleetune.edge.protocol.messages import (
     Payload,
     Presence,
     UpdateManifest,
-    decode,
-    encode,
     open_envelope,
     seal,
 )
@@ -38,15 +36,15 @@ class HandMade:
     def __init__(self, broker: str, name: str) -> None:
         self.name = name
         self.heard: list[Received] = []
-        here, gone = (encode(Presence(name=name, state=state, boot=1, kit="")) for state in ("online", "offline"))
+        gone = Presence(name=name, state="offline", boot=1, kit="")
         self.link = Link(
             BrokerAddress.parse(broker),
             name,
             subscriptions=[TOPICS.current("+"), TOPICS.down(name, "ack")],
-            will=(TOPICS.presence(name), gone),
+            will=lambda: (TOPICS.presence(name), gone),
         )
         self.link.connect()
-        self.link.publish(TOPICS.presence(name), here, retain=True)
+        self.link.say(TOPICS.presence(name), Presence(name=name, state="online", boot=1, kit=""), retain=True)
 
     def hear(self, suffix: str) -> bytes:
         """The next message of a topic; the others wait."""
@@ -80,7 +78,7 @@ class HandMade:
         if manifest.payload and data:  # a single chunk follows its manifest at once
             parts = chunks.cut(data, manifest.payload, range(manifest.payload.chunks))
             self.link.send((TOPICS.upload_chunk(self.name, update, i), part) for i, part in parts)
-        return decode(self.hear("/ack"), Ack)
+        return open_envelope(self.hear("/ack"), Ack)
 
 
 @contextmanager
@@ -153,7 +151,7 @@ def test_garbage_on_every_topic_stops_nobody(make_fleet: Any, embedded: str, raw
             *(
                 TOPICS.presence("small"),
                 TOPICS.presence("x"),
-                TOPICS.need("small"),
+                TOPICS.up("small", "need"),
                 TOPICS.upload_manifest("small", "u"),
             ),
             *(TOPICS.upload_chunk("small", "u", 0), TOPICS.upload_chunk("small", "u", "x"), TOPICS.current("other")),

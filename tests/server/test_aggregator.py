@@ -25,8 +25,6 @@ from fleetune.edge.protocol.messages import (
     Presence,
     PresenceState,
     UpdateManifest,
-    decode,
-    encode,
     open_envelope,
     seal,
 )
@@ -60,7 +58,7 @@ class Fleet:
         self.answers: list[tuple[str, Ack]] = []
         self.asked: list[tuple[str, Missing]] = []
         topics = TOPICS.current("+"), TOPICS.aggregator_presence, TOPICS.down("+", "+")
-        self.link = Link(broker, "devices", subscriptions=topics, will=None)
+        self.link = Link(broker, "devices", subscriptions=topics)
         self.link.connect()
         for device in here:
             self.say(device, "online")
@@ -85,7 +83,7 @@ class Fleet:
     # --- what devices do ------------------------------------------------------------------------------------------
 
     def say(self, device: str, state: PresenceState) -> None:
-        self.link.publish(TOPICS.presence(device), encode(Presence(device, state, boot=1, kit="1")), retain=True)
+        self.link.publish(TOPICS.presence(device), seal(Presence(device, state, boot=1, kit="1")), retain=True)
 
     def update(self, device: str, version: int, tensors: Tensors, chunk_size: int = 65536) -> Update:
         data = Codec.named("f16").encode(tensors) if tensors else b""
@@ -113,11 +111,11 @@ class Fleet:
             case ("g", "fedms", "current") if raw:
                 self.announced.append(open_envelope(raw, Announcement))
             case ("agg", "st"):
-                self.details.append(decode(raw, Presence).detail)
+                self.details.append(open_envelope(raw, Presence).detail)
             case ("dn", device, "ack"):
-                self.answers.append((device, decode(raw, Ack)))
+                self.answers.append((device, open_envelope(raw, Ack)))
             case ("dn", device, "missing"):
-                self.asked.append((device, decode(raw, Missing)))
+                self.asked.append((device, open_envelope(raw, Missing)))
 
     def await_round(self, version: int) -> None:
         self.wait(lambda: any(announced.version == version for announced in self.announced))
@@ -313,7 +311,7 @@ def test_another_aggregator_that_was_there_meanwhile_does_not_take_the_round_fro
     foreign = msgspec.structs.replace(own, run="another", version=5)
     fleet.link.publish(TOPICS.current("fedms"), seal(foreign) if left == "the other's" else b"", retain=True)
     fleet.wait(lambda: len([announced for announced in fleet.announced if announced.run == own.run]) > 1)
-    later = Link(broker, "later", subscriptions=[TOPICS.current("+")], will=None)
+    later = Link(broker, "later", subscriptions=[TOPICS.current("+")])
     later.connect()
     until, kept = time.monotonic() + 5, list[bytes]()
     while not kept and time.monotonic() < until:
@@ -329,9 +327,9 @@ def test_what_an_abandoned_run_left_does_not_double_the_first_announcement(
 ) -> None:
     abandoned = Announcement(
         fleet="lab", run="old", job="fedms", version=5, method="fedms", stage="global", round=5, rounds=6,
-        backbone="b", quantisation="nf4", settings={}, expires=time.time() + 60,
+        backbone="b", quantisation="nf4", settings={}, issued=time.time(), expires=time.time() + 60,
     )  # fmt: skip
-    earlier = Link(broker, "earlier", subscriptions=[TOPICS.current("+")], will=None)
+    earlier = Link(broker, "earlier", subscriptions=[TOPICS.current("+")])
     earlier.connect()
     earlier.publish(TOPICS.current("fedms"), seal(abandoned), retain=True)
     assert any(isinstance(event, Received) for _ in range(10) for event in earlier.events(0.5))

@@ -12,7 +12,7 @@ import pytest
 from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.link import Connected, Disconnected, Event, Link, Received
-from fleetune.edge.protocol.messages import Announcement, Need, Payload, decode, encode, open_envelope
+from fleetune.edge.protocol.messages import Announcement, Need, Payload, open_envelope, seal
 from fleetune.edge.protocol.topics import Topics
 from fleetune.server import broadcast as module
 from fleetune.server.broadcast import Broadcast
@@ -35,7 +35,7 @@ def described(data: bytes, chunk_size: int = 100) -> Payload:
 def announcement(changes: Payload | None, whole: Payload | None = None, version: int = 1) -> Announcement:
     return Announcement(
         fleet="lab", run="r", job="fedms", version=version, method="fedms", stage="global", round=1, rounds=6,
-        backbone="b", quantisation="nf4", settings={}, expires=0.0, whole=whole, changes=changes,
+        backbone="b", quantisation="nf4", settings={}, issued=0.0, expires=0.0, whole=whole, changes=changes,
     )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ class Device:
         self.order: list[str] = []
         self.bytes = 0
         topics = TOPICS.current("+"), TOPICS.broadcast_chunk("+", "+", "+"), TOPICS.repair_chunk("+", "+", "+")
-        self.link = Link(broker, name, subscriptions=topics, will=None)
+        self.link = Link(broker, name, subscriptions=topics)
         self.link.connect()
 
     def pump(self) -> None:
@@ -76,7 +76,7 @@ class Device:
         payload = payload or ROUND.changes
         assert payload is not None
         bitmap = chunks.pack_bitmap(indices, 64)
-        self.link.publish(TOPICS.need(self.name), encode(Need(job, payload.sha256, bitmap)))
+        self.link.publish(TOPICS.up(self.name, "need"), seal(Need(job, payload.sha256, bitmap)))
 
     def repaired(self) -> list[int]:
         return [index for _, index, _ in self.repairs]
@@ -89,7 +89,7 @@ class Bench:
         self._broker = broker
         self.devices: list[Device] = []
         self.needs = 0
-        self.link = Link(broker, "aggregator", subscriptions=[TOPICS.need("+")], will=None)
+        self.link = Link(broker, "aggregator", subscriptions=[TOPICS.up("+", "need")])
         self.link.connect()
         self.broadcast = Broadcast(self.link, TOPICS)
 
@@ -104,7 +104,7 @@ class Bench:
             for event in self.link.events(0.005):
                 if isinstance(event, Received):
                     self.needs += 1
-                    self.broadcast.need(decode(event.payload, Need))
+                    self.broadcast.need(open_envelope(event.payload, Need))
             self.broadcast.repair()
             for device in self.devices:
                 device.pump()

@@ -25,7 +25,7 @@ from fleetune.edge.protocol.messages import (
     Payload,
     Presence,
     UpdateManifest,
-    decode,
+    open_envelope,
     seal,
 )
 from fleetune.edge.protocol.topics import Topics
@@ -57,8 +57,8 @@ class Bench:
         self.store = Store(":memory:")
         self.registry = Registry(frozenset({"a", "b"}))
         self.registry.update(Presence(name="a", state="online", boot=1, kit="1"))
-        self.link = Link(broker, "aggregator", subscriptions=[TOPICS.need("+")], will=None)
-        self.peer = Link(broker, "peer", subscriptions=[TOPICS.down("+", "+")], will=None)
+        self.link = Link(broker, "aggregator", subscriptions=[TOPICS.up("+", "need")])
+        self.peer = Link(broker, "peer", subscriptions=[TOPICS.down("+", "+")])
         for link in (self.peer, self.link):
             link.connect()
             list(link.events(0.5))
@@ -74,7 +74,7 @@ class Bench:
     def announce(self, version: int, stage: Any = "global", trained: tuple[str, ...] = EXPERT) -> OpenRound:
         announcement = Announcement(
             fleet="lab", run="r", job="fedms", version=version, method="fedms", stage=stage, round=1, rounds=6,
-            backbone="b", quantisation="nf4", settings={}, expires=0.0,
+            backbone="b", quantisation="nf4", settings={}, issued=0.0, expires=0.0,
         )  # fmt: skip
         self.current = OpenRound(announcement, NextRound(stage, 2, trained=trained))
         return self.current
@@ -92,7 +92,7 @@ class Bench:
             for event in self.peer.events(0.02):
                 if isinstance(event, Received):
                     _, device, verb = TOPICS.split(event.topic)
-                    self.heard.append((device, decode(event.payload, Ack if verb == "ack" else Missing)))
+                    self.heard.append((device, open_envelope(event.payload, Ack if verb == "ack" else Missing)))
         found, self.heard = self.heard[:count], self.heard[count:]
         return found
 

@@ -23,7 +23,7 @@ from fleetune.server.journal import FILE, Accepted, Announced, Closed, Finished,
 
 ANNOUNCEMENT = Announcement(
     fleet="lab", run="r", job="fedms", version=1, method="fedms", stage="global", round=1, rounds=5, backbone="b",
-    quantisation="nf4", settings={"depth": 2, "learning_rate": 1e-3, "mix": "logits"}, expires=1e9,
+    quantisation="nf4", settings={"depth": 2, "learning_rate": 1e-3, "mix": "logits"}, issued=0.0, expires=1e9,
 )  # fmt: skip
 UPDATE = UpdateManifest(
     fleet="lab", device="nano-1", update="r-fedms-1", run="r", job="fedms", version=1, backbone="b", samples=9,

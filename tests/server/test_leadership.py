@@ -14,7 +14,7 @@ import pytest
 from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.edge.protocol.link import Link, Received
-from fleetune.edge.protocol.messages import Announcement, Presence, PresenceState, decode, encode, open_envelope, seal
+from fleetune.edge.protocol.messages import Announcement, Presence, PresenceState, open_envelope, seal
 from fleetune.edge.protocol.topics import Topics
 from fleetune.server import leadership as module
 from fleetune.server.broker import embedded_broker, free_port
@@ -80,7 +80,7 @@ class Lab:
         self._stranger = self._listen("stranger", "#")
 
     def _listen(self, name: str, topic: str) -> Link:
-        link = Link(self.broker, name, subscriptions=[topic], will=None)
+        link = Link(self.broker, name, subscriptions=[topic])
         link.connect()
         return link
 
@@ -120,9 +120,11 @@ class Lab:
         """The aggregator's presence, as one who comes now hears it; once it is as wanted, or time is over."""
 
         def fits(raw: bytes) -> bool:
-            return raw != b"" and all(getattr(decode(raw, Presence), name) == value for name, value in wanted.items())
+            return raw != b"" and all(
+                getattr(open_envelope(raw, Presence), name) == value for name, value in wanted.items()
+            )
 
-        return decode(self.await_retained(TOPICS.aggregator_presence, fits), Presence)
+        return open_envelope(self.await_retained(TOPICS.aggregator_presence, fits), Presence)
 
     def said(self, seconds: float) -> list[Presence]:
         """Every presence of an aggregator that is said in so many seconds."""
@@ -130,7 +132,7 @@ class Lab:
         while (left := end - time.monotonic()) > 0:
             for event in self._stranger.events(left):
                 if isinstance(event, Received) and event.topic == TOPICS.aggregator_presence:
-                    found.append(decode(event.payload, Presence))
+                    found.append(open_envelope(event.payload, Presence))
         return found
 
     def close(self) -> None:
@@ -150,14 +152,14 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
 
 
 def presence(state: PresenceState, boot: int) -> bytes:
-    return encode(Presence(name="aggregator", state=state, boot=boot, kit="1"))
+    return seal(Presence(name="aggregator", state=state, boot=boot, kit="1"))
 
 
 def announcement(run: str, job: str = "fedms") -> bytes:
     return seal(
         Announcement(
             fleet="lab", run=run, job=job, version=3, method="fedms", stage="global", round=1, rounds=6,
-            backbone="b", quantisation="nf4", settings={}, expires=time.time() + 60,
+            backbone="b", quantisation="nf4", settings={}, issued=time.time(), expires=time.time() + 60,
         )
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from fleetune.edge.protocol.link import Link, Received
-from fleetune.edge.protocol.messages import Presence, decode
+from fleetune.edge.protocol.messages import Presence, open_envelope
 from fleetune.edge.protocol.topics import Topics
 from fleetune.server.broker import embedded_broker, free_port
 from fleetune.tools.bench.noop import FLEET, NoOpSpec
@@ -23,7 +23,7 @@ def test_who_is_stopped_is_offline_to_the_next_one(tmp_path: Path) -> None:
         spec = NoOpSpec(host=broker.host, port=broker.port, folder=str(tmp_path / "a"), devices=("d",), shapes={})
         (tmp_path / "spec.json").write_bytes(msgspec.json.encode(spec))
         topic = Topics(FLEET).aggregator_presence
-        link = Link(broker, "watcher", subscriptions=[topic], will=None)
+        link = Link(broker, "watcher", subscriptions=[topic])
         link.connect()
         command = [sys.executable, "-m", "fleetune.tools.bench.noop_server", str(tmp_path / "spec.json")]
         aggregator = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -33,7 +33,7 @@ def test_who_is_stopped_is_offline_to_the_next_one(tmp_path: Path) -> None:
             while states[-1:] != [until] and time.monotonic() < end:
                 for event in link.events(0.1):
                     if isinstance(event, Received):
-                        states.append(decode(event.payload, Presence).state)
+                        states.append(open_envelope(event.payload, Presence).state)
 
         hear(20, until="online")
         hear(1.5, until="offline")  # it waits for devices, and says so once

@@ -16,7 +16,7 @@ from fleetune.server.strategies.base import NextRound
 
 ANNOUNCEMENT = Announcement(
     fleet="lab", run="r", job="fedms", version=5, method="fedms", stage="global", round=3, rounds=5, backbone="b",
-    quantisation="nf4", settings={"depth": 2}, expires=1e9,
+    quantisation="nf4", settings={"depth": 2}, issued=0.0, expires=1e9,
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from fleetune.server.store import FILE, DeviceRow, RoundRow, Store, open_store
 
 ANNOUNCEMENT = Announcement(
     fleet="lab", run="r", job="fedms", version=0, method="fedms", stage="global", round=1, rounds=5, backbone="b",
-    quantisation="nf4", settings={"depth": 2, "mix": "logits"}, expires=1e9,
+    quantisation="nf4", settings={"depth": 2, "mix": "logits"}, issued=0.0, expires=1e9,
 )  # fmt: skip
 
 

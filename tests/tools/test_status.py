@@ -18,7 +18,7 @@ def announced(version: int) -> Announced:
     return Announced(
         Announcement(
             fleet="lab", run="r", job="fedms", version=version, method="fedms", stage="global", round=version, rounds=9,
-            backbone="b", quantisation="nf4", settings={"depth": 2}, expires=0.0,
+            backbone="b", quantisation="nf4", settings={"depth": 2}, issued=0.0, expires=0.0,
         )
     )  # fmt: skip
 

@@ -196,6 +196,7 @@ class _Fleet:
                 backbone=self._job.backbone,
                 quantisation=self._job.quantisation,
                 settings={**self._job.settings, "depth": plan.depth},
+                issued=0.0,
                 expires=0.0,
                 changes=changes,
             )

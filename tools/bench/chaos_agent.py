@@ -70,11 +70,11 @@ class ChaosAgent(Agent):
         device = spec.devices[0]
         config = AgentConfig(device, FLEET, BrokerAddress(spec.host, spec.port), Path(spec.folder), spec.codec)
         super().__init__(config, ChaosWorker(spec))
-        self._heard = Path(spec.heard)
+        self._heard_log = Path(spec.heard)
 
     def _receive(self, event: Received) -> None:
         if event.topic.endswith("/ack"):
-            with self._heard.open("ab") as file:
+            with self._heard_log.open("ab") as file:
                 file.write(event.payload + b"\n")
         super()._receive(event)
 

@@ -13,13 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from fleetune.edge.protocol.codec import Tensors
-from fleetune.edge.protocol.messages import Ack, Announcement
+from fleetune.edge.protocol.messages import Ack, Announcement, open_envelope
 from fleetune.server.journal import FILE, Accepted, Announced, Closed, Record, read_records
 from fleetune.tools.bench.chaos_agent import sent
 from fleetune.tools.bench.chaos_plan import DEVICES, Plan
@@ -69,7 +68,7 @@ def check(folder: Path, plan: Plan) -> Findings:
 
 def _heard(file: Path) -> list[Ack]:
     lines = file.read_bytes().splitlines() if file.exists() else []
-    return [msgspec.json.decode(line, type=Ack) for line in lines]
+    return [open_envelope(line, Ack) for line in lines]
 
 
 class _Recount:

@@ -14,7 +14,7 @@ from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.codec import Codec
 from fleetune.edge.protocol.link import Link, Received
-from fleetune.edge.protocol.messages import Announcement, Presence, UpdateManifest, encode, open_envelope, seal
+from fleetune.edge.protocol.messages import Announcement, Presence, UpdateManifest, open_envelope, seal
 from fleetune.edge.protocol.topics import Topics
 from fleetune.tools.bench.noop import BACKBONE, FLEET, JOB, NoOpSpec
 
@@ -39,12 +39,11 @@ def inject(spec: NoOpSpec) -> None:
         BrokerAddress(spec.host, spec.port),
         f"injector-{spec.devices[0]}",
         subscriptions=[TOPICS.current("+"), TOPICS.down("+", "ack")],
-        will=None,
     )
     link.connect()
     for device in spec.devices:
         here = Presence(name=device, state="idle", boot=1, kit="")
-        link.publish(TOPICS.presence(device), encode(here), retain=True)
+        link.publish(TOPICS.presence(device), seal(here), retain=True)
     data = _data(spec)
     announced: Announcement | None = None
     waiting, unanswered, heard = list[str](), set[str](), time.monotonic()
@@ -72,7 +71,7 @@ def inject(spec: NoOpSpec) -> None:
 def replay(spec: NoOpSpec) -> None:
     """Send the same to whoever counts: rounds follow each other as soon as all of one was sent."""
     here = BrokerAddress(spec.host, spec.port)
-    link = Link(here, "replay", subscriptions=[TOPICS.aggregator_presence], will=None)
+    link = Link(here, "replay", subscriptions=[TOPICS.aggregator_presence])
     link.connect()
     data = _data(spec)
     for version in range(spec.rounds):
@@ -125,15 +124,14 @@ def _announcement(version: int) -> Announcement:
         backbone=BACKBONE,
         quantisation="nf4",
         settings={},
+        issued=0.0,
         expires=0.0,
     )
 
 
 def count(spec: NoOpSpec) -> None:
     """Receive what an aggregator would receive, and do nothing with it; print the seconds between first and last."""
-    link = Link(
-        BrokerAddress(spec.host, spec.port), "counter", subscriptions=[TOPICS.upload_chunk("+", "+", "+")], will=None
-    )
+    link = Link(BrokerAddress(spec.host, spec.port), "counter", subscriptions=[TOPICS.upload_chunk("+", "+", "+")])
     link.connect()
     print("ready", flush=True)  # noqa: T201
     expected, seen, first = 2 * spec.rounds * len(spec.devices), 0, 0.0

@@ -74,7 +74,7 @@ def main(path: str) -> None:
             "optimiser": "adam", "learning_rate": 1e-3, "weight_decay": 0.01,
             "gate_rank": 8, "gate_learning_rate": 1e-4, "gate_epochs": 5, "gate_split": "train", "mix": "logits",
         },
-        expires=time.time() + 1e6,
+        issued=time.time(), expires=time.time() + 1e6,
     )  # fmt: skip
     rounds = Rounds(config, "bench")
     rounds.prepare(State(Path(spec.state), "bench"), _quiet)

@@ -12,7 +12,7 @@ from rich.text import Text
 from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import MessageError
 from fleetune.edge.protocol.link import Link, Received
-from fleetune.edge.protocol.messages import Presence, decode
+from fleetune.edge.protocol.messages import Presence, open_envelope
 from fleetune.edge.protocol.topics import Topics
 from fleetune.profiles.fleet import Fleet
 
@@ -34,9 +34,7 @@ class Watch:
         self._begun: tuple[object, ...] = ()
         self._scores: dict[tuple[object, ...], dict[str, float]] = {}  # job, stage and round → device → accuracy
         topics = [self._topics.presence("+"), self._topics.aggregator_presence]
-        nobody = Presence(name="watch", state="offline", boot=0, kit="")
-        will = (self._topics.down("watch", "gone"), nobody.name.encode())
-        self._link = Link(broker, f"{fleet.name}-watch", subscriptions=topics, will=will)
+        self._link = Link(broker, f"{fleet.name}-watch", subscriptions=topics)
 
     def __enter__(self) -> Watch:
         self._link.connect()
@@ -51,7 +49,7 @@ class Watch:
         for event in self._link.events(timeout):
             if isinstance(event, Received):
                 try:
-                    presence = decode(event.payload, Presence)
+                    presence = open_envelope(event.payload, Presence)
                 except MessageError:
                     continue  # somebody else's retained message: nothing to show
                 self._presence[presence.name] = presence

@@ -59,7 +59,7 @@ class RoundTrip:
 def check_broker(trip: RoundTrip) -> Check:
     """Whether a device's messages go through, small ones and those of a chunk's size."""
     # Not the agent's own name: the broker would end the connection of one that runs.
-    link = Link(trip.broker, f"{trip.fleet}-{trip.device}-{_VERB}", subscriptions=[trip.topic], will=None)
+    link = Link(trip.broker, f"{trip.fleet}-{trip.device}-{_VERB}", subscriptions=[trip.topic])
     try:
         link.connect(_CONNECT_S)
     except BrokerUnreachableError as error:

@@ -53,6 +53,7 @@ ANNOUNCEMENT = Announcement(
     backbone="cd" * 32,
     quantisation="nf4",
     settings={"learning_rate": 1e-3, "depth": 2, "mix": "logits", "fast": True},
+    issued=0.0,
     expires=1.5e9,
     whole=PAYLOAD,
     since="ef" * 32,
@@ -100,7 +101,7 @@ def test_canonical_bytes_are_these_whatever_the_order_of_the_settings() -> None:
         b'{"fleet":"lab","run":"5f0c","job":"fedms","version":3,"method":"fedms","stage":"global","round":2,"rounds":11,"backbone":"'
         + b"cd" * 32
         + b'","quantisation":"nf4","settings":{"depth":2,"fast":true,"learning_rate":0.001,"mix":"logits"},'
-        + b'"expires":1500000000.0}'
+        + b'"issued":0.0,"expires":1500000000.0}'
     )
 
 
@@ -246,7 +247,7 @@ def test_topics_split_into_what_they_were_made_of() -> None:
     assert topics.split(topics.repair_chunk("fedms", "ab" * 32, 7)) == ("g", "fedms", "ab" * 32, "r", "7")
     assert topics.split(topics.upload_manifest("nano-1", "u")) == ("up", "nano-1", "u", "m")
     assert topics.split(topics.upload_chunk("nano-1", "u", 2)) == ("up", "nano-1", "u", "2")
-    assert topics.split(topics.need("nano-1")) == ("up", "nano-1", "need")
+    assert topics.split(topics.up("nano-1", "need")) == ("up", "nano-1", "need")
     assert topics.split(topics.down("nano-1", "ack")) == ("dn", "nano-1", "ack")
 
 
@@ -261,10 +262,12 @@ def test_topics_of_others_are_not_split(topic: str) -> None:
     ("mqtt://10.0.0.1:1", "10.0.0.1", 1),
     ("mqtt://[::1]:1885", "::1", 1885),
     ("mqtt://[fe80::1]", "fe80::1", 1883),
+    ("mqtts://broker", "broker", 8883),
+    ("mqtts://broker:1883", "broker", 1883),
 ])  # fmt: skip
 def test_addresses_are_parsed_and_written_alike(url: str, host: str, port: int) -> None:
     address = BrokerAddress.parse(url)
-    assert address == BrokerAddress(host, port)
+    assert address == BrokerAddress(host, port, url.startswith("mqtts"))
     assert BrokerAddress.parse(str(address)) == address
 
 
@@ -273,7 +276,6 @@ def test_addresses_are_parsed_and_written_alike(url: str, host: str, port: int) 
     "broker",
     "broker:1883",
     "http://broker",
-    "mqtts://broker",
     "mqtt://",
     "mqtt://:1883",
     "mqtt://broker:port",
@@ -287,7 +289,7 @@ def test_what_is_not_an_address_is_refused_by_name(url: str) -> None:
     with pytest.raises(ConfigError, match="broker: ") as caught:
         BrokerAddress.parse(url)
     assert repr(url) in caught.value.what
-    assert "mqtt://host:port" in caught.value.remedy
+    assert "mqtts://host:port" in caught.value.remedy
 
 
 @pytest.mark.parametrize("url", ["mqtt://user:secret@broker", "mqtt://:secret@broker", "mqtt://user@broker"])

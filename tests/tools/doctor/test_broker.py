@@ -63,7 +63,7 @@ def test_so_does_mosquitto_which_lets_the_device_use_its_topics_alone(mosquitto:
 
 def test_an_agent_of_the_same_id_keeps_its_connection(mosquitto: Mosquitto) -> None:
     address = mosquitto()
-    agent = Link(address, "lab-cam-01", subscriptions=["ft/1/lab/dn/cam-01/+"], will=("ft/1/lab/st/cam-01", b"gone"))
+    agent = Link(address, "lab-cam-01", subscriptions=["ft/1/lab/dn/cam-01/+"])
     agent.connect()
     assert check_broker(trip(address)).verdict == "ok"
     kinds = {type(event).__name__ for _ in range(5) for event in agent.events(0.1)}
@@ -74,7 +74,7 @@ def test_an_agent_of_the_same_id_keeps_its_connection(mosquitto: Mosquitto) -> N
 def test_nothing_stays_at_the_broker(mosquitto: Mosquitto) -> None:
     address = mosquitto()
     check_broker(trip(address))
-    later = Link(address, "later", subscriptions=["#"], will=None)
+    later = Link(address, "later", subscriptions=["#"])
     later.connect()
     kinds = [type(event).__name__ for _ in range(5) for event in later.events(0.1)]
     later.close()

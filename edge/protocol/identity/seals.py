@@ -1,0 +1,166 @@
+"""What goes out is signed, what comes in is verified: from whom it is, for which topic, and whether it still counts.
+
+The broker is not believed. Each message is bound to its topic by its signature, and to fleet, run, job, version and
+backbone by what it says. A side without an identity signs nothing and verifies nothing: that is for one machine.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+
+from fleetune.edge.protocol.errors import MessageError
+from fleetune.edge.protocol.identity.clock import Clock
+from fleetune.edge.protocol.identity.credential import (
+    Credential,
+    Sender,
+    Trust,
+    check_current,
+    check_signature,
+    read_credential,
+    read_trust,
+    sign,
+)
+from fleetune.edge.protocol.identity.folder import Identity
+from fleetune.edge.protocol.identity.keys import key_id
+from fleetune.edge.protocol.messages import Message, decode, open_envelope, read_envelope, seal
+
+log = logging.getLogger(__name__)
+
+
+class Seals:
+    """Signs and verifies for one member of a fleet.
+
+    Args:
+        identity: Who this is; None to do neither.
+
+    Attributes:
+        clock: What the others' credentials are judged by.
+    """
+
+    def __init__(self, identity: Identity | None = None) -> None:
+        self._identity = identity
+        self.clock = Clock(identity.credential.begins if identity is not None else 0.0)
+        self._known: dict[str, Credential] = {}  # key id → whose it is
+        self._keys: dict[Sender, tuple[str, ...]] = {}  # of each member the newest two, oldest first
+        if identity is not None:
+            self.clock.passed(identity.trust.issued)
+            self._learn(identity.credential)  # what this side has said comes back to it
+
+    @property
+    def signed(self) -> bool:
+        """Whether messages carry signatures."""
+        return self._identity is not None
+
+    @property
+    def identity(self) -> Identity | None:
+        """Who this is."""
+        return self._identity
+
+    def become(self, identity: Identity) -> None:
+        """Go on with a renewed credential."""
+        self._identity = identity
+        self._learn(identity.credential)
+
+    # --- out ----------------------------------------------------------------------------------------------------
+
+    def seal(self, topic: str, message: msgspec.Struct) -> bytes:
+        """Put a message for a topic into an envelope.
+
+        Raises:
+            IdentityError: The token that holds the key does not sign.
+        """
+        return seal(message) if self._identity is None else sign(topic, message, self._identity.signer)
+
+    @property
+    def introduction(self) -> bytes:
+        """The credential that others need to verify this side's messages; empty without one."""
+        return b"" if self._identity is None else self._identity.envelope
+
+    # --- in -----------------------------------------------------------------------------------------------------
+
+    def open(self, topic: str, raw: bytes, kind: type[Message], sender: Sender) -> Message:
+        """Take a message out of its envelope, if it is from whom it must be from.
+
+        Nothing of the body is parsed before its signature is verified.
+
+        Raises:
+            MessageError: It is too large, damaged, malformed, not signed (``unsigned``), by a key that nobody has
+                introduced (``unknown-key``), by somebody else (``wrong-sender``), for another topic or altered
+                (``wrong-signature``), or with a credential that does not count.
+        """
+        if self._identity is None:
+            return open_envelope(raw, kind)
+        envelope = read_envelope(raw)
+        if envelope.key is None or envelope.signature is None:
+            raise MessageError("the message is not signed", "give the sender an identity", reason="unsigned")
+        credential = self._known.get(envelope.key)
+        if credential is None:
+            raise MessageError("signed with a key that is not known", "introduce it again", reason="unknown-key")
+        if credential.sender != sender:
+            raise MessageError(
+                f"signed by {credential.role} {credential.name}, who may not speak for {sender.role} {sender.name}",
+                "see who sends it",
+                reason="wrong-sender",
+            )
+        check_signature(topic, envelope, credential.key)
+        check_current(credential, self._identity.trust, self.clock.now())
+        return decode(bytes(envelope.body), kind)
+
+    def meet(self, raw: bytes, sender: Sender) -> bool:
+        """Learn a member's credential; False if it was known.
+
+        Raises:
+            MessageError: It is not a credential of this fleet, of this member, or does not count.
+        """
+        if self._identity is None:
+            return False
+        credential = read_credential(raw, self._identity.trust)
+        if credential.sender != sender:
+            raise MessageError(
+                f"a credential of {credential.role} {credential.name} where {sender.role} {sender.name} belongs",
+                "see who sends it",
+                reason="wrong-sender",
+            )
+        self.clock.passed(credential.begins)  # no authority signs for the future
+        check_current(credential, self._identity.trust, self.clock.now())
+        key, known = key_id(credential.key), self._keys.get(sender, ())
+        if self._known.get(key) == credential:
+            return False
+        if known and credential.begins < self._known[known[-1]].begins:
+            raise MessageError(
+                f"{sender.name} has a newer credential than this", "introduce the newest", reason="old-credential"
+            )
+        self._learn(credential)
+        return True
+
+    def _learn(self, credential: Credential) -> None:
+        key, known = key_id(credential.key), self._keys.get(credential.sender, ())
+        self._known[key] = credential
+        keys = [other for other in known if other != key]
+        for old in keys[:-1]:  # the one before still counts, for what is on its way
+            del self._known[old]
+        self._keys[credential.sender] = (*keys[-1:], key)
+
+    def told(self, sender: Sender, when: float) -> None:
+        """A member has said the time. It is believed as far as its credential reaches: a clock cannot be set to any."""
+        for key in self._keys.get(sender, ())[-1:]:
+            if when <= self._known[key].expires:
+                self.clock.passed(when)
+
+    def hear_trust(self, raw: bytes) -> Trust | None:
+        """Take a newer trust document, and keep it; None if this one was known, or is older.
+
+        Raises:
+            MessageError: It is not one of this fleet.
+            OSError: It cannot be kept.
+        """
+        if self._identity is None:
+            return None
+        trust = read_trust(raw, self._identity.trust.authorities, self._identity.trust.fleet)
+        if trust.version <= self._identity.trust.version:
+            return None
+        self._identity = self._identity.trusting(trust, raw)
+        self.clock.passed(trust.issued)
+        return trust
