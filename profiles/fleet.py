@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from fleetune.edge.protocol.errors import ConfigError
+from fleetune.edge.protocol.errors import ConfigError, DuplicateDeviceError
 from fleetune.edge.protocol.topics import check_name
 from fleetune.edge.resources.limits import Budget
 from fleetune.profiles.profile import Profile, read_profile
@@ -90,7 +90,8 @@ def read_fleet(path: Path) -> Fleet:
     """Read a fleet file.
 
     Raises:
-        ConfigError: It does not fit the schema, two devices share an id, or a budget exceeds the board.
+        ConfigError: It does not fit the schema, or a budget exceeds the board.
+        DuplicateDeviceError: Two devices share an id.
     """
     document = read_yaml(path, _File, _REMEDY)
     check_name(document.where("fleet"), document.value.fleet)
@@ -99,7 +100,7 @@ def read_fleet(path: Path) -> Fleet:
         field = f"devices[{index}]"
         check_name(document.where(f"{field}.id"), entry.id)
         if entry.id in devices:
-            raise ConfigError(
+            raise DuplicateDeviceError(
                 f"{document.where(f'{field}.id')}: {entry.id!r} is there twice", "give every device an id of its own"
             )
         try:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetune.edge.protocol.address import BrokerAddress
+from fleetune.edge.protocol.complaints import Complaints
 from fleetune.edge.protocol.errors import FileAccessError, MessageError, RunFailedError, RunFolderError
 from fleetune.edge.protocol.files import is_full
 from fleetune.edge.protocol.identity.credential import Sender
@@ -135,7 +136,7 @@ class Aggregator:
         self._checkpointed = -1
         self._version = self._closed_version = -1
         self._cut: float | None = None  # since when the link is down
-        self._seals = Seals(config.identity)
+        self._seals, self._complaints = Seals(config.identity), Complaints()
         self._asked: dict[str, float] = {}  # device → when it was asked who it is
         self._leadership = Leadership(self._topics, self._run.run, self._facts)
         self._link = Link(
@@ -403,8 +404,7 @@ class Aggregator:
             try:
                 self._receive(event)
             except MessageError as error:
-                topic = event.topic if isinstance(event, Received) else ""
-                log.warning("%s: %s (%s)", topic, error, error.reason)
+                self._complaints.about(event.topic if isinstance(event, Received) else "", error)
         taking = self._taking
         if taking is not None and self._intake is not None:
             if self._intake.commit(taking):

@@ -23,6 +23,8 @@ COMMANDS = (
     "serve",
     "status",
     "agent",
+    "fleet",
+    "enroll",
     "doctor",
     "profile",
     "plan",

@@ -18,10 +18,12 @@ from fleetune.edge.agent.feedback import encode_with_feedback
 from fleetune.edge.agent.heard import Heard
 from fleetune.edge.agent.notify import Notifier
 from fleetune.edge.agent.outbox import Outbox
+from fleetune.edge.agent.renewal import Renewal
 from fleetune.edge.agent.state import State
 from fleetune.edge.agent.worker import Answer, Worker
 from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.codec import EXACT, Codec
+from fleetune.edge.protocol.complaints import Complaints
 from fleetune.edge.protocol.errors import BrokerProtocolError, FleetuneError, MessageError, RunFailedError
 from fleetune.edge.protocol.files import is_full
 from fleetune.edge.protocol.identity.credential import AGGREGATOR, Sender
@@ -125,6 +127,8 @@ class Agent:
             seals=self._seals,
         )
         self._outbox = Outbox(self._state, self._link, self._topics)
+        self._renewal = Renewal(self._link, self._topics)
+        self._complaints = Complaints()
 
     def run(self) -> None:
         """Serve until the process is told to stop. A job that does not suit the device is declined.
@@ -204,6 +208,7 @@ class Agent:
             for topic in self._said_by_aggregator:
                 self._link.unsubscribe(topic)
                 self._link.subscribe(topic)
+        self._renewal.step()
         self._outbox.send(self._led)
 
     def _listen_for_repairs(self) -> None:
@@ -225,7 +230,7 @@ class Agent:
             try:
                 self._receive(event)
             except MessageError as error:
-                log.warning("%s: %s (%s)", event.topic, error, error.reason)
+                self._complaints.about(event.topic, error)
             except OSError as error:
                 if not is_full(error):
                     raise
@@ -263,6 +268,7 @@ class Agent:
         trust = self._seals.hear_trust(raw)
         if trust is not None:
             log.info("takes version %d of the fleet's trust document", trust.version)
+            self._renewal.check()
 
     def _receive_word(self, verb: str, event: Received) -> None:
         """What the aggregator says to this device."""
@@ -274,6 +280,12 @@ class Agent:
         elif verb == "who":
             self._seals.open(topic, raw, Who, _FROM_AGGREGATOR)
             self._introduce()
+        elif verb == "renew":
+            self._renewal.hurry(topic, raw)
+        elif verb == "renewed":
+            if self._renewal.accept(topic, raw):
+                self._introduce()
+                self._link.reconnect()
         elif verb == "time" and self._heard.answer(self._seals.open(topic, raw, TimeReply, _FROM_AGGREGATOR)):
             self._hear_again = 0.0
 

@@ -30,7 +30,7 @@ WatchdogSec=300
 Restart=always
 RestartSec=1
 # What no restart mends: the command line, a file that was written by hand, the pack, the budget, the data.
-RestartPreventExitStatus=2 10 13 14 17 18
+RestartPreventExitStatus=2 10 13 14 17 18 25 26 28
 # It gives way to what the machine is for.
 Nice=10
 NoNewPrivileges=true

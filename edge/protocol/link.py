@@ -133,6 +133,7 @@ class Link:
         will: Makes topic and message that the broker publishes, retained, when this side dies; None for nothing.
         seals: Sign what is said; nothing is signed without.
         context: Makes what TLS connects with; by default from the identity that signs.
+        client_id: The whole client id, where a broker's rules know it; else it begins with the name.
 
     Attributes:
         seals: Sign what goes out, verify what comes in.
@@ -149,10 +150,11 @@ class Link:
         will: Callable[[], tuple[str, msgspec.Struct]] | None = None,
         seals: Seals | None = None,
         context: Callable[[], ssl.SSLContext] | None = None,
+        client_id: str | None = None,
     ) -> None:
         self.address, self.seals = address, seals or Seals()
         self._context = context or self._own_context
-        self._client_id, self._will = f"{name}-{secrets.token_hex(8)}", will
+        self._client_id, self._will = client_id or f"{name}-{secrets.token_hex(8)}", will
         self.bytes_in = self.bytes_out = 0
         self._subscriptions = dict.fromkeys(subscriptions)
         self._events: queue.SimpleQueue[Event | _Published | BrokerProtocolError] = queue.SimpleQueue()
@@ -248,6 +250,10 @@ class Link:
                 "use a broker that speaks MQTT 5 (Mosquitto 1.6 or newer, or `fleetune broker`)",
             )
         self._up = True
+
+    def reconnect(self) -> None:
+        """Connect anew, with what the identity holds now."""
+        self._client.disconnect()
 
     def close(self) -> None:
         """Disconnect without triggering the Will, once the broker has what was said last, or takes too long."""

@@ -62,6 +62,10 @@ class Topics:
         """Retained trust document of the fleet's authority."""
         return f"{self._root}/ca/trust"
 
+    def enrolment(self, token: str, direction: str) -> str:
+        """A ``request`` of somebody with a token, or its ``reply``."""
+        return f"{self._root}/enroll/{token}/{direction}"
+
     @property
     def aggregator_presence(self) -> str:
         """Retained presence of the aggregator, and its Will."""

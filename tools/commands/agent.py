@@ -14,10 +14,12 @@ from fleetune.tools.commands.options import (
     add_codec,
     add_command,
     add_fleet,
+    add_identity,
     add_pack,
     add_state,
     add_threads,
     check_codec,
+    check_identity,
     check_state,
     check_threads,
 )
@@ -46,6 +48,7 @@ def register(subparsers: Any) -> None:
         "--data", metavar="FILE", type=Path, required=True, help="samples: .jsonl (text) or .safetensors (pictures)"
     )
     add_broker(parser)
+    add_identity(parser, "default: STATE/identity, if it is there")
     add_state(parser)
     add_threads(parser, "training")
     add_codec(parser, "updates")
@@ -81,8 +84,10 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.agent.agent import Agent
     from fleetune.edge.agent.config import AgentConfig
     from fleetune.edge.agent.rounds import Rounds, RoundsConfig
+    from fleetune.edge.agent.state import IDENTITY
     from fleetune.edge.agent.unit import systemd_unit
-    from fleetune.edge.protocol.address import BrokerAddress
+    from fleetune.edge.protocol.identity.credential import Sender
+    from fleetune.edge.protocol.identity.folder import FILE as IDENTITY_FILE
     from fleetune.edge.resources.costs import Costs
     from fleetune.profiles.fleet import read_fleet
 
@@ -103,13 +108,17 @@ def _run(args: argparse.Namespace) -> None:
         except (OSError, *UNDECODABLE) as error:
             raise ConfigError(f"--costs: {args.costs}: {error}", "leave the option out to measure again") from error
     check_codec(args.codec)
+    enrolled = args.state / IDENTITY
+    folder = args.identity or (enrolled if (enrolled / IDENTITY_FILE).exists() else None)
+    broker, identity = check_identity(args, folder, Sender("device", device.id), fleet.name)
     if args.unit:
         print(systemd_unit(device.id, _command(args), args.state.resolve()), end="")  # noqa: T201
         return
     config = AgentConfig(
         device=device.id,
         fleet=fleet.name,
-        broker=BrokerAddress.parse(args.broker),
+        broker=broker,
+        identity=identity,
         state=args.state,
         codec=args.codec,
     )
@@ -131,7 +140,8 @@ def _command(args: argparse.Namespace) -> list[str]:
     program = shutil.which("fleetune")
     words = [program] if program else [sys.executable, "-m", "fleetune.tools.cli"]
     words += ["agent", "--id", args.id, "--broker", args.broker]
-    for name in ("fleet", "pack", "data", "state", "costs"):
+    for name in ("fleet", "pack", "data", "state", "costs", "identity"):
         if (path := getattr(args, name)) is not None:
             words += [f"--{name}", str(path.resolve())]
+    words += ["--insecure"] if args.insecure else []
     return [*words, "--threads", str(args.threads), "--codec", args.codec]

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fleetune.edge.protocol.address import BrokerAddress
+    from fleetune.edge.protocol.identity.credential import Sender
+    from fleetune.edge.protocol.identity.folder import Identity
 
 
 def add_command(
@@ -27,8 +32,56 @@ def add_broker(parser: argparse.ArgumentParser) -> None:
         "--broker",
         metavar="URL",
         default="mqtt://127.0.0.1:1883",
-        help="MQTT 5 broker, mqtt://host[:port] (default: %(default)s)",
+        help="MQTT 5 broker, mqtts://host[:port], or mqtt:// without TLS (default: %(default)s)",
     )
+
+
+def add_identity(parser: argparse.ArgumentParser, default: str) -> None:
+    """``--identity`` and ``--insecure``."""
+    parser.add_argument("--identity", metavar="DIR", type=Path, help=f"folder with this machine's identity ({default})")
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="go without identity or TLS to a broker on another machine: whoever reaches it can read and forge all",
+    )
+
+
+def check_identity(
+    args: argparse.Namespace, folder: Path | None, sender: Sender, fleet: str
+) -> tuple[BrokerAddress, Identity | None]:
+    """The broker, and who this machine is there.
+
+    Args:
+        args: The command line.
+        folder: Of the identity; None without one.
+        sender: Who it must be.
+        fleet: The fleet that it must be of.
+
+    Raises:
+        ConfigError: The broker is on another machine, and what is said there would be open to all.
+        IdentityError: There is no identity, or it is somebody else's.
+    """
+    from fleetune.edge.protocol.address import BrokerAddress
+    from fleetune.edge.protocol.errors import ConfigError, IdentityError
+    from fleetune.edge.protocol.identity.folder import read_identity
+
+    broker = BrokerAddress.parse(args.broker)
+    identity = None if folder is None else read_identity(folder)
+    if identity is not None:
+        own = identity.credential
+        if (own.fleet, own.sender) != (fleet, sender):
+            raise IdentityError(
+                f"--identity: {folder} is {own.role} {own.name} of the fleet {own.fleet}, "
+                f"not {sender.role} {sender.name} of {fleet}",
+                "name the folder of this one",
+            )
+    if not broker.is_local and not (broker.tls and identity) and not args.insecure:
+        lacks = "names no identity" if identity is None else "is without TLS"
+        raise ConfigError(
+            f"--broker: {broker} is on another machine, and this command {lacks}",
+            "make a fleet with `fleetune fleet init`, or accept it with --insecure on a network of your own",
+        )
+    return broker, identity
 
 
 def add_fleet(parser: argparse.ArgumentParser) -> None:

@@ -11,9 +11,11 @@ from fleetune.tools.commands.options import (
     add_codec,
     add_command,
     add_fleet,
+    add_identity,
     add_pack,
     add_state,
     check_codec,
+    check_identity,
     check_state,
 )
 
@@ -39,6 +41,7 @@ def register(subparsers: Any) -> None:
     add_fleet(parser)
     add_pack(parser)
     add_broker(parser)
+    add_identity(parser, "default: none, on this machine only")
     add_state(parser)
     add_job_options(parser)
     parser.add_argument("--classes", type=int, required=True, metavar="N", help="classes of the task")
@@ -146,10 +149,10 @@ def add_job_options(parser: argparse.ArgumentParser, *, jobs: str = "fedms", max
 
 def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.pack.pack import Pack
-    from fleetune.edge.protocol.address import BrokerAddress
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.profiles.fleet import read_fleet
     from fleetune.server.aggregator import Aggregator, AggregatorConfig
+    from fleetune.server.leadership import OWN
     from fleetune.tools.jobs import build_jobs, build_models
 
     fleet = read_fleet(args.fleet)
@@ -164,11 +167,13 @@ def _run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--max-staleness: {args.max_staleness} is out of range", "use 0 or more")
     check_codec(args.codec)
     check_state(args.state)
+    broker, identity = check_identity(args, args.identity, OWN, fleet.name)
     pack = Pack.open(args.pack)
     jobs = build_jobs(args, pack.manifest, classes=args.classes, codec=args.codec)
     config = AggregatorConfig(
         fleet=fleet.name,
-        broker=BrokerAddress.parse(args.broker),
+        broker=broker,
+        identity=identity,
         state=args.state,
         jobs=jobs,
         devices=frozenset(device.id for device in fleet.devices),

@@ -19,7 +19,7 @@ from fleetune.edge.protocol.messages import MAX_MESSAGE, Envelope, Message, Name
 Role = Literal["device", "aggregator", "authority", "publisher"]
 """What a member may do: send updates, lead rounds, issue credentials over the network, sign packs."""
 
-AGGREGATOR, AUTHORITY, PUBLISHER = "aggregator", "authority", "publisher"
+AGGREGATOR, AUTHORITY, BROKER, PUBLISHER = "aggregator", "authority", "broker", "publisher"
 """Names of the members that are no devices; no device has one of them."""
 
 _CREDENTIAL, _TRUST = "credential", "trust"
@@ -137,7 +137,7 @@ def read_credential(raw: bytes, trust: Trust) -> Credential:
         MessageError: It is none (``damaged``, ``malformed``), or an authority of this fleet did not sign it
             (``unknown-authority``, ``wrong-signature``, ``wrong-fleet``).
     """
-    credential = _read(_CREDENTIAL, raw, Credential, trust.authorities)
+    credential = read_signed(_CREDENTIAL, raw, Credential, trust.authorities)
     if credential.fleet != trust.fleet:
         raise MessageError(
             f"a credential of the fleet {credential.fleet}", f"enrol it in {trust.fleet}", reason="wrong-fleet"
@@ -156,13 +156,24 @@ def read_trust(raw: bytes, authorities: tuple[str, ...], fleet: str) -> Trust:
     Raises:
         MessageError: As :func:`read_credential`.
     """
-    trust = _read(_TRUST, raw, Trust, authorities)
+    trust = read_signed(_TRUST, raw, Trust, authorities)
     if trust.fleet != fleet:
         raise MessageError(f"a trust document of the fleet {trust.fleet}", "none", reason="wrong-fleet")
     return trust
 
 
-def _read(context: str, raw: bytes, kind: type[Message], authorities: tuple[str, ...]) -> Message:
+def read_signed(context: str, raw: bytes, kind: type[Message], authorities: tuple[str, ...]) -> Message:
+    """Read what an authority has signed.
+
+    Args:
+        context: What it is, as for :func:`sign`.
+        raw: Its envelope.
+        kind: What is in it.
+        authorities: Keys that may have signed it.
+
+    Raises:
+        MessageError: As :func:`read_credential`.
+    """
     envelope = decode(raw, Envelope)
     key = next((key for key in authorities if key_id(key) == envelope.key), None)
     if key is None:
