@@ -22,9 +22,6 @@ from fleetune.edge.protocol.messages import UpdateManifest, encode
 
 log = logging.getLogger(__name__)
 
-IDENTITY = "identity"
-"""Folder of the device's identity, below its state folder."""
-
 _KEEP_GLOBALS = 4
 """Global tensors that stay: a broadcast tells only what has changed since the one before."""
 

@@ -326,6 +326,11 @@ class Link:
         mid = self._client.publish(topic, payload, qos=1, retain=retain, properties=properties).mid
         self._on_their_way[mid] = len(payload), sending
 
+    @property
+    def idle(self) -> bool:
+        """Whether the broker has acknowledged all that was sent."""
+        return not self._on_their_way
+
     def subscribe(self, topic: str) -> None:
         """Hear another topic from now on."""
         if topic not in self._subscriptions:

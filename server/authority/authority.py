@@ -249,14 +249,19 @@ class Authority:
         self.ledger.add_member(MemberRow(serial, role, name, key_id(key), begins, credential.expires, None))
         return Issued(issue(credential, self.signer), certificates)
 
-    def make_member(self, role: Role, folder: Path) -> Identity:
-        """Make keys and an identity for a member that is no device, in a folder that may be copied to its machine.
+    def make_member(self, role: Role, folder: Path, name: str = "") -> Identity:
+        """Make keys here, and an identity, in a folder that may be copied to the member's machine.
+
+        Args:
+            role: Its role. Devices make their keys themselves; only in a rehearsal on one machine they get them so.
+            folder: Where they go.
+            name: Of a device; others are called by their role.
 
         Raises:
             OSError: It cannot be written.
         """
         signer, tls = SeedSigner.generate(), make_key()
-        issued = self.issue(role, role, signer.public, tls.public_key())
+        issued = self.issue(role, name or role, signer.public, tls.public_key())
         credential = read_credential(issued.credential, self.trust)
         write_private(folder / TLS_FILE, key_pem(tls) + issued.certificates.encode())
         identity = Identity(folder, credential, issued.credential, signer.text, signer, self.trust, self.trust_envelope)

@@ -35,9 +35,6 @@ def mosquitto(
     Raises:
         RunFailedError: It is not installed, or does not start.
     """
-    program = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if program is None:
-        raise RunFailedError("Mosquitto is not installed", "install it: apt-get install mosquitto")
     port = free_port()
     lines = CONFIG.read_text(encoding="utf-8").replace("listener 1883", f"listener {port} {host}")
     if endless:
@@ -45,13 +42,27 @@ def mosquitto(
     config = folder / "mosquitto.conf"
     config.write_text(f"{lines}\nuser root\n", encoding="utf-8")
     address = BrokerAddress(host, port)
+    with run_mosquitto(config, address) as process:
+        yield address, process
+
+
+@contextmanager
+def run_mosquitto(config: Path, address: BrokerAddress) -> Iterator[psutil.Process]:
+    """Run it with a configuration, which lets it listen at an address.
+
+    Raises:
+        RunFailedError: It is not installed, or does not start.
+    """
+    program = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if program is None:
+        raise RunFailedError("Mosquitto is not installed", "install it: apt-get install mosquitto")
     with psutil.Popen([program, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             while not _listens(address):
                 if process.poll() is not None:
                     raise RunFailedError("Mosquitto does not start", f"see: {program} -c {config}")
                 time.sleep(0.02)
-            yield address, process
+            yield process
         finally:
             process.terminate()
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from fleetune.edge.agent.state import State
 from fleetune.edge.agent.worker import Metrics
+from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.codec import Tensors
+from fleetune.edge.protocol.identity.folder import Identity, read_identity
 from fleetune.edge.protocol.messages import Announcement
 
 FLEET = "bench"
@@ -32,6 +35,8 @@ class NoOpSpec(msgspec.Struct, frozen=True):
         codec: How tensors become bytes, both ways.
         buffer: Updates that close a round; None for all devices.
         quorum: Answers that close a round without those who are away; None for all devices.
+        identities: Folder with an identity for each device and for ``aggregator``; empty to sign nothing.
+        tls: Whether the broker speaks TLS.
     """
 
     host: str
@@ -43,6 +48,17 @@ class NoOpSpec(msgspec.Struct, frozen=True):
     codec: str = "f32"
     buffer: int | None = None
     quorum: int | None = None
+    identities: str = ""
+    tls: bool = False
+
+    @property
+    def broker(self) -> BrokerAddress:
+        """Where the broker is."""
+        return BrokerAddress(self.host, self.port, self.tls)
+
+    def identity(self, name: str) -> Identity | None:
+        """Who a device is, or the aggregator."""
+        return read_identity(Path(self.identities) / name) if self.identities else None
 
 
 def lora_shapes(blocks: int = 12, width: int = 768, rank: int = 8, targets: tuple[str, ...] = ("q", "v")) -> Shapes:

@@ -11,7 +11,6 @@ import msgspec
 
 from fleetune.edge.agent.agent import Agent
 from fleetune.edge.agent.config import AgentConfig
-from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.tools.bench.noop import FLEET, NoOpSpec, NoOpWorker
 
 
@@ -21,8 +20,8 @@ def main(path: str) -> None:
     spec = msgspec.json.decode(Path(path).read_bytes(), type=NoOpSpec)
 
     def serve(device: str) -> None:
-        broker = BrokerAddress(spec.host, spec.port)
-        config = AgentConfig(device, FLEET, broker, Path(spec.folder) / device, spec.codec)
+        state, identity = Path(spec.folder) / device, spec.identity(device)
+        config = AgentConfig(device, FLEET, spec.broker, state, spec.codec, identity)
         Agent(config, NoOpWorker(spec.shapes)).run()
 
     for device in spec.devices[1:]:

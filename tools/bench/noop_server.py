@@ -8,7 +8,6 @@ from pathlib import Path
 
 import msgspec
 
-from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.server.aggregator import Aggregator, AggregatorConfig
 from fleetune.server.job import Job
 from fleetune.tools.bench.noop import BACKBONE, FLEET, JOB, NoOpSpec
@@ -28,13 +27,14 @@ def config_for(spec: NoOpSpec, *, keep_history: bool = False) -> AggregatorConfi
     )
     return AggregatorConfig(
         fleet=FLEET,
-        broker=BrokerAddress(spec.host, spec.port),
+        broker=spec.broker,
         state=Path(spec.folder),
         jobs=(job,),
         devices=frozenset(spec.devices),
         quorum=len(spec.devices) if spec.quorum is None else spec.quorum,
         buffer=spec.buffer,
         keep_history=keep_history,
+        identity=spec.identity("aggregator"),
     )
 
 

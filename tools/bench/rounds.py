@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
+import msgspec
 import psutil
 
 from fleetune.edge.protocol.errors import RunFailedError
@@ -16,14 +17,16 @@ from fleetune.tools.bench.broker import mosquitto
 from fleetune.tools.bench.figures import Document, Figure, Target, figure
 from fleetune.tools.bench.fleet import killed, lead, spec_for, start
 from fleetune.tools.bench.flower import flower_idle, flower_rounds, lora_matrices
-from fleetune.tools.bench.noop import lora_shapes
+from fleetune.tools.bench.noop import NoOpSpec, lora_shapes
 from fleetune.tools.bench.peers import FLOWER, peer_versions, peers_python
+from fleetune.tools.bench.secured import secured
 
 PEERS = {"deployed": "Flower, deployed", "streams": "Flower, streams"}
 """As its documentation has it, and its older interface of one gRPC stream for each device, which is deprecated."""
 
 _ROUND = {2: Target(60.0, lower=True), 8: Target(150.0, lower=True)}
 _FASTER = Target(100.0, lower=False)
+_OVERHEAD = Target(1.15, lower=True)
 _IDLE = Target(40.0, lower=True)
 _TURNS = 3
 
@@ -48,14 +51,19 @@ def bench_round(
         place = folder / f"{devices}"
         place.mkdir()
         ours, bare = list[float](), list[float]()
+        signed = list[float]()
         for turn in range(1 if quick else _TURNS):
             say(f"{devices} devices, turn {turn + 1}")
             rounds = 20 if devices < 64 else 8
             ours.append(1e3 * median(_fleetune(place / f"turn-{turn}", devices, rounds)))
+            signed.append(1e3 * median(_secured(place / f"secured-{turn}", devices, rounds)))
             bare.append(1e3 * median(_bare(place / f"bare-{turn}", devices, rounds)))
         name = f"{devices} devices: a round"
         figures.append(figure(name, "ms", ours, target=_ROUND.get(devices)))
         figures.append(figure(name, "ms", ours, peer="paho and Mosquitto alone", peer_values=bare))
+        with_keys = f"{devices} devices: a round with mTLS and signatures"
+        target = _OVERHEAD if devices == 8 else None
+        figures.append(figure(with_keys, "ms", signed, peer="without", peer_values=ours, target=target))
         for peer in peers:
             assert python is not None
             say(f"{devices} devices: {PEERS[peer]}")
@@ -89,6 +97,21 @@ def _fleetune(place: Path, count: int, rounds: int) -> list[float]:
         killed(start("noop_agent", place / one, spec_for(broker, place, (one,), shapes, rounds)) for one in devices),
     ):
         return lead(place / "aggregator", spec_for(broker, place / "aggregator", devices, shapes, rounds))[0]
+
+
+def _secured(place: Path, count: int, rounds: int) -> list[float]:
+    """The same with TLS on both sides, the broker's rights checked, and every message signed and verified."""
+    place.mkdir()
+    devices = tuple(f"device-{number}" for number in range(count))
+    shapes = lora_shapes()
+    with secured(place, devices) as lab:
+
+        def spec(folder: Path, some: tuple[str, ...]) -> NoOpSpec:
+            plain = spec_for(lab.address, folder, some, shapes, rounds)
+            return msgspec.structs.replace(plain, identities=str(lab.identities), tls=True)
+
+        with killed(start("noop_agent", place / one, spec(place, (one,))) for one in devices):
+            return lead(place / "leader", spec(place / "leader", devices))[0]
 
 
 def _bare(place: Path, count: int, rounds: int) -> list[float]:

@@ -48,7 +48,7 @@ def register(subparsers: Any) -> None:
         "--data", metavar="FILE", type=Path, required=True, help="samples: .jsonl (text) or .safetensors (pictures)"
     )
     add_broker(parser)
-    add_identity(parser, "default: STATE/identity, if it is there")
+    add_identity(parser)
     add_state(parser)
     add_threads(parser, "training")
     add_codec(parser, "updates")
@@ -84,10 +84,8 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.agent.agent import Agent
     from fleetune.edge.agent.config import AgentConfig
     from fleetune.edge.agent.rounds import Rounds, RoundsConfig
-    from fleetune.edge.agent.state import IDENTITY
     from fleetune.edge.agent.unit import systemd_unit
     from fleetune.edge.protocol.identity.credential import Sender
-    from fleetune.edge.protocol.identity.folder import FILE as IDENTITY_FILE
     from fleetune.edge.resources.costs import Costs
     from fleetune.profiles.fleet import read_fleet
 
@@ -108,9 +106,7 @@ def _run(args: argparse.Namespace) -> None:
         except (OSError, *UNDECODABLE) as error:
             raise ConfigError(f"--costs: {args.costs}: {error}", "leave the option out to measure again") from error
     check_codec(args.codec)
-    enrolled = args.state / IDENTITY
-    folder = args.identity or (enrolled if (enrolled / IDENTITY_FILE).exists() else None)
-    broker, identity = check_identity(args, folder, Sender("device", device.id), fleet.name)
+    broker, identity = check_identity(args, Sender("device", device.id), fleet.name)
     if args.unit:
         print(systemd_unit(device.id, _command(args), args.state.resolve()), end="")  # noqa: T201
         return

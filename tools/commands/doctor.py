@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from fleetune.tools.commands.options import add_command
+from fleetune.tools.commands.options import IDENTITY, add_command
 
 
 def register(subparsers: Any) -> None:
@@ -29,7 +29,7 @@ def register(subparsers: Any) -> None:
         examples=(
             "  fleetune doctor --state /var/lib/fleetune\n"
             "  fleetune doctor --pack packs/minilm                 also trains one step\n"
-            "  fleetune doctor --broker mqtt://192.168.1.10 --fleet fleet.yaml --id nano-1\n"
+            "  fleetune doctor --broker mqtts://broker.local --fleet fleet.yaml --id nano-1 --state /var/lib/fleetune\n"
             "  ssh nano-1 fleetune doctor --json > nano-1.json     one document, for fleets\n"
         ),
     )
@@ -46,6 +46,9 @@ def register(subparsers: Any) -> None:
         "--fleet", metavar="FLEET", help="the fleet file, or the fleet's name where there is no file yet"
     )
     parser.add_argument("--id", help="this device's id in the fleet file")
+    parser.add_argument(
+        "--identity", metavar="DIR", type=Path, help="folder of its identity (default: STATE/identity, if it is there)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=lambda args: _run(args, parser))
 
@@ -60,7 +63,9 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     logging.getLogger("fleetune").setLevel(logging.ERROR)  # what goes wrong stands in a check's line
     board = read_board()
     checks = []
-    for check in examine(Subject(board, args.state, args.pack, given if args.broker else None)):
+    enrolled = args.state / IDENTITY
+    identity = args.identity or (enrolled if enrolled.is_dir() else None)
+    for check in examine(Subject(board, args.state, args.pack, given if args.broker else None, identity)):
         checks.append(check)
         if not args.json:
             print(as_text(check), flush=True)  # noqa: T201

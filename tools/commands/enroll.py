@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fleetune.tools.commands.options import add_command
+from fleetune.tools.commands.options import IDENTITY, add_command
 
 
 def register(subparsers: Any) -> None:
@@ -48,7 +48,6 @@ def register(subparsers: Any) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.agent.enrolment import enrol
-    from fleetune.edge.agent.state import IDENTITY
     from fleetune.edge.protocol.identity.enrolment import Token
 
     token = Token.parse(_read(args.token))

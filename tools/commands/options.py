@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+IDENTITY = "identity"
+"""Folder of an identity, below a state folder."""
+
 if TYPE_CHECKING:
     from fleetune.edge.protocol.address import BrokerAddress
     from fleetune.edge.protocol.identity.credential import Sender
@@ -36,9 +39,14 @@ def add_broker(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_identity(parser: argparse.ArgumentParser, default: str) -> None:
+def add_identity(parser: argparse.ArgumentParser) -> None:
     """``--identity`` and ``--insecure``."""
-    parser.add_argument("--identity", metavar="DIR", type=Path, help=f"folder with this machine's identity ({default})")
+    parser.add_argument(
+        "--identity",
+        metavar="DIR",
+        type=Path,
+        help="folder with this machine's identity (default: STATE/identity, if it is there)",
+    )
     parser.add_argument(
         "--insecure",
         action="store_true",
@@ -46,14 +54,11 @@ def add_identity(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def check_identity(
-    args: argparse.Namespace, folder: Path | None, sender: Sender, fleet: str
-) -> tuple[BrokerAddress, Identity | None]:
+def check_identity(args: argparse.Namespace, sender: Sender, fleet: str) -> tuple[BrokerAddress, Identity | None]:
     """The broker, and who this machine is there.
 
     Args:
-        args: The command line.
-        folder: Of the identity; None without one.
+        args: The command line, with ``--broker``, ``--identity``, ``--insecure`` and ``--state``.
         sender: Who it must be.
         fleet: The fleet that it must be of.
 
@@ -63,9 +68,11 @@ def check_identity(
     """
     from fleetune.edge.protocol.address import BrokerAddress
     from fleetune.edge.protocol.errors import ConfigError, IdentityError
-    from fleetune.edge.protocol.identity.folder import read_identity
+    from fleetune.edge.protocol.identity.folder import FILE, read_identity
 
     broker = BrokerAddress.parse(args.broker)
+    enrolled: Path = args.state / IDENTITY
+    folder = args.identity or (enrolled if (enrolled / FILE).exists() else None)
     identity = None if folder is None else read_identity(folder)
     if identity is not None:
         own = identity.credential

@@ -41,7 +41,7 @@ def register(subparsers: Any) -> None:
     add_fleet(parser)
     add_pack(parser)
     add_broker(parser)
-    add_identity(parser, "default: none, on this machine only")
+    add_identity(parser)
     add_state(parser)
     add_job_options(parser)
     parser.add_argument("--classes", type=int, required=True, metavar="N", help="classes of the task")
@@ -167,7 +167,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--max-staleness: {args.max_staleness} is out of range", "use 0 or more")
     check_codec(args.codec)
     check_state(args.state)
-    broker, identity = check_identity(args, args.identity, OWN, fleet.name)
+    broker, identity = check_identity(args, OWN, fleet.name)
     pack = Pack.open(args.pack)
     jobs = build_jobs(args, pack.manifest, classes=args.classes, codec=args.codec)
     config = AggregatorConfig(

@@ -21,6 +21,7 @@ from fleetune.edge.resources.limits import TIME_MARGIN
 from fleetune.edge.resources.planner import candidates
 from fleetune.edge.resources.workload import Workload
 from fleetune.profiles.yamlfile import read_yaml
+from fleetune.tools.demo.identities import make_identities
 from fleetune.tools.demo.task import Task
 
 
@@ -54,6 +55,11 @@ class RunFolder:
     def aggregator(self) -> Path:
         """The aggregator's state."""
         return self.path / "aggregator"
+
+    @property
+    def authority(self) -> Path:
+        """The authority of the run's fleet."""
+        return self.path / "authority"
 
     @property
     def report(self) -> Path:
@@ -146,7 +152,7 @@ class _Template(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def prepare(
     folder: RunFolder, task: Task, *, max_depth: int | None, epochs: int, batch: int, say: Callable[[str], None]
 ) -> Pack:
-    """Make what is not there yet: the pack, the data, the costs and the fleet file.
+    """Make what is not there yet: the pack, the data, the costs, the fleet file and the identities.
 
     Args:
         folder: The run's folder.
@@ -182,6 +188,8 @@ def prepare(
             some, pack.manifest, epochs=epochs, batch=batch, max_depth=max_depth or pack.manifest.blocks
         )
         write_atomic(folder.fleet, _fleet_file(template, costs, workload).encode())
+    states = [(entry.id, folder.device(entry.id)) for entry in template.devices]
+    make_identities(folder.authority, template.fleet, folder.aggregator, states)
     return pack
 
 

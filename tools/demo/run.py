@@ -121,6 +121,7 @@ def _start_fleet(
     folder: RunFolder, options: DemoOptions, fleet: Fleet, address: BrokerAddress, running: Processes
 ) -> None:
     common = ["--fleet", str(folder.fleet), "--pack", str(folder.pack), "--broker", str(address)]
+    common += [] if address.is_local else ["--insecure"]  # messages are signed all the same
     serve = ["serve", *common, "--state", str(folder.aggregator), "--classes", str(options.task.classes)]
     running.start("aggregator", folder.log("aggregator"), [*serve, *options.jobs])
     for device in fleet.devices:

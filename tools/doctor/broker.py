@@ -1,4 +1,4 @@
-"""The broker, as a device meets it: a message that is sent to the device's own topic comes back whole, or does not.
+"""The broker, as a device meets it: what it sends on its own topic comes back, and on others' it may not send.
 
 Only what comes back proves something. Brokers may grant a subscription that they then deny silently, and acknowledge a
 message that reaches nobody.
@@ -9,18 +9,29 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from fleetune.edge.protocol.address import BrokerAddress
-from fleetune.edge.protocol.errors import BrokerProtocolError, BrokerUnreachableError
+from fleetune.edge.protocol.errors import (
+    BrokerProtocolError,
+    BrokerUnreachableError,
+    IdentityError,
+    KeyExposedError,
+)
+from fleetune.edge.protocol.identity.folder import read_identity
+from fleetune.edge.protocol.identity.seals import Seals
 from fleetune.edge.protocol.link import Disconnected, Link, Received, Refused
 from fleetune.edge.protocol.messages import MAX_CHUNK
 from fleetune.edge.protocol.topics import Topics, check_name
 from fleetune.tools.doctor.host import Check
 
 UNREACHABLE, NOT_MQTT_5, PUBLISH_DENIED, NOTHING_BACK, PACKET_TOO_SMALL = 38, 39, 40, 41, 42
+NO_ENTRY, RIGHTS_TOO_WIDE = 44, 45
 """Exit codes of the check."""
 
-_VERB = "doctor"
+_VERB = "echo"
+_SOMEBODY_ELSE = "fleetune-doctor"
+"""A device that no fleet has: nobody is disturbed by what is sent in its name."""
 _CONNECT_S = 5.0
 _BACK_S = 5.0
 _EXPIRY_S = 60
@@ -53,21 +64,29 @@ class RoundTrip:
     @property
     def topic(self) -> str:
         """Where the messages go, and come from."""
-        return Topics(self.fleet).down(self.device, _VERB)
+        return Topics(self.fleet).up(self.device, _VERB)
 
 
-def check_broker(trip: RoundTrip) -> Check:
-    """Whether a device's messages go through, small ones and those of a chunk's size."""
-    # Not the agent's own name: the broker would end the connection of one that runs.
-    link = Link(trip.broker, f"{trip.fleet}-{trip.device}-{_VERB}", subscriptions=[trip.topic])
+def check_broker(trip: RoundTrip, identity: Path | None = None) -> Check:
+    """Whether a device's messages go through, small ones and those of a chunk's size, and nobody else's.
+
+    Args:
+        trip: Whose, and where.
+        identity: Folder of the device's identity, if it has one.
+    """
     try:
+        seals = Seals(None if identity is None else read_identity(identity))
+        link = Link(trip.broker, f"{trip.fleet}-{trip.device}-doctor", subscriptions=[trip.topic], seals=seals)
         link.connect(_CONNECT_S)
     except BrokerUnreachableError as error:
         return Check("broker", "failure", error.what, error.remedy, UNREACHABLE)
     except BrokerProtocolError as error:
         return Check("broker", "failure", error.what, error.remedy, NOT_MQTT_5)
+    except (IdentityError, KeyExposedError) as error:
+        return Check("broker", "failure", error.what, error.remedy, NO_ENTRY)
     try:
-        return _check_trips(link, trip)
+        found = _check_trips(link, trip)
+        return _check_rights(link, trip, found) if found.verdict == "ok" else found
     finally:
         link.close()
 
@@ -80,7 +99,7 @@ def _check_trips(link: Link, trip: RoundTrip) -> Check:
             "broker",
             "failure",
             f"{trip.broker} refuses to publish on {trip.topic}: {why}",
-            f"let the device publish and subscribe there in the broker's ACL (Mosquitto: topic readwrite {trip.topic})",
+            f"let the device write there in the broker's ACL (Mosquitto: topic write {trip.topic})",
             PUBLISH_DENIED,
         )
     if small is None:
@@ -88,7 +107,7 @@ def _check_trips(link: Link, trip: RoundTrip) -> Check:
             "broker",
             "failure",
             f"{trip.broker} took a message on {trip.topic}, and nothing came back within {_BACK_S:.0f} s",
-            f"let the device read its topics in the broker's ACL (Mosquitto: topic readwrite {trip.topic})",
+            f"let the device read there in the broker's ACL (Mosquitto: topic read {trip.topic})",
             NOTHING_BACK,
         )
     try:
@@ -110,6 +129,34 @@ def _check_trips(link: Link, trip: RoundTrip) -> Check:
         f"{trip.broker} speaks MQTT 5: {_SMALL} bytes came back after {small * 1000:.0f} ms, {MAX_CHUNK} after "
         f"{large * 1000:.0f} ms",
     )
+
+
+def _check_rights(link: Link, trip: RoundTrip, found: Check) -> Check:
+    """What the round trip found, if the broker refuses what is sent in other names."""
+    topics = Topics(trip.fleet)
+    forbidden = (
+        topics.up(_SOMEBODY_ELSE, _VERB),
+        topics.down(_SOMEBODY_ELSE, _VERB),
+        topics.presence(_SOMEBODY_ELSE),
+        topics.broadcast_chunk(_SOMEBODY_ELSE, _VERB, 0),
+    )
+    taken = [topic for topic in forbidden if not _is_refused(link, topic)]
+    if not taken:
+        return found._replace(found=f"{found.found}; it refuses what is sent in other names")
+    what = f"{trip.broker} lets this device write to {', '.join(taken)}: any device may speak for every other"
+    fix = "write the broker's rights with `fleetune fleet init`"
+    if link.seals.signed and trip.broker.tls:
+        return Check("broker", "failure", what, fix, RIGHTS_TOO_WIDE)
+    return Check("broker", "note", f"{found.found}; {what}", f"{fix}, unless nobody else reaches the broker")
+
+
+def _is_refused(link: Link, topic: str) -> bool:
+    link.publish(topic, b"", expiry=1)
+    end = time.monotonic() + _BACK_S
+    while (left := end - time.monotonic()) > 0 and not link.idle:
+        if any(isinstance(event, Refused | Disconnected) for event in link.events(left)):
+            return True
+    return False
 
 
 def _send(link: Link, topic: str, size: int) -> float | Refused | Disconnected | None:

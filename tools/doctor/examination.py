@@ -12,7 +12,7 @@ from pathlib import Path
 from fleetune.tools.doctor.host import Board, Check, check_host
 from fleetune.tools.doctor.wheels import check_wheels, run_kernels
 
-_LINK = ("msgspec", "paho-mqtt")
+_LINK = ("msgspec", "paho-mqtt", "pynacl")
 _STEP = ("msgspec", "numpy", "onnxruntime", "safetensors", "psutil", "paho-mqtt")
 
 
@@ -25,6 +25,7 @@ class Subject:
         state: The agent's state folder, which need not exist yet.
         pack: A pack to train a step of, if any.
         broker: Address of a broker, a fleet (its name or its file) and id of a device, for a round trip, if any.
+        identity: Folder of the device's identity, if it has one.
         root: Where `/proc` and `/sys` are.
     """
 
@@ -32,6 +33,7 @@ class Subject:
     state: Path
     pack: Path | None = None
     broker: tuple[str, str, str] | None = None
+    identity: Path | None = None
     root: Path = Path("/")
 
 
@@ -45,10 +47,12 @@ def examine(subject: Subject) -> Iterator[Check]:
     wrong = run_kernels()
     yield check_wheels(wrong)
     broken = {package for package, words in wrong.items() if words}
-    broker = None if subject.broker is None else _broker(subject.broker, broken)  # a wrong address is said at once
+    broker = None if subject.broker is None else _broker(subject, broken)  # a wrong address is said at once
     if subject.pack is not None:
         yield _pack(subject.pack, broken)
     yield from _machine(subject, broken)
+    if subject.identity is not None:
+        yield _identity(subject.identity, broken)
     if broker is not None:
         yield broker()
 
@@ -57,19 +61,28 @@ def _unchecked(name: str, lacks: Collection[str]) -> Check:
     return Check(name, "note", f"not checked: it needs {', '.join(sorted(lacks))}")
 
 
-def _broker(parts: tuple[str, str, str], broken: set[str]) -> Callable[[], Check]:
+def _identity(folder: Path, broken: set[str]) -> Check:
+    if lacks := broken & set(_LINK):
+        return _unchecked("identity", lacks)
+    from fleetune.tools.doctor.identity import check_identity
+
+    return check_identity(folder)
+
+
+def _broker(subject: Subject, broken: set[str]) -> Callable[[], Check]:
     if lacks := broken & set(_LINK):
         return lambda: _unchecked("broker", lacks)
     from fleetune.tools.doctor.broker import RoundTrip, check_broker
 
-    address, fleet, device = parts
+    assert subject.broker is not None
+    address, fleet, device = subject.broker
     if Path(fleet).is_file() or "/" in fleet or fleet.endswith(".yaml"):
         from fleetune.profiles.fleet import read_fleet
 
         listed = read_fleet(Path(fleet))
         fleet, device = listed.name, listed.device(device).id
     trip = RoundTrip.parse(address, fleet, device)
-    return lambda: check_broker(trip)
+    return lambda: check_broker(trip, subject.identity)
 
 
 def _pack(path: Path, broken: set[str]) -> Check:

@@ -106,6 +106,25 @@ def _paho() -> None:
     _expect(read.json() == {"MaximumPacketSize": 1 << 17}, "a packet's properties")  # type: ignore[no-untyped-call]
 
 
+def _pynacl() -> None:
+    from nacl.signing import SigningKey
+
+    # RFC 8032, section 7.1, test 2.
+    key = SigningKey(bytes.fromhex("4ccd089b28ff96da9db6c346ec114e0f5b8a319f35aba624da8cf6ed4fb8a6fb"))
+    signature = key.sign(b"r").signature
+    _expect(signature.hex().startswith("92a009a9f0d4cab8720e820b5f642540"), "a signature")
+    key.verify_key.verify(b"r", signature)
+
+
+def _cryptography() -> None:
+    from cryptography import x509
+
+    from fleetune.edge.agent.csr import make_csr
+
+    _, csr = make_csr("doctor")
+    _expect(x509.load_pem_x509_csr(csr.encode()).is_signature_valid, "a certificate signing request")
+
+
 def _yaml() -> None:
     import yaml
 
@@ -120,6 +139,8 @@ KERNELS: dict[str, Callable[[], None]] = {
     "safetensors": _safetensors,
     "psutil": _psutil,
     "paho-mqtt": _paho,
+    "pynacl": _pynacl,
+    "cryptography": _cryptography,
     "pyyaml": _yaml,
 }
 """Package of the plain install → its computation, which raises what goes wrong."""

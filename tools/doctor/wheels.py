@@ -16,11 +16,13 @@ WHEELS = 33
 """Exit code of the check."""
 
 KNOWN_GOOD = {
+    "cryptography": "50.0.2",
     "msgspec": "0.22.0",
     "numpy": "2.2.6",
     "onnxruntime": "1.23.2",
     "paho-mqtt": "2.2.0",
     "psutil": "7.2.2",
+    "pynacl": "1.6.2",
     "pyyaml": "6.0.3",
     "safetensors": "0.8.0",
 }
