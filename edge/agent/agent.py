@@ -139,6 +139,7 @@ class Agent:
         try:
             self._notifier.status("waits for the broker")
             self._link.connect(timeout=math.inf)
+            self._say_who()
             self._worker.prepare(self._state, self._show_preparation)
             self._publish("online", "waits for a round")
             log.info("%s of the fleet %s waits for a round", self._config.device, self._config.fleet)
@@ -242,11 +243,15 @@ class Agent:
         introduction = [self._topics.aggregator_introduction] if self._seals.signed else []
         return [*introduction, self._topics.current("+")]
 
-    def _introduce(self) -> None:
-        """Say who this is, and where it stands."""
+    def _say_who(self) -> None:
+        """Say who this is, before anything that it signs."""
         if self._seals.signed:
             me = self._config.device
             self._link.publish(self._topics.introduction(me), self._seals.introduction, retain=True)
+
+    def _introduce(self) -> None:
+        """Say who this is, and where it stands."""
+        self._say_who()
         self._publish(*self._said)
 
     def _receive(self, event: Received) -> None:

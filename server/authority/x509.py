@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -74,7 +75,9 @@ class CertificateAuthority:
     @classmethod
     def make(cls, fleet: str, now: float) -> tuple[bytes, bytes]:
         """A new root: its certificate and its key, in PEM."""
-        key, name = make_key(), _name(fleet, f"{fleet} authority")
+        key = make_key()
+        # Two roots of one fleet must not be taken for each other by who looks for an issuer by its name.
+        name = _name(fleet, f"{fleet} authority {secrets.token_hex(4)}")
         begins = _time(now) - _EARLIER
         builder = (
             _builder(name, name, key.public_key(), begins, _time(now) + _ROOT_LIFE)
@@ -134,6 +137,8 @@ class CertificateAuthority:
             .issuer_name(self._certificate.subject)
             .last_update(_time(now) - _EARLIER)
             .next_update(_time(now) + _ROOT_LIFE)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+            .add_extension(x509.CRLNumber(int(now)), critical=False)
         )
         for serial, when in serials:
             builder = builder.add_revoked_certificate(

@@ -22,10 +22,14 @@ class Secured:
     Attributes:
         address: Of the broker.
         identities: Folder with an identity for each device and for ``aggregator``.
+        authority: Folder of the authority.
+        broker: Folder of the broker.
     """
 
     address: BrokerAddress
     identities: Path
+    authority: Path
+    broker: Path
 
 
 @contextmanager
@@ -49,4 +53,4 @@ def secured(folder: Path, devices: tuple[str, ...]) -> Iterator[Secured]:
     config.write_text(f"user root\n{config.read_text(encoding='utf-8')}", encoding="utf-8")
     address = BrokerAddress("127.0.0.1", site.port, tls=True)
     with run_mosquitto(config, address):
-        yield Secured(address, folder / "identities")
+        yield Secured(address, folder / "identities", folder / "authority", folder / "broker")
