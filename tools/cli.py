@@ -25,6 +25,7 @@ COMMANDS = (
     "agent",
     "fleet",
     "enroll",
+    "verify",
     "doctor",
     "profile",
     "plan",

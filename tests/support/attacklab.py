@@ -264,7 +264,9 @@ def attack_lab(folder: Path) -> Iterator[Lab]:
     with ExitStack() as stack:
         lab = Lab(stack.enter_context(secured(folder / "fleet", (*HONEST, MALLORY))), folder)
         stack.callback(lab.close)
-        Intruder(lab, lab.identity(HONEST[0])).link.close()  # now the broker has set itself up, and may be told to reload
+        Intruder(
+            lab, lab.identity(HONEST[0])
+        ).link.close()  # now the broker has set itself up, and may be told to reload
         yield lab
 
 

@@ -20,6 +20,7 @@ from fleetune.tools.commands.options import (
     add_threads,
     check_codec,
     check_identity,
+    check_pack,
     check_state,
     check_threads,
 )
@@ -107,6 +108,7 @@ def _run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--costs: {args.costs}: {error}", "leave the option out to measure again") from error
     check_codec(args.codec)
     broker, identity = check_identity(args, Sender("device", device.id), fleet.name)
+    check_pack(args, identity)
     if args.unit:
         print(systemd_unit(device.id, _command(args), args.state.resolve()), end="")  # noqa: T201
         return

@@ -42,6 +42,7 @@ def register(subparsers: Any) -> None:
     _register_show(actions)
     _register_revoke(actions)
     _register_rotate(actions)
+    _register_sign(actions)
 
 
 def _add(actions: Any, name: str, *, summary: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -390,6 +391,39 @@ def _tell(authority: Authority, args: argparse.Namespace, renew: dict[str, str])
     broker = BrokerAddress.parse(args.broker or authority.site.broker)
     Desk(authority, read_identity(args.authority / AUTHORITY_FOLDER), broker).announce(renew)
     _say(f"version {authority.trust.version} of the trust document is out, on {broker}")
+
+
+# --- sign -------------------------------------------------------------------------------------------------------
+
+
+def _register_sign(actions: Any) -> None:
+    parser = _add(
+        actions,
+        "sign",
+        summary="sign packs, releases and images",
+        description=(
+            "Sign files, or packs: the signature goes beside the file (FILE.sig), for a pack beside its manifest,\n"
+            "which has the hash of every other file. Devices with an identity take no pack without; `fleetune verify`\n"
+            "looks at any file. Only members/publisher is needed where this runs."
+        ),
+        examples=(
+            "  fleetune fleet sign packs/minilm\n"
+            "  fleetune fleet sign dist/*.whl image.img --authority /srv/authority\n"
+        ),
+    )
+    parser.add_argument("paths", nargs="+", metavar="PATH", type=Path, help="files, or folders of packs")
+    parser.set_defaults(run=_sign)
+
+
+def _sign(args: argparse.Namespace) -> None:
+    import time
+
+    from fleetune.edge.protocol.identity.folder import read_identity
+    from fleetune.edge.protocol.identity.signature import sign_file
+
+    publisher = read_identity(args.authority / PUBLISHER_FOLDER)
+    for path in args.paths:
+        _say(f"{path}: {sign_file(path, publisher, time.time())}")
 
 
 # --- shared -----------------------------------------------------------------------------------------------------

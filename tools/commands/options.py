@@ -91,6 +91,18 @@ def check_identity(args: argparse.Namespace, sender: Sender, fleet: str) -> tupl
     return broker, identity
 
 
+def check_pack(args: argparse.Namespace, identity: Identity | None) -> None:
+    """See that the pack is signed, where this machine knows by whom it has to be.
+
+    Raises:
+        SignatureError: It is not.
+    """
+    from fleetune.edge.protocol.identity.signature import check_file
+
+    if identity is not None and not args.insecure:
+        check_file(args.pack, identity.trust)
+
+
 def add_fleet(parser: argparse.ArgumentParser) -> None:
     """``--fleet``."""
     parser.add_argument(

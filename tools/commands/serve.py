@@ -16,6 +16,7 @@ from fleetune.tools.commands.options import (
     add_state,
     check_codec,
     check_identity,
+    check_pack,
     check_state,
 )
 
@@ -168,6 +169,7 @@ def _run(args: argparse.Namespace) -> None:
     check_codec(args.codec)
     check_state(args.state)
     broker, identity = check_identity(args, OWN, fleet.name)
+    check_pack(args, identity)
     pack = Pack.open(args.pack)
     jobs = build_jobs(args, pack.manifest, classes=args.classes, codec=args.codec)
     config = AggregatorConfig(

@@ -189,7 +189,7 @@ def prepare(
         )
         write_atomic(folder.fleet, _fleet_file(template, costs, workload).encode())
     states = [(entry.id, folder.device(entry.id)) for entry in template.devices]
-    make_identities(folder.authority, template.fleet, folder.aggregator, states)
+    make_identities(folder.authority, template.fleet, folder.pack, folder.aggregator, states)
     return pack
 
 
