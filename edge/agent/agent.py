@@ -152,7 +152,9 @@ class Agent:
             raise
         finally:
             self._notifier.stopping()
-            self._remember()
+            self._count_bytes()
+            self._state.counters.time = self._seals.clock.now()
+            self._state.save_counters()
             if self._said[0] != "failed":
                 self._publish("offline", "stopped")
             self._link.close()
@@ -179,12 +181,6 @@ class Agent:
         self._facts |= {"bytes_up": self._state.counters.bytes_up, "bytes_down": self._state.counters.bytes_down}
         self._link.say(self._topics.presence(self._config.device), self._presence(state, detail), retain=True)
         self._notifier.status(f"{state}: {detail}")
-
-    def _remember(self, *, sync: bool = True) -> None:
-        """Keep what has been counted and heard."""
-        self._count_bytes()
-        self._state.counters.time = self._seals.clock.now()
-        self._state.save_counters(sync=sync)
 
     def _count_bytes(self) -> None:
         counters = self._state.counters
@@ -414,7 +410,6 @@ class Agent:
         self._said = "working", f"{announced.job}: {announced.stage}, round {announced.round} of {announced.rounds}"
         self._shown = time.monotonic()
         self._doing = _round(announced)
-        self._remember(sync=False)
         answer = self._worker.answer(announced, tensors, self._show_progress, self._pulse)
         self._unsaved = announced, answer
         self._queue_update(announced, answer)
@@ -458,6 +453,7 @@ class Agent:
             run=announced.run,
             job=announced.job,
             version=announced.version,
+            issued=announced.issued,
             backbone=announced.backbone,
             samples=self._worker.samples,
             metrics={

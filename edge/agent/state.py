@@ -89,6 +89,9 @@ class State:
             for manifest in self._outbox.values():  # a power cut may have come before the counters were written
                 record = self.enter(manifest.run)
                 record.answered[manifest.job] = max(manifest.version, record.answered.get(manifest.job, -1))
+                heard = self.counters.heard
+                heard[manifest.job] = max(manifest.issued, heard.get(manifest.job, 0.0))
+                self.counters.time = max(manifest.issued, self.counters.time)
                 for count in ("bytes_up", "bytes_down"):
                     if isinstance(value := manifest.metrics.get(count), int):
                         setattr(self.counters, count, max(value, getattr(self.counters, count)))
@@ -123,13 +126,13 @@ class State:
         except UNDECODABLE as error:
             raise ConfigError(f"{file}: {error}", "delete the file; it is made again") from error
 
-    def save(self, name: str, content: msgspec.Struct, *, sync: bool = True) -> None:
+    def save(self, name: str, content: msgspec.Struct) -> None:
         """Replace a file of the folder."""
-        write_atomic(self.folder / name, encode(content), sync=sync)
+        write_atomic(self.folder / name, encode(content))
 
-    def save_counters(self, *, sync: bool = True) -> None:
+    def save_counters(self) -> None:
         """Write the counters."""
-        self.save("counters.json", self.counters, sync=sync)
+        self.save("counters.json", self.counters)
 
     # --- runs ---------------------------------------------------------------------------------------------------
 

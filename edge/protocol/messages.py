@@ -133,6 +133,7 @@ class UpdateManifest(_Struct, frozen=True):
         run: The run.
         job: Its job.
         version: The announcement that it answers.
+        issued: When that was issued.
         backbone: Hash of the backbone's weights.
         samples: Weight of the update in the mean.
         metrics: What the device measured in the round.
@@ -145,6 +146,7 @@ class UpdateManifest(_Struct, frozen=True):
     run: Name
     job: Name
     version: int
+    issued: float
     backbone: str
     samples: int
     metrics: dict[str, float | int | str | bool]

@@ -29,7 +29,8 @@ DATA = bytes(range(256)) * 10
 
 def update(number: int, data: bytes = DATA, *, run: str = "r", chunk_size: int = 100) -> UpdateManifest:
     return UpdateManifest(
-        fleet="lab", device=ME, update=f"{run}-fedms-{number}", run=run, job="fedms", version=number, backbone="b",
+        fleet="lab", device=ME, update=f"{run}-fedms-{number}", run=run, job="fedms", version=number, issued=0.0,
+        backbone="b",
         samples=5, metrics={}, payload=chunks.describe(data, "f16", chunk_size) if data else None,
     )  # fmt: skip
 

@@ -55,6 +55,7 @@ def update(name: str, data: bytes = b"", version: int = 1) -> UpdateManifest:
         run="r",
         job="fedms",
         version=version,
+        issued=0.0,
         backbone="b",
         samples=5,
         metrics={"loss": 0.5, "depth": 2, "stopped_early": False, "bound_by": "cpu"},

@@ -67,7 +67,7 @@ class HandMade:
         """A good answer to a round."""
         return UpdateManifest(
             fleet="lab", device=self.name, update=f"u-{announced.version}", run=announced.run, job=announced.job,
-            version=announced.version, backbone=announced.backbone, samples=3, metrics={"depth": 1},
+            version=announced.version, issued=0.0, backbone=announced.backbone, samples=3, metrics={"depth": 1},
             payload=chunks.describe(Codec.named("f16").encode(tensors), "f16") if tensors else None,
         )  # fmt: skip
 

@@ -90,6 +90,7 @@ class Fleet:
         run = self.announced[0].run
         manifest = UpdateManifest(
             fleet="lab", device=device, update=f"{run}-fedms-{version}", run=run, job="fedms", version=version,
+            issued=0.0,
             backbone="b", samples=3, metrics={}, payload=chunks.describe(data, "f16", chunk_size) if data else None,
         )  # fmt: skip
         return Update(self, manifest, data)

@@ -151,7 +151,8 @@ def update(
 ) -> tuple[UpdateManifest, bytes]:
     data = Codec.named("f16").encode(tensors) if tensors else b""
     manifest = UpdateManifest(
-        fleet="lab", device="a", update=f"r-fedms-{version}", run="r", job="fedms", version=version, backbone="b",
+        fleet="lab", device="a", update=f"r-fedms-{version}", run="r", job="fedms", version=version, issued=0.0,
+        backbone="b",
         samples=3, metrics={"loss": 0.5}, payload=chunks.describe(data, "f16", chunk_size) if data else None,
     )  # fmt: skip
     return msgspec.structs.replace(manifest, **changes), data

@@ -26,7 +26,8 @@ ANNOUNCEMENT = Announcement(
     quantisation="nf4", settings={"depth": 2, "learning_rate": 1e-3, "mix": "logits"}, issued=0.0, expires=1e9,
 )  # fmt: skip
 UPDATE = UpdateManifest(
-    fleet="lab", device="nano-1", update="r-fedms-1", run="r", job="fedms", version=1, backbone="b", samples=9,
+    fleet="lab", device="nano-1", update="r-fedms-1", run="r", job="fedms", version=1, issued=0.0,
+    backbone="b", samples=9,
     metrics={"loss": 0.5, "stopped_early": False},
 )  # fmt: skip
 JOB = Job(

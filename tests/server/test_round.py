@@ -27,7 +27,8 @@ def current() -> OpenRound:
 
 def accepted(device: str, samples: int = 1, version: int = 5, staleness: int = 0, **metrics: Any) -> Accepted:
     manifest = UpdateManifest(
-        fleet="lab", device=device, update=f"u-{version}", run="r", job="fedms", version=version, backbone="b",
+        fleet="lab", device=device, update=f"u-{version}", run="r", job="fedms", version=version, issued=0.0,
+        backbone="b",
         samples=samples, metrics=metrics,
     )  # fmt: skip
     return Accepted(manifest, 1e9, into=5, staleness=staleness)

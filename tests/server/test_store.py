@@ -24,7 +24,8 @@ def announced(version: int, job: str = "fedms") -> Announced:
 
 def accepted(device: str, version: int, into: int | None = None, start: int = 0, job: str = "fedms") -> Accepted:
     manifest = UpdateManifest(
-        fleet="lab", device=device, update=f"r-{job}-{version}", run="r", job=job, version=version, backbone="b",
+        fleet="lab", device=device, update=f"r-{job}-{version}", run="r", job=job, version=version, issued=0.0,
+        backbone="b",
         samples=9, metrics={"loss": 0.5, "stopped_early": False},
     )  # fmt: skip
     into = version if into is None else into

@@ -35,6 +35,7 @@ def accepted(number: int) -> Accepted:
         run="r",
         job="fedms",
         version=1,
+        issued=0.0,
         backbone="b",
         samples=1,
         metrics={f"metric-{n}": 1.0 for n in range(200)},  # a record of some pages

@@ -23,7 +23,8 @@ def uploads(tmp_path: Path) -> Uploads:
 
 def manifest(data: bytes, device: str = "nano-1", chunk_size: int = 4) -> UpdateManifest:
     return UpdateManifest(
-        fleet="lab", device=device, update="u", run="r", job="fedms", version=1, backbone="b", samples=1, metrics={},
+        fleet="lab", device=device, update="u", run="r", job="fedms", version=1, issued=0.0,
+        backbone="b", samples=1, metrics={},
         payload=chunks.describe(data, "f16", chunk_size),
     )  # fmt: skip
 

@@ -104,7 +104,7 @@ class Lab:
         data = EXACT.encode(dict(tensors))
         manifest = UpdateManifest(
             fleet=FLEET, device=device, update=f"{announced.run}-{JOB.id}-{announced.version}", run=announced.run,
-            job=JOB.id, version=announced.version, backbone=BACKBONE, samples=1, metrics={},
+            job=JOB.id, version=announced.version, issued=0.0, backbone=BACKBONE, samples=1, metrics={},
             payload=chunks.describe(data, EXACT.name),
         )  # fmt: skip
         return manifest, data

@@ -25,7 +25,8 @@ def announced(version: int) -> Announced:
 
 def accepted(device: str, version: int, into: int) -> Accepted:
     manifest = UpdateManifest(
-        fleet="lab", device=device, update=f"u-{version}", run="r", job="fedms", version=version, backbone="b",
+        fleet="lab", device=device, update=f"u-{version}", run="r", job="fedms", version=version, issued=0.0,
+        backbone="b",
         samples=1, metrics={},
     )  # fmt: skip
     return Accepted(manifest, 5.0, into, into - version)

@@ -233,6 +233,7 @@ class _Fleet:
             run="bench",
             job=announced.job,
             version=announced.version,
+            issued=0.0,
             backbone=announced.backbone,
             samples=worker.samples,
             metrics=dict(answer.metrics),

@@ -100,6 +100,7 @@ def _updates(
             run=run,
             job=JOB,
             version=version,
+            issued=0.0,
             backbone=BACKBONE,
             samples=1,
             metrics={},

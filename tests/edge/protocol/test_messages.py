@@ -60,7 +60,8 @@ ANNOUNCEMENT = Announcement(
     changes=PAYLOAD,
 )
 UPDATE = UpdateManifest(
-    fleet="lab", device="nano-1", update="fedms-3", run="5f0c", job="fedms", version=3, backbone="cd" * 32, samples=7,
+    fleet="lab", device="nano-1", update="fedms-3", run="5f0c", job="fedms", version=3, issued=0.0,
+    backbone="cd" * 32, samples=7,
     metrics={"loss": 0.25, "depth": 2, "stopped_early": False, "bound_by": "cpu"},
 )  # fmt: skip
 MESSAGES = [
