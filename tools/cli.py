@@ -44,9 +44,9 @@ examples:
   fleetune doctor                                 what is wrong with this device
   fleetune profile --pack packs/minilm --out cam.yaml
                                                   what training costs here
-  fleetune serve --fleet fleet.yaml --pack packs/minilm --classes 2 --broker mqtt://broker --state aggregator
-  fleetune agent --fleet fleet.yaml --id nano-1 --pack packs/minilm --data samples.jsonl \\
-                 --broker mqtt://broker --state /var/lib/fleetune
+  fleetune fleet --help                           who belongs to a fleet: certificates, tokens, revocations
+  fleetune serve --fleet fleet.yaml --pack packs/minilm --classes 2 --state aggregator
+  fleetune agent --fleet fleet.yaml --id nano-1 --pack packs/minilm --data samples.jsonl --state /var/lib/fleetune
 
 Every error has an exit code of its own; docs/exit-codes.md explains each.
 """
