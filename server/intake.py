@@ -19,6 +19,7 @@ from fleetune.server.job import Job
 from fleetune.server.journal import Accepted, Journal
 from fleetune.server.registry import Registry
 from fleetune.server.round import OpenRound
+from fleetune.server.rules.base import norm_of
 from fleetune.server.store import Store
 from fleetune.server.strategies.base import Metrics
 from fleetune.server.uploads import Uploads
@@ -124,6 +125,7 @@ class Intake:
                 manifest, whole = complete
                 staleness = self._staleness(manifest, current)
                 tensors = self._decode(manifest, whole, current, late=staleness > 0)
+                self._check_norm(tensors, current)
                 self._whole[device, update] = manifest, whole, tensors
 
     def _decode(self, manifest: UpdateManifest, data: bytes, current: OpenRound, *, late: bool) -> Tensors:
@@ -141,6 +143,15 @@ class Intake:
                     reason="unexpected-tensor",
                 )
         return tensors
+
+    def _check_norm(self, tensors: Tensors, current: OpenRound) -> None:
+        """Keep out what is far beyond all others: clipping would bound it, but nothing good comes of it."""
+        if (norm := norm_of(tensors)) > current.limit:
+            raise MessageError(
+                f"an update of norm {norm:.3g}, where others' lead to a limit of {current.limit:.3g}",
+                "look at the device: its data, its clock, who owns it; training that diverged wants a lower rate",
+                reason="norm-outlier",
+            )
 
     @contextmanager
     def _refusing(self, device: str, update: str) -> Iterator[None]:
@@ -184,7 +195,10 @@ class Intake:
         if not whole:
             return False
         into, now = current.announcement.version, time.time()
-        records = [Accepted(manifest, now, into, self._staleness(manifest, current)) for manifest, _, _ in whole]
+        records = [
+            Accepted(manifest, now, into, self._staleness(manifest, current), norm_of(tensors))
+            for manifest, _, tensors in whole
+        ]
         try:
             accepted = self._journal.accept(zip(records, (data for _, data, _ in whole), strict=True))
         except OSError as error:
