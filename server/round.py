@@ -11,7 +11,7 @@ from fleetune.edge.protocol.codec import Tensors
 from fleetune.edge.protocol.messages import Announcement
 from fleetune.server.journal import Accepted, Typical
 from fleetune.server.rules import RULES
-from fleetune.server.rules.base import Bounds, Load, Rule, typical_of
+from fleetune.server.rules.base import Bounds, Load, Rule, Sizes
 from fleetune.server.strategies.base import Metrics, NextRound
 
 
@@ -39,8 +39,7 @@ class OpenRound:
     deadline: float = math.inf
     closing: bool = False
     rule: Rule = field(init=False)
-    _norms: list[float] = field(default_factory=list)
-    _samples: list[int] = field(default_factory=list)
+    _sizes: Sizes = field(default_factory=Sizes)
 
     def __post_init__(self) -> None:
         self.rule = RULES[self.bounds.settings.name](self.bounds, self.load)
@@ -53,8 +52,7 @@ class OpenRound:
         else:
             self.late += 1
         if tensors:
-            self._norms.append(accepted.norm)
-            self._samples.append(manifest.samples)
+            self._sizes.add(accepted)
             self.rule.add(accepted, tensors)
 
     @property
@@ -65,12 +63,12 @@ class OpenRound:
     @property
     def limit(self) -> float:
         """Norm above which an update is refused."""
-        return self.bounds.limit(self._norms)
+        return self.bounds.limit(self._sizes)
 
     @property
     def typical(self) -> Typical | None:
         """What is typical of the updates so far."""
-        return typical_of(zip(self._norms, self._samples, strict=True))
+        return self._sizes.typical
 
     def gain(self) -> Tensors:
         """What the round adds to each global tensor: what the rule makes of those who trained it."""

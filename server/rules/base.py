@@ -9,7 +9,8 @@ round of a stage there is none, and they are those of the round itself, taken at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import insort
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median_low
 from typing import Protocol
@@ -80,7 +81,10 @@ class Bounds:
         """The bounds that hold at closing: where nothing was typical before, the round itself says what is."""
         if self.typical is not None:
             return self
-        return Bounds(self.settings, typical_of((one.norm, one.manifest.samples) for one in round_))
+        sizes = Sizes()
+        for accepted in round_:
+            sizes.add(accepted)
+        return Bounds(self.settings, sizes.typical)
 
     def weight(self, accepted: Accepted) -> float:
         """What an update counts in a mean: the samples that its device claims, up to a multiple of what is typical."""
@@ -97,39 +101,53 @@ class Bounds:
         """The same, and smaller the later the update comes."""
         return self.clip(accepted) * staleness_weight(accepted.staleness)
 
-    def limit(self, norms: Sequence[float]) -> float:
+    def limit(self, sizes: Sizes) -> float:
         """Norm above which an update is refused; infinite while nothing says what is typical.
 
         The larger of two medians counts, so that devices that come first with nothing cannot have the others refused.
 
         Args:
-            norms: Of the updates that the round has accepted.
+            sizes: Of the updates that the round has accepted.
         """
         if self.typical is None:
             return math.inf
-        newest = median_low(norms) if len(norms) >= _ENOUGH else 0.0
-        return self.settings.outlier * max(self.typical.norm, newest)
+        return self.settings.outlier * max(self.typical.norm, sizes.median if len(sizes) >= _ENOUGH else 0.0)
+
+
+class Sizes:
+    """Norms and samples of some updates; of those alone that change something.
+
+    Of an even number the lower of the two in the middle is the median, so that of two devices none sets the bounds
+    alone by sending much.
+    """
+
+    def __init__(self) -> None:
+        self._norms: list[float] = []  # sorted: the median is asked for with every update
+        self._samples: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._norms)
+
+    def add(self, accepted: Accepted) -> None:
+        """Take an update."""
+        if accepted.norm > 0:
+            insort(self._norms, accepted.norm)
+            self._samples.append(accepted.manifest.samples)
+
+    @property
+    def median(self) -> float:
+        """Of the norms; there must be one."""
+        return self._norms[(len(self._norms) - 1) // 2]
+
+    @property
+    def typical(self) -> Typical | None:
+        """What is typical of them; None if there are none."""
+        return Typical(self.median, median_low(self._samples)) if self._norms else None
 
 
 def norm_of(tensors: Mapping[str, NDArray[np.float32]]) -> float:
     """L2 norm over all values of an update."""
     return math.sqrt(sum(float(np.square(tensor, dtype=np.float64).sum()) for tensor in tensors.values()))
-
-
-def typical_of(updates: Iterable[tuple[float, int]]) -> Typical | None:
-    """What is typical of some updates; None if none of them changes anything.
-
-    Of an even number the lower of the two in the middle counts, so that of two devices none sets the bounds alone by
-    sending much.
-
-    Args:
-        updates: Norm and samples of each.
-    """
-    some = [(norm, samples) for norm, samples in updates if norm > 0]
-    if not some:
-        return None
-    norms, samples = zip(*some, strict=True)
-    return Typical(median_low(norms), median_low(samples))
 
 
 def staleness_weight(rounds: int) -> float:

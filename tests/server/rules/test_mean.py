@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fleetune.server.aggregate import PartialSum
 from fleetune.server.job import RuleSettings
 from fleetune.server.journal import Accepted, Typical
-from fleetune.server.rules.base import Bounds, norm_of, staleness_weight, typical_of
+from fleetune.server.rules.base import Bounds, norm_of, staleness_weight
 from fleetune.server.rules.mean import Mean
 from support.updates import FAR, Round, Sent, Tensors, tensors
 
@@ -138,9 +138,12 @@ def test_a_late_update_is_clipped_and_then_made_smaller() -> None:
 
 
 def test_a_round_in_which_nothing_changed_is_no_measure() -> None:
-    assert typical_of([]) is None
-    assert typical_of([(0.0, 5), (0.0, 9)]) is None
-    assert typical_of([(0.0, 5), (2.0, 9)]) == Typical(2.0, 9)
+    def typical(*sent: Sent) -> Typical | None:
+        return Bounds(MEAN).at_closing(Round(sent).records()).typical
+
+    assert typical() is None
+    assert typical(Sent(of_norm(0.0), 5), Sent(of_norm(0.0), 9)) is None
+    assert typical(Sent(of_norm(0.0), 5), Sent(of_norm(2.0), 9)) == Typical(2.0, 9)
     np.testing.assert_array_equal(Round([Sent(of_norm(0.0))] * 2).gain(MEAN)["x"], np.zeros(4))
 
 
