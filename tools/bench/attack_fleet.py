@@ -37,7 +37,7 @@ from fleetune.server.journal import Accepted
 from fleetune.server.rules.base import norm_of
 from fleetune.server.strategies import STRATEGIES
 from fleetune.server.strategies.base import ClosedRound, NextRound
-from fleetune.tools.assets import fashion_mnist_clients, fetch, write_images
+from fleetune.tools.assets import fashion_mnist_clients, write_images
 from fleetune.tools.assets.datasets import ImageRows
 from fleetune.tools.bench.attackers import ATTACKS, TARGET, Attack, Knowledge, with_trigger
 from fleetune.tools.bench.held import HeldRound
@@ -133,15 +133,24 @@ class Outcome:
 # --- samples ----------------------------------------------------------------------------------------------------
 
 
-def write_world(root: Path, world: World, scale: Scale, *, malicious: int, attacks: Sequence[Attack]) -> list[Path]:
+def write_world(
+    root: Path, source: Path, world: World, scale: Scale, *, malicious: int, attacks: Sequence[Attack]
+) -> list[Path]:
     """Write the samples of every device, what attackers make of theirs, and the exam.
+
+    Args:
+        root: Folder of all worlds.
+        source: What ``fetch("fashion-mnist")`` returned.
+        world: Whose samples.
+        scale: How many.
+        malicious: Devices that attack, at most.
+        attacks: What they may do.
 
     Returns:
         The files whose pictures differ, for :func:`write_prefix`.
     """
     folder = world.folder(root)
     folder.mkdir(parents=True)
-    source = fetch("fashion-mnist")
     clients = fashion_mnist_clients(
         source, clients=scale.devices, train=scale.train, val=1, test=1, alpha=world.alpha, seed=world.seed
     )

@@ -13,6 +13,7 @@ from statistics import median
 from fleetune.edge.protocol.files import write_atomic
 from fleetune.server.job import RuleSettings
 from fleetune.server.rules import RULES
+from fleetune.tools.assets import fetch
 from fleetune.tools.bench.attack_fleet import Case, Outcome, Scale, World, run_case, write_prefix, write_world
 from fleetune.tools.bench.attack_plot import Curve, draw
 from fleetune.tools.bench.attackers import ATTACKS, BACKDOOR, Attack
@@ -126,10 +127,10 @@ def _run(sweep: Sweep, folder: Path, threads: int, say: Callable[[str], None]) -
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of the processes to come
     with ProcessPoolExecutor(threads, multiprocessing.get_context("spawn")) as pool:
         try:
-            most, files = max(sweep.malicious), list[Path]()
+            source, most, files = fetch("fashion-mnist"), max(sweep.malicious), list[Path]()
             for world in sweep.worlds():
                 attacks = sweep.attacks if world.alpha == sweep.alpha else ()
-                files += write_world(root, world, sweep.scale, malicious=most, attacks=attacks)
+                files += write_world(root, source, world, sweep.scale, malicious=most, attacks=attacks)
             prefixes = [pool.submit(write_prefix, pack, file) for file in files]
             for done, prefix in enumerate(as_completed(prefixes)):
                 prefix.result()
