@@ -18,8 +18,11 @@ from fleetune.edge.protocol.codec import Tensors
 from fleetune.server.journal import Accepted
 from fleetune.server.rules.base import Bounds, Load
 
-HELD = 128 << 20
+HELD = 96 << 20
 """Bytes of all updates together that are held at a time."""
+
+_WINDOWS = 8
+"""A window takes at most one part in so many of that: whoever needs float64 has room for it."""
 
 
 @dataclass
@@ -95,7 +98,7 @@ class AtClosing:
         group, size = list[tuple[str, int, int]](), 0
         for name in self.names:
             senders, values = len(self._sent[name].columns), math.prod(self.shape(name))
-            at_once = max(1, HELD // 4 // senders)
+            at_once = max(1, HELD // 4 // _WINDOWS // senders)
             for start in range(0, values, at_once):
                 count = min(at_once, values - start)
                 if size + count * senders > HELD // 4:

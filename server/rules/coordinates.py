@@ -4,7 +4,7 @@ The trimmed mean and the median of Yin et al., 2018, "Byzantine-robust distribut
 late update is made smaller before it is compared, so that it pulls less, as in a mean. With fewer than three senders
 there is nothing to outvote: then only clipping bounds what one of them does.
 
-Memory: what :mod:`~fleetune.server.rules.closing` holds, 128 MiB at most, and one update.
+Memory: what :mod:`~fleetune.server.rules.closing` holds, some 128 MiB with what is computed from it, and one update.
 """
 
 from __future__ import annotations

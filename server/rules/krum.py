@@ -10,8 +10,8 @@ the head alone. So every block (and the head, and the gate) is a Krum of its own
 it that one leaves out counts as zeros in its distances, and not at all in the mean. Distances are those of clipped
 updates; being late makes an update smaller only afterwards, and does not make it look different.
 
-Memory: what :mod:`~fleetune.server.rules.closing` holds, 128 MiB at most, one update, one sum, and 8 n² bytes for each
-block. Time grows with n² too.
+Memory: what :mod:`~fleetune.server.rules.closing` holds, some 128 MiB with what is computed from it, one
+update, one sum, and 8 n² bytes for each block. Time grows with n² too.
 """
 
 from __future__ import annotations
