@@ -69,10 +69,12 @@ def draw(path: Path, title: str, curves: Sequence[Curve]) -> None:
         axes.set_xticks(sorted(next(curve.points for curve in curves if curve.panel == panel)))
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("malicious devices", fontsize=10, color=_INK)
-    figure.supylabel("accuracy on unseen pictures", fontsize=10, color=_INK)
+    for axes in grid[len(panels) - min(len(panels), _COLUMNS) : len(panels)]:
+        axes.set_xlabel("malicious devices", color=_INK)
+    for axes in grid[: len(panels) : _COLUMNS]:
+        axes.set_ylabel("accuracy on unseen pictures", color=_INK)
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower right", ncols=len(rules), fontsize=9, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(rules), fontsize=9, frameon=False)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=120)
     write_atomic(path, data.getvalue())
