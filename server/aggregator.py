@@ -21,17 +21,27 @@ from fleetune.edge.protocol.identity.credential import Sender
 from fleetune.edge.protocol.identity.folder import Identity
 from fleetune.edge.protocol.identity.seals import Seals
 from fleetune.edge.protocol.link import Connected, Disconnected, Event, Link, Received
-from fleetune.edge.protocol.messages import Announcement, Need, Presence, PresenceState, TimeReply, TimeRequest, Who
+from fleetune.edge.protocol.messages import (
+    Announcement,
+    Need,
+    Presence,
+    PresenceState,
+    Stage,
+    TimeReply,
+    TimeRequest,
+    Who,
+)
 from fleetune.edge.protocol.modelfile import Card
 from fleetune.edge.protocol.topics import Topics, read_number
 from fleetune.server.broadcast import Broadcast
 from fleetune.server.globals import Globals
 from fleetune.server.intake import Intake, accuracies
 from fleetune.server.job import Job
-from fleetune.server.journal import Announced, Closed, Finished, Journal
+from fleetune.server.journal import Announced, Closed, Finished, Journal, Typical
 from fleetune.server.leadership import OWN, Facts, Leadership
 from fleetune.server.registry import Registry
 from fleetune.server.round import OpenRound
+from fleetune.server.rules.base import Bounds
 from fleetune.server.run import identify
 from fleetune.server.store import open_store
 from fleetune.server.strategies import STRATEGIES
@@ -129,6 +139,7 @@ class Aggregator:
             raise
         self._registry = Registry(config.devices)
         self._closed: list[ClosedRound] = []
+        self._typical: dict[Stage, Typical] = {}  # of the last round of each stage in which anything changed
         self._last: dict[str, Metrics] = {}
         self._open: OpenRound | None = None
         self._intake: Intake | None = None
@@ -248,6 +259,7 @@ class Aggregator:
     def _recover(self, job: Job, strategy: Strategy, intake: Intake) -> Globals:
         """Go on where the journal ends: what the last checkpoint lacks is computed again, from the updates."""
         self._open, self._closed, self._last, self._version, self._closed_version = None, [], {}, -1, -1
+        self._typical.clear()
         self._checkpointed, checkpoint = self._journal.load_checkpoint(job.id)
         globals_ = Globals(job.codec, checkpoint)
         for row in self._store.rounds(job.id):
@@ -262,14 +274,14 @@ class Aggregator:
                         f"{self._config.state}: version {self._version} of {job.id} does not follow from the updates",
                         "restore the folder from a backup, or start the run in a new one",
                     )
-                self._open = OpenRound(row.announcement, plan)
+                self._open = self._opened(job, row.announcement, plan)
                 for accepted in self._store.accepted(job.id, self._version):
                     self._open.add(accepted, self._journal.load_update(accepted))
             if row.closed is not None:
                 if self._open is not None:
                     globals_.add(self._open.gain())
                 self._open = None
-                self._closed.append(ClosedRound(row.announcement.stage, row.means))
+                self._remember(ClosedRound(row.announcement.stage, row.means), row.typical)
                 self._closed_version = self._version
                 intake.close_round(self._version)
         if self._open is not None:
@@ -350,12 +362,16 @@ class Aggregator:
             raise
         self._is_new = False
         self._store.add(records, self._journal.size)
-        self._open = OpenRound(announcement, plan)
+        self._open = self._opened(job, announcement, plan)
         log.info(
             "%s: %s, %d of %d rounds, depth %d", job.id, plan.stage, announcement.round, announcement.rounds, plan.depth
         )
         self._leadership.say(self._link, "working", f"announces {plan.stage}")
         self._broadcast.announce(announcement, globals_.payloads, fresh=True)
+
+    def _opened(self, job: Job, announcement: Announcement, plan: NextRound) -> OpenRound:
+        bounds = Bounds(job.rule, self._typical.get(announcement.stage))
+        return OpenRound(announcement, plan, bounds, self._journal.load_update)
 
     # --- collecting ---------------------------------------------------------------------------------------------
 
@@ -521,14 +537,20 @@ class Aggregator:
             done.closing = True
         self._journal.keep_globals(job.id, number, globals_.tensors)
         self._save_model(job, done, globals_)
-        record = Closed(job.id, number, sorted(done.answers), time.time(), done.late, means)
+        record = Closed(job.id, number, sorted(done.answers), time.time(), done.late, means, done.typical)
         self._journal.append(record, sync=False)  # the next record is; until then the round counts as open
         self._store.add([record], self._journal.size)
         self._closed_version = number
-        self._closed.append(ClosedRound(done.announcement.stage, means))
+        self._remember(ClosedRound(done.announcement.stage, means), done.typical)
         self._last = done.answers
         intake.close_round(number)
         self._open = None
+
+    def _remember(self, closed: ClosedRound, typical: Typical | None) -> None:
+        """What the next rounds follow from."""
+        self._closed.append(closed)
+        if typical is not None:
+            self._typical[closed.stage] = typical
 
     def _is_due(self, job: Job) -> bool:
         """Whether what a restart would have to repeat has become much."""

@@ -20,6 +20,7 @@ from fleetune.server.job import Job
 from fleetune.server.journal import Accepted, Journal
 from fleetune.server.registry import Registry
 from fleetune.server.round import OpenRound
+from fleetune.server.rules.base import norm_of
 from fleetune.server.store import Store
 from fleetune.server.strategies.base import Metrics
 from fleetune.server.uploads import Uploads
@@ -60,7 +61,7 @@ class Intake:
         self._journal, self._store, self._registry = journal, store, registry
         self._max_staleness = max_staleness
         self._uploads = Uploads(journal.parts(job.id))
-        self._whole: dict[tuple[str, str], tuple[UpdateManifest, bytes, Tensors]] = {}
+        self._whole: dict[tuple[str, str], tuple[UpdateManifest, bytes, Tensors, float]] = {}
         self._closed: list[int] = []  # versions of the closed rounds that an update may still answer, oldest first
 
     def close_round(self, version: int) -> None:
@@ -90,7 +91,7 @@ class Intake:
                 return  # it is on its way into the journal
             self._staleness(manifest, current)
             if manifest.payload is None:
-                self._whole[device, update] = manifest, b"", {}
+                self._whole[device, update] = manifest, b"", {}, 0.0
             else:
                 self._uploads.begin(manifest)
 
@@ -129,7 +130,7 @@ class Intake:
                 manifest, whole = complete
                 staleness = self._staleness(manifest, current)
                 tensors = self._decode(manifest, whole, current, late=staleness > 0)
-                self._whole[device, update] = manifest, whole, tensors
+                self._whole[device, update] = manifest, whole, tensors, self._norm(tensors, current)
 
     def _decode(self, manifest: UpdateManifest, data: bytes, current: OpenRound, *, late: bool) -> Tensors:
         assert manifest.payload is not None
@@ -146,6 +147,17 @@ class Intake:
                     reason="unexpected-tensor",
                 )
         return tensors
+
+    @staticmethod
+    def _norm(tensors: Tensors, current: OpenRound) -> float:
+        """Norm of an update; one far beyond all others stays out: clipping would bound it, but it is no good."""
+        if (norm := norm_of(tensors)) > current.limit:
+            raise MessageError(
+                f"an update of norm {norm:.3g}, where others' lead to a limit of {current.limit:.3g}",
+                "look at the device: its data, its clock, who owns it; training that diverged wants a lower rate",
+                reason="norm-outlier",
+            )
+        return norm
 
     @contextmanager
     def _refusing(self, device: str, update: str) -> Iterator[None]:
@@ -189,16 +201,18 @@ class Intake:
         if not whole:
             return False
         into, now = current.announcement.version, time.time()
-        records = [Accepted(manifest, now, into, self._staleness(manifest, current)) for manifest, _, _ in whole]
+        records = [
+            Accepted(manifest, now, into, self._staleness(manifest, current), norm) for manifest, _, _, norm in whole
+        ]
         try:
-            accepted = self._journal.accept(zip(records, (data for _, data, _ in whole), strict=True))
+            accepted = self._journal.accept(zip(records, (data for _, data, _, _ in whole), strict=True))
         except OSError as error:
             log.error("%s: %s; updates wait on their devices", self._journal.folder, error.strerror)  # noqa: TRY400
-            for manifest, _, _ in whole:
+            for manifest, _, _, _ in whole:
                 self._refuse(manifest.device, manifest.update, "no-room")
             return True
         self._store.add(accepted, self._journal.size)
-        for record, (manifest, data, tensors) in zip(accepted, whole, strict=True):
+        for record, (manifest, data, tensors, _) in zip(accepted, whole, strict=True):
             current.add(record, tensors)
             log.info(
                 "%s: update of %s, %d bytes%s%s",

@@ -22,6 +22,7 @@ class Job:
         settings: Hyper-parameters that do not change from round to round.
         schedule: When SAL deepens.
         codec: How what is broadcast becomes bytes.
+        rule: How updates become one.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Job:
     settings: Mapping[str, float | int | str | bool]
     schedule: ScheduleSettings = field(default_factory=lambda: ScheduleSettings())
     codec: str = DEFAULT
+    rule: RuleSettings = field(default_factory=lambda: RuleSettings())
 
 
 @dataclass(frozen=True)
@@ -50,3 +52,22 @@ class ScheduleSettings:
     step: int = 1
     window: int = 2
     threshold: float = 0.01
+
+
+@dataclass(frozen=True)
+class RuleSettings:
+    """How the updates of a round become one. What is typical are medians of the round before in the same stage.
+
+    Attributes:
+        name: The rule.
+        malicious: Share of an update's fellows that are assumed to be malicious, for rules that leave some out.
+        clip: Norm to which an update is clipped, in multiples of the typical one.
+        outlier: Norm above which it is refused, likewise.
+        weight: Samples that it counts in a mean at most, in multiples of the typical number.
+    """
+
+    name: str = "mean"
+    malicious: float = 0.2
+    clip: float = 2.0
+    outlier: float = 20.0
+    weight: float = 10.0

@@ -50,6 +50,7 @@ class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
         received: Unix time.
         into: Version of the round that it counts in: its own, or, if it came late, a later one.
         staleness: Rounds that were closed between the two.
+        norm: L2 norm over all values of its tensors; 0 if it has none.
         start: Where its payload begins in the file of the round's payloads.
     """
 
@@ -57,7 +58,20 @@ class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
     received: float
     into: int
     staleness: int = 0
+    norm: float = 0.0
     start: int = 0
+
+
+class Typical(msgspec.Struct, frozen=True):
+    """What was typical of the updates of a round: the bounds of the next one follow from it.
+
+    Attributes:
+        norm: Median of their norms.
+        samples: Median of the samples that their devices claim.
+    """
+
+    norm: float
+    samples: int
 
 
 class Closed(msgspec.Struct, frozen=True, tag="closed"):
@@ -70,6 +84,7 @@ class Closed(msgspec.Struct, frozen=True, tag="closed"):
         late: Answers to earlier rounds that were folded in.
         closed: Unix time.
         means: Mean of every figure over the devices that answered it.
+        typical: What was typical of the updates that it took in; absent if none changed anything.
     """
 
     job: str
@@ -78,6 +93,7 @@ class Closed(msgspec.Struct, frozen=True, tag="closed"):
     closed: float
     late: int = 0
     means: dict[str, float] = {}
+    typical: Typical | None = None
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import fmean
 
-import numpy as np
-from numpy.typing import NDArray
-
+from fleetune.edge.protocol.codec import Tensors
 from fleetune.edge.protocol.messages import Announcement
-from fleetune.server.aggregate import PartialSum
-from fleetune.server.journal import Accepted
+from fleetune.server.journal import Accepted, Typical
+from fleetune.server.rules import RULES
+from fleetune.server.rules.base import Bounds, Load, Rule, Sizes
 from fleetune.server.strategies.base import Metrics, NextRound
-
-
-def staleness_weight(rounds: int) -> float:
-    """What an update counts that answers a round τ rounds ago: (1 + τ)^(−1/2), as in FedBuff (Nguyen et al., 2022)."""
-    return 1 / math.sqrt(1 + rounds)
 
 
 @dataclass
 class OpenRound:
-    """The round that is open. What has come is summed up at once; updates themselves stay on disk.
+    """The round that is open. A rule makes one of what has come; updates themselves stay on disk.
 
     Attributes:
         announcement: As it was announced.
         plan: What the strategy asked for.
+        bounds: How far one update may go.
+        load: Reads an update of the round from the journal.
         answers: Device → its figures, of those that answered this round.
         late: Updates of earlier rounds that it took in.
         deadline: When a quorum is enough, by the monotonic clock.
@@ -36,29 +32,47 @@ class OpenRound:
 
     announcement: Announcement
     plan: NextRound
+    bounds: Bounds
+    load: Load
     answers: dict[str, Metrics] = field(default_factory=dict)
     late: int = 0
     deadline: float = math.inf
     closing: bool = False
-    _sum: PartialSum = field(default_factory=PartialSum)
+    rule: Rule = field(init=False)
+    _sizes: Sizes = field(default_factory=Sizes)
 
-    def add(self, accepted: Accepted, tensors: Mapping[str, NDArray[np.float32]]) -> None:
+    def __post_init__(self) -> None:
+        self.rule = RULES[self.bounds.settings.name](self.bounds, self.load)
+
+    def add(self, accepted: Accepted, tensors: Tensors) -> None:
         """Take an update that is in the journal."""
         manifest = accepted.manifest
         if manifest.version == self.announcement.version:
             self.answers[manifest.device] = manifest.metrics
         else:
             self.late += 1
-        self._sum.add(tensors, manifest.samples, scale=staleness_weight(accepted.staleness))
+        if tensors:
+            self._sizes.add(accepted)
+            self.rule.add(accepted, tensors)
 
     @property
     def updates(self) -> int:
         """Updates so far, answers and late ones."""
         return len(self.answers) + self.late
 
-    def gain(self) -> dict[str, NDArray[np.float32]]:
-        """What the round adds to each global tensor: the weighted mean over those who trained it."""
-        return self._sum.mean()
+    @property
+    def limit(self) -> float:
+        """Norm above which an update is refused."""
+        return self.bounds.limit(self._sizes)
+
+    @property
+    def typical(self) -> Typical | None:
+        """What is typical of the updates so far."""
+        return self._sizes.typical
+
+    def gain(self) -> Tensors:
+        """What the round adds to each global tensor: what the rule makes of those who trained it."""
+        return self.rule.gain()
 
     def means(self) -> dict[str, float]:
         """Mean of every figure over the devices that reported it as a finite number."""

@@ -55,5 +55,6 @@ def _flat(job: Job) -> dict[str, Any]:
     fields = msgspec.to_builtins(job)
     del fields["shapes"]
     rounds = {f"{stage} rounds": number for stage, number in fields.pop("rounds").items()}
+    rule = {"rule" if name == "name" else f"the rule's {name}": v for name, v in fields.pop("rule").items()}
     schedule = {f"SAL's {name}": value for name, value in fields.pop("schedule").items()}
-    return {**rounds, **fields.pop("settings"), **schedule, **fields}
+    return {**rounds, **fields.pop("settings"), **schedule, **rule, **fields}

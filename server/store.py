@@ -17,7 +17,7 @@ import msgspec
 
 from fleetune.edge.protocol.errors import FileAccessError
 from fleetune.edge.protocol.messages import Announcement, Presence
-from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal, Record, read_records
+from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal, Record, Typical, read_records
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ CREATE TABLE IF NOT EXISTS updates (
 CREATE INDEX IF NOT EXISTS updates_of_a_round ON updates (job, into_version);
 CREATE TABLE IF NOT EXISTS rounds (
     job TEXT, version INTEGER, announcement BLOB NOT NULL, closed REAL, answers INTEGER NOT NULL DEFAULT 0,
-    late INTEGER NOT NULL DEFAULT 0, means BLOB, PRIMARY KEY (job, version)
+    late INTEGER NOT NULL DEFAULT 0, means BLOB, typical BLOB, PRIMARY KEY (job, version)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS finished (job TEXT PRIMARY KEY) WITHOUT ROWID;
 """
@@ -84,6 +84,7 @@ class RoundRow:
         answers: Devices that answered it in time.
         late: Updates of earlier rounds that it took in.
         means: Mean of every figure over its answers.
+        typical: What was typical of its updates.
     """
 
     announcement: Announcement
@@ -91,6 +92,7 @@ class RoundRow:
     answers: int
     late: int
     means: dict[str, float]
+    typical: Typical | None = None
 
 
 class Store:
@@ -114,6 +116,7 @@ class Store:
         for line in ("journal_mode = WAL", "synchronous = NORMAL"):
             self._database.execute(f"PRAGMA {line}")
         self._database.executescript(_SCHEMA)
+        self._database.execute("SELECT typical FROM rounds LIMIT 0")  # an older one lacks it, and is made anew
         if self._database.execute("SELECT COUNT(*) FROM journal").fetchone()[0] == 0:
             self._database.execute("INSERT INTO journal VALUES (0)")
 
@@ -179,10 +182,11 @@ class Store:
                 (done.rowcount * (1 - late), done.rowcount * late, manifest.device),
             )
         elif isinstance(record, Closed):
-            means = msgspec.json.encode(record.means)
+            means, typical = msgspec.json.encode(record.means), msgspec.json.encode(record.typical)
             execute(
-                "UPDATE rounds SET closed = ?, answers = ?, late = ?, means = ? WHERE job = ? AND version = ?",
-                (record.closed, len(record.devices), record.late, means, record.job, record.version),
+                "UPDATE rounds SET closed = ?, answers = ?, late = ?, means = ?, typical = ? "
+                "WHERE job = ? AND version = ?",
+                (record.closed, len(record.devices), record.late, means, typical, record.job, record.version),
             )
         elif isinstance(record, Finished):
             execute("INSERT OR IGNORE INTO finished VALUES (?)", (record.job,))
@@ -212,7 +216,7 @@ class Store:
 
     def rounds(self, job: str) -> list[RoundRow]:
         """The rounds of a job, oldest first."""
-        query = "SELECT announcement, closed, answers, late, means FROM rounds WHERE job = ? ORDER BY version"
+        query = "SELECT announcement, closed, answers, late, means, typical FROM rounds WHERE job = ? ORDER BY version"
         return [
             RoundRow(
                 msgspec.json.decode(announcement, type=Announcement),
@@ -220,8 +224,9 @@ class Store:
                 answers,
                 late,
                 msgspec.json.decode(means, type=dict[str, float]) if means else {},
+                msgspec.json.decode(typical, type=Typical | None) if typical else None,
             )
-            for announcement, closed, answers, late, means in self._database.execute(query, (job,))
+            for announcement, closed, answers, late, means, typical in self._database.execute(query, (job,))
         ]
 
     def is_finished(self, job: str) -> bool:

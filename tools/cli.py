@@ -44,7 +44,8 @@ examples:
   fleetune doctor                                 what is wrong with this device
   fleetune profile --pack packs/minilm --out cam.yaml
                                                   what training costs here
-  fleetune fleet --help                           who belongs to a fleet: certificates, tokens, revocations
+  fleetune fleet init --fleet fleet.yaml --host broker
+                                                  an authority, which says who belongs to the fleet
   fleetune serve --fleet fleet.yaml --pack packs/minilm --classes 2 --state aggregator
   fleetune agent --fleet fleet.yaml --id nano-1 --pack packs/minilm --data samples.jsonl --state /var/lib/fleetune
 

@@ -14,7 +14,9 @@ from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.codec import DEFAULT
 from fleetune.edge.protocol.errors import ConfigError
 from fleetune.server.aggregator import Model
-from fleetune.server.job import Job, ScheduleSettings
+from fleetune.server.job import Job, RuleSettings, ScheduleSettings
+from fleetune.server.rules import RULES
+from fleetune.server.rules.base import assumed
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -37,6 +39,40 @@ def check_options(args: argparse.Namespace) -> None:
     ):
         if not fits:
             raise ConfigError(f"{option}: {value} is out of range", "use a finite number, above zero for a rate")
+    rule_of(args)
+
+
+def rule_of(args: argparse.Namespace) -> RuleSettings:
+    """The rule that ``--rule`` and ``--assume-malicious`` ask for.
+
+    Raises:
+        ConfigError: There is none of that name, or the share is out of range.
+    """
+    if args.rule not in RULES:
+        raise ConfigError(f"--rule: {args.rule} is unknown", f"choose from {', '.join(RULES)}")
+    if not 0 <= args.assume_malicious < 0.5:
+        raise ConfigError(
+            f"--assume-malicious: {args.assume_malicious} is out of range",
+            "use 0 or more and less than 0.5: no rule tells a majority that lies from one that does not",
+        )
+    return RuleSettings(args.rule, args.assume_malicious)
+
+
+def check_rule(rule: RuleSettings, *, updates: int) -> None:
+    """See that a rule can do what is asked of it in rounds of so many updates.
+
+    Raises:
+        ConfigError: They are too few.
+    """
+    if rule.name not in ("trimmed-mean", "multi-krum"):
+        return
+    asked, most = assumed(rule.malicious, updates, updates), RULES[rule.name].tolerates(updates)
+    if asked > most:
+        raise ConfigError(
+            f"--rule {rule.name}: --assume-malicious {rule.malicious:g} of the {updates} updates that close a round "
+            f"are {asked}, and of those it withstands {most}",
+            "assume fewer, have more devices in a round, or use --rule median, which withstands just under half",
+        )
 
 
 def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int, codec: str = DEFAULT) -> tuple[Job, ...]:
@@ -89,6 +125,7 @@ def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int, co
             settings=common | gate if method == "fedms" else common,
             schedule=schedule,
             codec=codec,
+            rule=rule_of(args),
         )
         for method in dict.fromkeys(args.jobs or ["fedms"])
     )

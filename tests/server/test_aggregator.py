@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,9 @@ from fleetune.edge.protocol.topics import Topics
 from fleetune.server import aggregator as module
 from fleetune.server.aggregator import Aggregator, AggregatorConfig
 from fleetune.server.broker import embedded_broker, free_port
-from fleetune.server.job import Job
+from fleetune.server.job import Job, RuleSettings
 from fleetune.server.journal import FILE, Accepted, Closed, Journal, read_records
+from fleetune.server.rules import RULES
 from support.smalldisk import fill, small_disk
 
 TOPICS = Topics("lab")
@@ -47,12 +50,19 @@ Tensors = Mapping[str, NDArray[np.float32]]
 
 
 class Fleet:
-    """An aggregator that runs, and the devices ``a`` and ``b``."""
+    """An aggregator that runs, and its devices, ``a`` and ``b`` if nothing else is said."""
 
     def __init__(
-        self, broker: BrokerAddress, state: Path, max_staleness: int = 8, here: str = "ab", **settings: Any
+        self,
+        broker: BrokerAddress,
+        state: Path,
+        max_staleness: int = 8,
+        here: str | None = None,
+        job: Job = JOB,
+        devices: str = "ab",
+        **settings: Any,
     ) -> None:
-        self.state = state
+        self.state, self.devices = state, devices
         self.announced: list[Announcement] = []
         self.details: list[str] = []
         self.answers: list[tuple[str, Ack]] = []
@@ -60,11 +70,11 @@ class Fleet:
         topics = TOPICS.current("+"), TOPICS.aggregator_presence, TOPICS.down("+", "+")
         self.link = Link(broker, "devices", subscriptions=topics)
         self.link.connect()
-        for device in here:
+        for device in devices if here is None else here:
             self.say(device, "online")
         config = AggregatorConfig(
-            *("lab", broker, state, (JOB,)),
-            devices=frozenset("ab"),
+            *("lab", broker, state, (job,)),
+            devices=frozenset(devices),
             max_staleness=max_staleness,
             keep_history=True,
             **{"away_s": 0.1, **settings},
@@ -85,13 +95,14 @@ class Fleet:
     def say(self, device: str, state: PresenceState) -> None:
         self.link.publish(TOPICS.presence(device), seal(Presence(device, state, boot=1, kit="1")), retain=True)
 
-    def update(self, device: str, version: int, tensors: Tensors, chunk_size: int = 65536) -> Update:
+    def update(self, device: str, version: int, tensors: Tensors, chunk_size: int = 65536, samples: int = 3) -> Update:
         data = Codec.named("f16").encode(tensors) if tensors else b""
         run = self.announced[0].run
         manifest = UpdateManifest(
             fleet="lab", device=device, update=f"{run}-fedms-{version}", run=run, job="fedms", version=version,
             issued=0.0,
-            backbone="b", samples=3, metrics={}, payload=chunks.describe(data, "f16", chunk_size) if data else None,
+            backbone="b", samples=samples, metrics={},
+            payload=chunks.describe(data, "f16", chunk_size) if data else None,
         )  # fmt: skip
         return Update(self, manifest, data)
 
@@ -149,7 +160,7 @@ class Fleet:
 
     def close(self) -> None:
         if not self._running.done():
-            for device in "ab":
+            for device in self.devices:
                 self.say(device, "failed")  # so that it ends, whatever it waits for
         self._running.exception(timeout=20)
         self.link.close()
@@ -340,3 +351,62 @@ def test_what_an_abandoned_run_left_does_not_double_the_first_announcement(
     heard = time.monotonic() + 0.5
     fleet.wait(lambda: time.monotonic() > heard)
     assert [announced.version for announced in fleet.announced if announced.run != "old"] == [0]
+
+
+# --- rules ------------------------------------------------------------------------------------------------------
+
+
+def answers(version: int) -> dict[str, tuple[dict[str, NDArray[np.float32]], int]]:
+    """Device → what it sends in a round and the samples that it claims; one of the five lies about both."""
+    rng = np.random.default_rng(version)
+    sent = {
+        device: ({"head.bias": rng.normal(size=2).astype(np.float32)}, 10 + place)
+        for place, device in enumerate("abcde")
+    }
+    sent["a"][0]["head.weight"] = rng.normal(size=(128, 128)).astype(np.float32) / 64  # it trains more than others
+    sent["b"] = ({"head.bias": np.array([9, -9], np.float32)}, 10**9)
+    return sent
+
+
+def rounds_with_globals(state: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (state / "fedms" / "globals").iterdir()}
+
+
+@pytest.mark.parametrize("name", sorted(RULES.keys() - {"median"}))  # which differs from trimmed-mean in one line
+def test_a_rule_comes_to_the_same_bytes_wherever_the_aggregator_is_killed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a kill leaves is what is on disk: copies of that are led to their end."""
+    monkeypatch.setattr(module, "_CHECKPOINT_ROUNDS", 1)
+    job = replace(JOB, rule=RuleSettings(name))
+    left = dict[tuple[int, int], Path]()
+
+    def lead(state: Path, version: int, done: int, *, copies: bool) -> None:
+        with embedded_broker(free_port()) as broker:
+            fleet = Fleet(broker, state, job=job, devices="abcde")
+            fleet.await_round(version)
+            while version < 4:
+                waiting = list(answers(version).items())[done:]
+                for device, (tensors, samples) in waiting:
+                    trains = version in (1, 2)
+                    sent = fleet.update(device, version, tensors if trains else {}, samples=samples).send()
+                    assert fleet.await_answer(sent).accepted
+                    if copies and (version, device) in ((1, "d"), (2, "a")):
+                        folder = tmp_path / f"left-{version}-{device}"
+                        left[version, "abcde".index(device) + 1] = Path(shutil.copytree(state, folder))
+                version, done = version + 1, 0
+                if version < 4:
+                    fleet.await_round(version)
+            fleet.end()
+            fleet.close()
+
+    lead(tmp_path / "whole", 0, 0, copies=True)
+    expected = rounds_with_globals(tmp_path / "whole")
+    assert expected["1.safetensors"] != expected["2.safetensors"]
+    assert len(left) == 2
+    for (version, done), folder in left.items():
+        for file in (folder / "fedms" / "updates").iterdir():
+            if int(file.stem) < version:  # a checkpoint is all that is left of them
+                file.unlink()
+        lead(folder, version, done, copies=False)
+        assert rounds_with_globals(folder) == expected, f"killed in round {version}, after {done} updates"

@@ -32,9 +32,10 @@ from fleetune.edge.protocol.topics import Topics
 from fleetune.server.broker import embedded_broker, free_port
 from fleetune.server.intake import Intake
 from fleetune.server.job import Job
-from fleetune.server.journal import Accepted, Announced, Journal, Record, read_records
+from fleetune.server.journal import Accepted, Announced, Journal, Record, Typical, read_records
 from fleetune.server.registry import Registry
 from fleetune.server.round import OpenRound
+from fleetune.server.rules.base import Bounds, norm_of
 from fleetune.server.store import Store
 from fleetune.server.strategies.base import NextRound
 from support.smalldisk import fill, small_disk
@@ -63,6 +64,7 @@ class Bench:
             link.connect()
             list(link.events(0.5))
         self.heard: list[tuple[str, Ack | Missing]] = []
+        self.typical: Typical | None = None
         self.current = self.announce(0)
         self.intake = self.new_intake()
 
@@ -76,7 +78,9 @@ class Bench:
             fleet="lab", run="r", job="fedms", version=version, method="fedms", stage=stage, round=1, rounds=6,
             backbone="b", quantisation="nf4", settings={}, issued=0.0, expires=0.0,
         )  # fmt: skip
-        self.current = OpenRound(announcement, NextRound(stage, 2, trained=trained))
+        self.current = OpenRound(
+            announcement, NextRound(stage, 2, trained=trained), Bounds(JOB.rule, self.typical), self.journal.load_update
+        )
         return self.current
 
     def close_round(self, **following: Any) -> None:
@@ -348,6 +352,48 @@ def test_altered_bytes_are_refused_and_the_same_update_may_come_again(bench: Ben
 def test_a_chunk_that_nobody_announced_is_nothing(bench: Bench) -> None:
     bench.intake.chunk("a", "r-fedms-0", 0, b"x", bench.current)
     assert bench.listen(0.1) == []
+
+
+# --- how much an update may be ----------------------------------------------------------------------------------
+
+
+def much(times: float) -> dict[str, Any]:
+    return {"head.bias": times * SMALL["head.bias"]}
+
+
+def test_an_update_far_beyond_the_round_before_is_refused_and_its_device_told(bench: Bench) -> None:
+    limit = JOB.rule.outlier
+    bench.typical = Typical(norm_of(SMALL), samples=3)
+    bench.announce(0)
+    manifest, data = update(much(1.1 * limit))
+    bench.begin(manifest)
+    assert bench.refused(bench.feed, manifest, data) == "norm-outlier"
+    assert not bench.intake.commit(bench.current)
+    (row,) = bench.store.devices()
+    assert (row.refused, row.reason) == (1, "norm-outlier")
+    manifest, data = update(much(0.9 * limit))
+    bench.send(manifest, data)
+    bench.intake.commit(bench.current)
+    assert bench.listen() == [("a", Ack("r-fedms-0", accepted=True))]
+    np.testing.assert_allclose(bench.current.gain()["head.bias"], JOB.rule.clip * SMALL["head.bias"], rtol=1e-3)
+
+
+def test_before_anything_is_typical_an_update_of_any_size_is_accepted(bench: Bench) -> None:
+    manifest, data = update(much(1e4))
+    bench.send(manifest, data)
+    bench.intake.commit(bench.current)
+    assert bench.listen() == [("a", Ack("r-fedms-0", accepted=True))]
+
+
+def test_the_norm_of_an_update_is_on_record(bench: Bench) -> None:
+    manifest, data = update({**LARGE, **SMALL})
+    bench.send(manifest, data)
+    bench.send(update(device="b")[0])
+    bench.intake.commit(bench.current)
+    first, second = (record for record in bench.records() if isinstance(record, Accepted))
+    assert first.norm == pytest.approx(np.sqrt(np.square(LARGE["head.weight"]).sum() + 0.5))
+    assert second.norm == 0
+    assert bench.current.typical == Typical(first.norm, samples=3)
 
 
 # --- what comes late --------------------------------------------------------------------------------------------

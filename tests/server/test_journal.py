@@ -19,7 +19,18 @@ from fleetune.edge.protocol.codec import Codec
 from fleetune.edge.protocol.errors import RunFolderError
 from fleetune.edge.protocol.messages import Announcement, UpdateManifest
 from fleetune.server.job import Job
-from fleetune.server.journal import FILE, Accepted, Announced, Closed, Finished, Journal, Record, Started, read_records
+from fleetune.server.journal import (
+    FILE,
+    Accepted,
+    Announced,
+    Closed,
+    Finished,
+    Journal,
+    Record,
+    Started,
+    Typical,
+    read_records,
+)
 
 ANNOUNCEMENT = Announcement(
     fleet="lab", run="r", job="fedms", version=1, method="fedms", stage="global", round=1, rounds=5, backbone="b",
@@ -36,7 +47,8 @@ JOB = Job(
 )  # fmt: skip
 RECORDS: list[Record] = [
     Started("r", "lab", (JOB,)), Announced(ANNOUNCEMENT),
-    Accepted(UPDATE, 12.5, into=1), Closed("fedms", 1, ["nano-1"], 13.5, 2, {"loss": 0.5}), Finished("fedms"),
+    Accepted(UPDATE, 12.5, into=1, norm=0.1),
+    Closed("fedms", 1, ["nano-1"], 13.5, 2, {"loss": 0.5}, Typical(0.1, 9)), Finished("fedms"),
 ]  # fmt: skip
 
 

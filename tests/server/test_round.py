@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from fleetune.edge.protocol.messages import Announcement, UpdateManifest
-from fleetune.server.journal import Accepted
-from fleetune.server.round import OpenRound, staleness_weight
+from fleetune.server.job import RuleSettings
+from fleetune.server.journal import Accepted, Typical
+from fleetune.server.round import OpenRound
+from fleetune.server.rules.base import Bounds, norm_of, staleness_weight
 from fleetune.server.strategies.base import NextRound
 
 ANNOUNCEMENT = Announcement(
@@ -20,18 +22,35 @@ ANNOUNCEMENT = Announcement(
 )  # fmt: skip
 
 
+SETTINGS = RuleSettings()
+
+
+FAR = Typical(norm=1e9, samples=10**9)
+
+
+def opened(typical: Typical | None = FAR) -> OpenRound:
+    """A round whose bounds are far away, unless it is told otherwise."""
+
+    def nothing_to_load(_accepted: Accepted) -> dict[str, Any]:
+        raise AssertionError("the sum is a stream")
+
+    return OpenRound(ANNOUNCEMENT, NextRound("global", 2), Bounds(SETTINGS, typical), nothing_to_load)
+
+
 @pytest.fixture
 def current() -> OpenRound:
-    return OpenRound(ANNOUNCEMENT, NextRound("global", 2))
+    return opened()
 
 
-def accepted(device: str, samples: int = 1, version: int = 5, staleness: int = 0, **metrics: Any) -> Accepted:
+def accepted(
+    device: str, samples: int = 1, version: int = 5, staleness: int = 0, norm: float = 1.0, **metrics: Any
+) -> Accepted:
     manifest = UpdateManifest(
         fleet="lab", device=device, update=f"u-{version}", run="r", job="fedms", version=version, issued=0.0,
         backbone="b",
         samples=samples, metrics=metrics,
     )  # fmt: skip
-    return Accepted(manifest, 1e9, into=5, staleness=staleness)
+    return Accepted(manifest, 1e9, into=5, staleness=staleness, norm=norm)
 
 
 def tensors(**values: float) -> dict[str, Any]:
@@ -59,7 +78,7 @@ def test_a_tensor_is_averaged_over_those_who_trained_it(current: OpenRound) -> N
 def test_a_late_update_counts_less_the_more_rounds_it_missed() -> None:
     found = []
     for staleness in (0, 1, 3, 8):
-        current = OpenRound(ANNOUNCEMENT, NextRound("global", 2))
+        current = opened()
         current.add(accepted("a", version=5 - staleness, staleness=staleness), tensors(x=6))
         found.append(gain(current)["x"])
     assert found == pytest.approx([6, 6 / math.sqrt(2), 3, 2])
@@ -80,7 +99,7 @@ def test_the_order_of_the_devices_does_not_show() -> None:
     ]
     found = []
     for order in (updates, updates[::-1]):
-        current = OpenRound(ANNOUNCEMENT, NextRound("global", 2))
+        current = opened()
         for record, some in order:
             current.add(record, some)
         found.append(current.gain()["x"])
@@ -108,4 +127,39 @@ def test_figures_that_are_no_finite_numbers_do_not_count(current: OpenRound) -> 
     for device, value in (("a", 0.5), ("b", "high"), ("c", math.nan), ("d", math.inf), ("e", True)):
         current.add(accepted(device, val=value), {})
     assert current.means() == {"val": 0.5}
-    assert OpenRound(ANNOUNCEMENT, NextRound("global", 2)).means() == {}
+    assert opened().means() == {}
+
+
+def test_a_round_says_what_was_typical_of_it(current: OpenRound) -> None:
+    assert current.typical is None
+    current.add(accepted("a"), {})  # it only reports
+    assert current.typical is None
+    for device, samples, norm in (("b", 30, 4.0), ("c", 10, 1.0), ("d", 20, 0.0)):  # nothing was learned on d
+        current.add(accepted(device, samples, norm=norm), tensors(x=norm))
+    assert current.typical == Typical(norm=1.0, samples=10)  # the lower of two in the middle
+    current.add(accepted("e", 20, version=4, staleness=1, norm=2.0), tensors(x=2))
+    assert current.typical == Typical(norm=2.0, samples=20)
+
+
+def test_above_a_multiple_of_what_is_typical_an_update_is_refused() -> None:
+    assert opened(None).limit == math.inf
+    current = opened(Typical(norm=3.0, samples=1))
+    assert current.limit == 3 * SETTINGS.outlier
+    for device, norm in (("a", 5.0), ("b", 0.1)):
+        current.add(accepted(device, norm=norm), tensors(x=norm))
+    assert current.limit == 3 * SETTINGS.outlier
+    current.add(accepted("c", norm=6.0), tensors(x=6))
+    assert current.limit == 5 * SETTINGS.outlier
+
+
+def test_in_the_first_round_those_who_come_first_refuse_nobody() -> None:
+    current = opened(None)
+    for device in "abc":
+        current.add(accepted(device, norm=1e-9), tensors(x=1e-9))
+    assert current.limit == math.inf
+
+
+def test_the_norm_of_an_update_is_over_all_its_tensors() -> None:
+    assert norm_of({}) == 0
+    assert norm_of({"a": np.array([3, 0], np.float32), "b": np.array([[-4]], np.float32)}) == 5
+    assert norm_of({"a": np.full(4, 3e38, np.float32)}) == pytest.approx(6e38)

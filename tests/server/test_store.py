@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from fleetune.edge.protocol.messages import Announcement, Presence, UpdateManifest
-from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal, Record
+from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal, Record, Typical
 from fleetune.server.store import FILE, DeviceRow, RoundRow, Store, open_store
 
 ANNOUNCEMENT = Announcement(
@@ -81,9 +81,11 @@ class TestEveryStore:
         first, second = store.rounds("fedms")
         assert first == RoundRow(announced(0).announcement, 13.5, 2, 0, {"loss": 0.5})
         assert (second.closed, second.answers, second.means) == (None, 0, {})
-        store.add([Closed("fedms", 1, ["a"], 15.5, late=1)], 2)
+        assert (first.typical, second.typical) == (None, None)
+        store.add([Closed("fedms", 1, ["a"], 15.5, late=1, typical=Typical(0.1, 9))], 2)
         second = store.rounds("fedms")[1]
         assert (second.closed, second.answers, second.late, second.means) == (15.5, 1, 1, {})
+        assert second.typical == Typical(0.1, 9)
 
     def test_updates_come_back_whole_in_the_order_in_which_they_were_accepted(self, store: Store) -> None:
         shuffled = [accepted("a", 0, start=20), accepted("b", 0, start=9), accepted("c", 0, start=100)]
@@ -216,7 +218,17 @@ def age(path: Path) -> None:
     database.close()
 
 
-@pytest.mark.parametrize("damage", [lose, empty, garble, shorten, age])
+def age_a_little(path: Path) -> None:
+    """Of a version that did not know what is typical of a round."""
+    import sqlite3
+
+    database = sqlite3.connect(path)
+    database.execute("ALTER TABLE rounds RENAME COLUMN typical TO something_else")
+    database.commit()
+    database.close()
+
+
+@pytest.mark.parametrize("damage", [lose, empty, garble, shorten, age, age_a_little])
 def test_a_file_that_is_lost_or_damaged_is_made_anew_from_the_journal(
     damage: Callable[[Path], None], journal: Journal
 ) -> None:

@@ -14,9 +14,10 @@ from fleetune.edge.methods.fedms.method import FedMSSettings
 from fleetune.edge.pack.manifest import Backbone, Manifest, Quantisation
 from fleetune.edge.protocol.errors import ConfigError, MessageError
 from fleetune.edge.resources.guard import Guard
+from fleetune.server.job import RuleSettings
 from fleetune.server.strategies import STRATEGIES
 from fleetune.tools.commands.serve import add_job_options
-from fleetune.tools.jobs import build_jobs
+from fleetune.tools.jobs import build_jobs, check_rule
 
 MANIFEST = Manifest(
     schema=1,
@@ -140,3 +141,33 @@ def test_a_device_refuses_settings_that_it_cannot_train_with(name: str, value: f
     announced = Round("prepare", 0, {**job.settings, "depth": 1, name: value}, {}, Guard())
     with pytest.raises(MessageError, match=name):
         read_settings(announced, Settings)
+
+
+def test_the_rule_is_the_jobs() -> None:
+    assert jobs()[0].rule == RuleSettings("mean")
+    (job,) = jobs("--rule", "multi-krum", "--assume-malicious", "0.3")
+    assert job.rule == RuleSettings("multi-krum", malicious=0.3)
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    (["--rule", "krumm"], r"--rule: krumm is unknown"),
+    (["--assume-malicious", "0.5"], r"--assume-malicious: 0.5 is out of range"),
+    (["--assume-malicious", "-0.1"], r"--assume-malicious: -0.1 is out of range"),
+    (["--assume-malicious", "nan"], r"--assume-malicious: nan is out of range"),
+])  # fmt: skip
+def test_a_rule_that_cannot_be_is_named(options: list[str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        jobs(*options)
+
+
+def test_a_rule_wants_enough_updates_in_a_round() -> None:
+    check_rule(RuleSettings("multi-krum", 0.2), updates=5)
+    check_rule(RuleSettings("trimmed-mean", 0.2), updates=3)
+    check_rule(RuleSettings("mean", 0.2), updates=1)
+    check_rule(RuleSettings("median"), updates=1)
+    with pytest.raises(
+        ConfigError, match=r"0.2 of the 4 updates that close a round are 1, and of those it withstands 0"
+    ):
+        check_rule(RuleSettings("multi-krum", 0.2), updates=4)
+    with pytest.raises(ConfigError, match="of the 2 updates"):
+        check_rule(RuleSettings("trimmed-mean", 0.2), updates=2)

@@ -30,11 +30,13 @@ from fleetune.edge.resources.limits import Budget
 from fleetune.edge.resources.process import machine_memory_mib
 from fleetune.server.globals import Globals
 from fleetune.server.job import Job
-from fleetune.server.journal import Accepted
+from fleetune.server.journal import Accepted, Typical
 from fleetune.server.round import OpenRound
+from fleetune.server.rules.base import norm_of
 from fleetune.server.strategies import STRATEGIES
 from fleetune.server.strategies.base import ClosedRound, trains
 from fleetune.tools.bench.figures import Document, Figure, Target, figure
+from fleetune.tools.bench.held import HeldRound
 from fleetune.tools.commands.serve import add_job_options
 from fleetune.tools.demo.task import Task
 from fleetune.tools.jobs import build_jobs
@@ -178,6 +180,7 @@ class _Fleet:
     def run(self) -> _Result:
         strategy = STRATEGIES["fedms"](self._job)
         globals_, closed, told = Globals(self._job.codec), list[ClosedRound](), Tensors()
+        typical = dict[str, Typical]()
         while (plan := strategy.next(closed)) is not None:
             _, changes = globals_.tell(plan.broadcast)
             if changes is not None:
@@ -200,12 +203,14 @@ class _Fleet:
                 expires=0.0,
                 changes=changes,
             )
-            opened = OpenRound(announced, plan)
+            opened = HeldRound(announced, plan, self._job.rule, typical.get(plan.stage))
             self._count("down", beside=len(seal(announced)))
             for device in self._workers:
                 self._answer(device, announced, told, opened)
             globals_.add(opened.gain())
             closed.append(ClosedRound(plan.stage, opened.means()))
+            if opened.typical is not None:
+                typical[plan.stage] = opened.typical
         for worker in self._workers.values():
             worker.close()
         for state in self._states.values():
@@ -242,7 +247,8 @@ class _Fleet:
         if data:
             self._count("up", data)
         self._count("up", beside=len(seal(manifest)))
-        opened.add(Accepted(manifest, 0.0, announced.version), codec.decode(data) if data else {})
+        arrived = codec.decode(data) if data else {}
+        opened.add(Accepted(manifest, 0.0, announced.version, norm=norm_of(arrived)), arrived)
 
     def _count(self, way: str, data: bytes = b"", *, beside: int = 0) -> None:
         """Count bytes, as they are and compressed: that changes no value, so one run shows both."""

@@ -100,6 +100,26 @@ def figure(
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Figures side by side, where one a line would be too many.
+
+    Attributes:
+        title: What they are.
+        head: Heading of each column.
+        rows: Cells.
+    """
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def as_markdown(self) -> str:
+        """The grid as a table in Markdown."""
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        return "\n".join([f"{self.title}:", "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+@dataclass(frozen=True)
 class Document:
     """The result of one benchmark.
 
@@ -108,12 +128,14 @@ class Document:
         figures: What was measured.
         peers: Versions of the peers' packages.
         notes: What a reader must know, such as a peer that did not run.
+        grids: The same figures for people; printed in their place where there are some.
     """
 
     bench: str
     figures: tuple[Figure, ...]
     peers: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    grids: tuple[Grid, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The document as JSON."""

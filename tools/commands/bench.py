@@ -23,7 +23,8 @@ def register(subparsers: Any) -> None:
             "torch; `plan` holds predicted memory and time against measured ones, and trains under hard limits.\n"
             "`round` is a round in which nobody trains, beside Flower; `fleet` hundreds of agents and thousands of\n"
             "updates on one aggregator; `bytes` what each codec puts on the link, and at which accuracy; `chaos`\n"
-            "kills, cuts off, fills up and garbles small fleets, and looks at what is left on disk (as root).\n"
+            "kills, cuts off, fills up and garbles small fleets, and looks at what is left on disk (as root);\n"
+            "`attacks` has malicious devices lie to every rule, and says what each costs where nobody lies.\n"
             "Peers are installed into an environment of their own in the cache (1.3 GB), never into Fleetune's.\n"
             "Needs the `all` extra."
         ),
@@ -35,15 +36,16 @@ def register(subparsers: Any) -> None:
             "  fleetune bench round --peers streams          Flower's quick interface alone\n"
             "  fleetune bench bytes --json bytes.json        half an hour\n"
             "  sudo fleetune bench chaos --quick             a dozen runs; all 300 take 40 minutes\n"
+            "  fleetune bench attacks --json attacks.json    an hour and a half; leaves a picture too\n"
             "  fleetune bench step --quick --peers none      Fleetune alone, nothing to install\n"
         ),
     )
     parser.add_argument(
         "name",
         metavar="NAME",
-        choices=("step", "infer", "plan", "round", "fleet", "bytes", "chaos"),
+        choices=("step", "infer", "plan", "round", "fleet", "bytes", "chaos", "attacks"),
         help="step: a training step; infer: an answer; plan: predictions, and rounds under hard limits; round, fleet, "
-        "bytes: what travels; chaos: faults",
+        "bytes: what travels; chaos: faults; attacks: devices that lie",
     )
     parser.add_argument("--quick", action="store_true", help="fewer models, samples and repeats: under two minutes")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to this file")
@@ -71,8 +73,8 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.edge.protocol.files import FolderLock, write_atomic
     from fleetune.tools.assets import cache_root
+    from fleetune.tools.bench import attacks, chaos, fleet, infer, plan, rounds, step
     from fleetune.tools.bench import bytes as bytes_
-    from fleetune.tools.bench import chaos, fleet, infer, plan, rounds, step
     from fleetune.tools.terminal import open_console, show_steps
 
     run, known = {
@@ -83,6 +85,7 @@ def _run(args: argparse.Namespace) -> None:
         "fleet": (fleet.bench_fleet, fleet.PEERS),
         "bytes": (bytes_.bench_bytes, bytes_.PEERS),
         "chaos": (chaos.bench_chaos, chaos.PEERS),
+        "attacks": (attacks.bench_attacks, attacks.PEERS),
     }[args.name]
     peers = list(known) if args.peers is None else [] if args.peers == "none" else args.peers.split(",")
     if unknown := [peer for peer in peers if peer not in known]:
@@ -108,7 +111,11 @@ def _run(args: argparse.Namespace) -> None:
             item.target or "",
             {None: "", True: "met", False: "missed"}[item.met],
         )
-    open_console(stderr=False).print(table)
+    tables = [Table(*grid.head, title=grid.title, title_justify="left") for grid in document.grids]
+    for shown, grid in zip(tables, document.grids, strict=True):
+        for row in grid.rows:
+            shown.add_row(*row)
+    open_console(stderr=False).print(*(tables or [table]), sep="\n")
     for note in document.notes:
         console.print(f"note: {note}")
     if args.json is not None:

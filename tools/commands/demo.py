@@ -55,6 +55,9 @@ def register(subparsers: Any) -> None:
     parser.set_defaults(run=_run)
 
 
+_DEVICES = 4
+"""In the demo's fleet."""
+
 _OWN = {"run", "command", "out", "json", "broker"}
 _TRAINED = (
     "global_rounds",
@@ -73,6 +76,8 @@ _TRAINED = (
     "gate_learning_rate",
     "gate_split",
     "mix",
+    "rule",
+    "assume_malicious",
     "seed",
 )
 
@@ -83,13 +88,14 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.address import BrokerAddress
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.tools.assets import fetch
-    from fleetune.tools.jobs import check_options
+    from fleetune.tools.jobs import check_options, check_rule, rule_of
     from fleetune.tools.require import require_server_extra
 
     require_server_extra()
     if args.samples < 16:
         raise ConfigError(f"--samples: {args.samples} is out of range", "use 16 or more")
     check_options(args)
+    check_rule(rule_of(args), updates=_DEVICES)
     jobs = args.jobs or ["frozen-head", "standalone", "fedms"]
     if "fedms" not in jobs:
         raise ConfigError(f"--job: {', '.join(jobs)} without fedms", "add --job fedms: the report is about it")

@@ -37,6 +37,8 @@ def register(subparsers: Any) -> None:
             "                 --job standalone --job fedms --global-rounds 10 --personal-rounds 5\n"
             "  fleetune serve --fleet fleet.yaml --pack packs/minilm --classes 2 --state aggregator \\\n"
             "                 --quorum 8 --deadline 900      after 15 minutes, 8 updates close a round\n"
+            "  fleetune serve --fleet fleet.yaml --pack packs/minilm --classes 2 --state aggregator \\\n"
+            "                 --rule trimmed-mean --assume-malicious 0.3      devices may lie\n"
         ),
     )
     add_fleet(parser)
@@ -145,6 +147,23 @@ def add_job_options(parser: argparse.ArgumentParser, *, jobs: str = "fedms", max
     group.add_argument(
         "--mix", choices=("logits", "features"), default="logits", help="where experts are mixed (default: %(default)s)"
     )
+    group.add_argument(
+        "--rule",
+        default="mean",  # server.job.RuleSettings, without NumPy
+        metavar="NAME",
+        help="how the updates of a round become one: mean clips each and weighs it by its samples, and bounds what one "
+        "device does; median and trimmed-mean outvote up to half of the devices, multi-krum leaves out those that are "
+        "unlike the others; these three count no samples and learn less from devices whose data differ "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--assume-malicious",
+        type=float,
+        default=0.2,
+        metavar="X",
+        help="share of the devices that trimmed-mean and multi-krum are to withstand, below 0.5; more costs accuracy "
+        "where nobody attacks (default: %(default)s)",
+    )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
 
 
@@ -154,7 +173,7 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.profiles.fleet import read_fleet
     from fleetune.server.aggregator import Aggregator, AggregatorConfig
     from fleetune.server.leadership import OWN
-    from fleetune.tools.jobs import build_jobs, build_models
+    from fleetune.tools.jobs import build_jobs, build_models, check_rule
 
     fleet = read_fleet(args.fleet)
     quorum = args.quorum if args.quorum is not None else len(fleet.devices)
@@ -172,6 +191,7 @@ def _run(args: argparse.Namespace) -> None:
     check_pack(args, identity)
     pack = Pack.open(args.pack)
     jobs = build_jobs(args, pack.manifest, classes=args.classes, codec=args.codec)
+    check_rule(jobs[0].rule, updates=min(quorum, args.buffer or quorum))
     config = AggregatorConfig(
         fleet=fleet.name,
         broker=broker,
