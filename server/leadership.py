@@ -8,7 +8,16 @@ from collections.abc import Callable
 
 from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.edge.protocol.link import Link
-from fleetune.edge.protocol.messages import KIT, Announcement, Presence, PresenceState, decode, encode, open_envelope
+from fleetune.edge.protocol.messages import (
+    KIT,
+    Announcement,
+    Presence,
+    PresenceState,
+    decode,
+    encode,
+    open_envelope,
+    shortened,
+)
 from fleetune.edge.protocol.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -136,7 +145,9 @@ class Leadership:
     # --- presence -----------------------------------------------------------------------------------------------
 
     def _presence(self, state: PresenceState, detail: str) -> Presence:
-        return Presence(name="aggregator", state=state, boot=self.boot, kit=KIT, detail=detail, facts=self._facts())
+        return Presence(
+            name="aggregator", state=state, boot=self.boot, kit=KIT, detail=shortened(detail), facts=self._facts()
+        )
 
     def say(self, link: Link, state: PresenceState, detail: str) -> None:
         """Where the aggregator stands."""

@@ -17,7 +17,18 @@ import msgspec
 
 from fleetune.edge.protocol.errors import FileAccessError
 from fleetune.edge.protocol.messages import Announcement, Presence
-from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal, Record, read_records
+from fleetune.server.journal import (
+    Accepted,
+    Announced,
+    Closed,
+    Finished,
+    Journal,
+    Quarantined,
+    Readmitted,
+    Record,
+    Refused,
+    read_records,
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +50,9 @@ CREATE TABLE IF NOT EXISTS rounds (
     job TEXT, version INTEGER, announcement BLOB NOT NULL, closed REAL, answers INTEGER NOT NULL DEFAULT 0,
     late INTEGER NOT NULL DEFAULT 0, means BLOB, PRIMARY KEY (job, version)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS quarantine (
+    device TEXT PRIMARY KEY, strikes INTEGER NOT NULL DEFAULT 0, reason TEXT NOT NULL DEFAULT ''
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS finished (job TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 
@@ -59,6 +73,7 @@ class DeviceRow:
         late: Updates that counted in a later one.
         refused: Updates that were refused by this aggregator.
         reason: Why the last of them was.
+        quarantined: Why it is kept out of the run; empty if it is not.
     """
 
     id: str
@@ -72,6 +87,7 @@ class DeviceRow:
     late: int
     refused: int
     reason: str
+    quarantined: str
 
 
 @dataclass(frozen=True)
@@ -186,6 +202,17 @@ class Store:
             )
         elif isinstance(record, Finished):
             execute("INSERT OR IGNORE INTO finished VALUES (?)", (record.job,))
+        elif isinstance(record, Refused):
+            execute(
+                "INSERT INTO quarantine (device, strikes) VALUES (?, 1) "
+                "ON CONFLICT (device) DO UPDATE SET strikes = strikes + 1",
+                (record.device,),
+            )
+        elif isinstance(record, Quarantined):
+            execute("UPDATE quarantine SET reason = ? WHERE device = ?", (record.reason, record.device))
+            execute("INSERT OR IGNORE INTO devices (id) VALUES (?)", (record.device,))
+        elif isinstance(record, Readmitted):
+            execute("DELETE FROM quarantine WHERE device = ?", (record.device,))
 
     def has_update(self, device: str, update: str) -> bool:
         """Whether an update was accepted."""
@@ -249,11 +276,19 @@ class Store:
         )
         self._write(lambda: self._database.execute(query, (device, reason)))
 
+    def strikes(self) -> dict[str, int]:
+        """Device → its updates that were refused for cause, if any were since it was last let in."""
+        return dict(self._database.execute("SELECT device, strikes FROM quarantine"))
+
+    def quarantined(self) -> dict[str, str]:
+        """Device that is kept out of the run → why."""
+        return dict(self._database.execute("SELECT device, reason FROM quarantine WHERE reason <> ''"))
+
     def devices(self) -> list[DeviceRow]:
         """Every device that was ever seen."""
         query = (
-            "SELECT id, state, detail, boot, kit, first_seen, last_seen, accepted, late, refused, reason "
-            "FROM devices ORDER BY id"
+            "SELECT id, state, detail, boot, kit, first_seen, last_seen, accepted, late, refused, devices.reason, "
+            "COALESCE(quarantine.reason, '') FROM devices LEFT JOIN quarantine ON device = id ORDER BY id"
         )
         return [DeviceRow(*row) for row in self._database.execute(query)]
 
