@@ -11,11 +11,12 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import quote
 
 import msgspec
 
-from fleetune.edge.protocol.errors import FileAccessError
+from fleetune.edge.protocol.errors import UNDECODABLE, FileAccessError
 from fleetune.edge.protocol.messages import Announcement, Presence
 from fleetune.server.journal import (
     Accepted,
@@ -31,6 +32,8 @@ from fleetune.server.journal import (
 )
 
 log = logging.getLogger(__name__)
+
+Kind = TypeVar("Kind")
 
 FILE = "aggregator.sqlite"
 
@@ -226,7 +229,7 @@ class Store:
         """What was accepted into a round that is in no checkpoint, in that order."""
         query = "SELECT record FROM updates WHERE job = ? AND into_version = ? AND record IS NOT NULL ORDER BY start"
         for (record,) in self._database.execute(query, (job, version)):
-            yield msgspec.json.decode(record, type=Accepted)
+            yield _decode(record, Accepted)
 
     def forget(self, job: str, version: int) -> None:
         """Of the updates of rounds up to this one, know only that they were accepted."""
@@ -242,11 +245,11 @@ class Store:
         query = "SELECT announcement, closed, answers, late, means FROM rounds WHERE job = ? ORDER BY version"
         return [
             RoundRow(
-                msgspec.json.decode(announcement, type=Announcement),
+                _decode(announcement, Announcement),
                 closed,
                 answers,
                 late,
-                msgspec.json.decode(means, type=dict[str, float]) if means else {},
+                _decode(means, dict[str, float]) if means else {},
             )
             for announcement, closed, answers, late, means in self._database.execute(query, (job,))
         ]
@@ -310,6 +313,18 @@ class Store:
             if self._database.in_transaction:  # SQLite ends one by itself after some failures, and not after others
                 self._database.execute("ROLLBACK")
         return True
+
+
+def _decode(raw: bytes, kind: type[Kind]) -> Kind:
+    """What a row holds as JSON.
+
+    Raises:
+        sqlite3.DatabaseError: It is damaged, which the database cannot know.
+    """
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (TypeError, *UNDECODABLE) as error:
+        raise sqlite3.DatabaseError(f"a row is damaged: {str(error)[:200]}") from error
 
 
 def open_store(journal: Journal) -> Store:

@@ -323,7 +323,9 @@ class Rounds:
             max_depth=min(settings.max_depth, self._pack.manifest.blocks),
         )
         if self._base_mib is None:
-            costs.growth_mib(1, 1, 1, recompute=False)  # planning loads more of NumPy: that belongs to the base
+            costs.growth_mib(
+                1, 1, 1, recompute=costs.trials[0].recompute
+            )  # planning loads more of NumPy: that belongs to the base
             self._base_mib = peak_mib()
         return choose(costs, workload, budget, self._base_mib)
 

@@ -28,10 +28,14 @@ _MAX_VALUES = 1 << 40
 _MAX_RANK = 8
 _METADATA = "__metadata__"
 
+BFLOAT16 = np.dtype("V2")
+"""NumPy has no such numbers: these are their bytes."""
+
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
+    "BF16": BFLOAT16,
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
     "I16": np.dtype("<i2"),
@@ -42,7 +46,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-"""Every type of the format that NumPy has too."""
+"""Every type of the format that a file of ours, or a backbone, may hold."""
 
 _Size = Annotated[int, msgspec.Meta(ge=0, le=_MAX_VALUES)]
 

@@ -54,14 +54,14 @@ UpdateId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,95}
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._+-]{0,64}\Z")]
 Reason = Annotated[str, msgspec.Meta(pattern=r"^[a-z-]{0,64}\Z")]
-Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
+Phrase = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 Bitmap = Annotated[bytes, msgspec.Meta(max_length=MAX_CHUNKS // 8)]
 Time = Annotated[float, msgspec.Meta(ge=0, le=MAX_COUNT)]
 Figure = (
     Annotated[float, msgspec.Meta(ge=-MAX_FIGURE, le=MAX_FIGURE)]
     | Annotated[int, msgspec.Meta(ge=-MAX_COUNT, le=MAX_COUNT)]
-    | Text
+    | Phrase
     | bool
 )
 Figures = Annotated[
@@ -227,7 +227,7 @@ class Presence(_Struct, frozen=True):
     state: PresenceState
     boot: Count
     kit: Word
-    detail: Text = ""
+    detail: Phrase = ""
     facts: Figures = {}
 
 

@@ -77,6 +77,7 @@ class Bench:
             self.worker.prepared.set()
         self.manifests: list[UpdateManifest] = []
         self.said: list[Presence] = []
+        self.refusal = ""
         topics = [TOPICS.upload_manifest(ME, "+"), TOPICS.presence(ME)]
         self.link = Link(broker, "aggregator", subscriptions=topics, will=None)
         self.link.connect()
@@ -107,7 +108,8 @@ class Bench:
                 if isinstance(event, Received) and event.topic.endswith("/m"):
                     manifest = open_envelope(event.payload, UpdateManifest)
                     self.manifests.append(manifest)
-                    self.link.publish(TOPICS.down(ME, "ack"), encode(Ack(manifest.update, accepted=True)))
+                    ack = Ack(manifest.update, accepted=not self.refusal, reason=self.refusal)
+                    self.link.publish(TOPICS.down(ME, "ack"), encode(ack))
                 elif isinstance(event, Received):
                     self.said.append(decode(event.payload, Presence))
 
@@ -201,3 +203,17 @@ def test_a_device_remembers_few_jobs_however_many_are_announced(bench: Bench) ->
     bench.wait(lambda: len(bench.manifests) >= 17)
     bench.listen(0.5)
     assert {manifest.job for manifest in bench.manifests} == {"job-0", *(f"job-{n}" for n in range(24, 40))}
+
+
+def test_a_device_that_is_kept_out_says_why_and_takes_part_again_when_it_is_let_in(bench: Bench) -> None:
+    bench.refusal = "quarantined"
+    bench.worker.go_on.set()
+    bench.announce(3)
+    bench.wait(lambda: bench.said[-1].state == "declined")
+    assert "quarantined" in bench.said[-1].detail
+    assert "--readmit" in bench.said[-1].detail
+    bench.refusal = ""
+    bench.announce(4)
+    bench.wait(lambda: [manifest.version for manifest in bench.manifests] == [3, 4])
+    bench.listen(0.3)
+    assert bench.said[-1].state == "idle"
