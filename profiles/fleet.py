@@ -95,7 +95,7 @@ def read_fleet(path: Path) -> Fleet:
     """
     document = read_yaml(path, _File, _REMEDY)
     check_name(document.where("fleet"), document.value.fleet)
-    devices: dict[str, FleetDevice] = {}
+    devices, profiles = dict[str, FleetDevice](), dict[str, Profile]()
     for index, entry in enumerate(document.value.devices):
         field = f"devices[{index}]"
         check_name(document.where(f"{field}.id"), entry.id)
@@ -104,10 +104,11 @@ def read_fleet(path: Path) -> Fleet:
                 f"{document.where(f'{field}.id')}: {entry.id!r} is there twice", "give every device an id of its own"
             )
         try:
-            profile = read_profile(entry.profile, beside=path.parent)
+            if entry.profile not in profiles:
+                profiles[entry.profile] = read_profile(entry.profile, beside=path.parent)
         except ConfigError as error:
             raise ConfigError(f"{document.where(f'{field}.profile')}: {error.what}", error.remedy) from error
-        memory = entry.budget.memory
+        profile, memory = profiles[entry.profile], entry.budget.memory
         if profile.memory is not None and memory.mib > profile.memory.mib:
             raise ConfigError(
                 f"{document.where(f'{field}.budget.memory')}: {memory} is not within the board's {profile.memory}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -11,12 +12,17 @@ import msgspec
 import yaml
 
 from fleetune.edge.protocol.errors import ConfigError, field_and_reason
-from fleetune.edge.protocol.files import write_atomic
+from fleetune.edge.protocol.files import read_bytes, write_atomic
 
 _MAX_FILE = 1 << 20
+_MAX_NODES = 1 << 18
+_MAX_DEPTH = 32
+_MAX_SHOWN = 80
+"""Characters of what a file says that an error repeats."""
+
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
 _UNKNOWN = re.compile(r"unknown field `([^`]*)`")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(MiB|GiB)")
+_SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(MiB|GiB)")
 
 T = TypeVar("T")
 
@@ -89,13 +95,17 @@ def read_yaml(path: Path, kind: type[T], remedy: str) -> Document[T]:
     try:
         if path.stat().st_size > _MAX_FILE:
             raise ConfigError(f"{path} is larger than {_MAX_FILE} bytes", remedy)
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, _MAX_FILE).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}", remedy) from error
     try:
-        tree = yaml.compose(text, yaml.SafeLoader)
-        _refuse_twins(tree, path, remedy)
-        return Document(path, msgspec.convert(yaml.safe_load(text), kind, dec_hook=_convert), tree)
+        loader = yaml.SafeLoader(text)
+        tree = loader.get_single_node()
+        _refuse_odd_nodes(tree, loader, path, remedy)
+        found = None if tree is None else loader.construct_document(tree)
+        return Document(path, msgspec.convert(found, kind, dec_hook=_convert), tree)
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deeply", remedy) from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: not YAML: {error.problem}", remedy) from error
@@ -107,8 +117,10 @@ def read_yaml(path: Path, kind: type[T], remedy: str) -> Document[T]:
             field = f"{field}.{unknown[1]}".lstrip(".")
             raise ConfigError(f"{_where(path, tree, field)}: there is no such field", remedy) from error
         node = _find(tree, field)
-        value = f", found {node.value!r}" if isinstance(node, yaml.ScalarNode) else ""
+        value = f", found {node.value[:_MAX_SHOWN]!r}" if isinstance(node, yaml.ScalarNode) else ""
         raise ConfigError(f"{_where(path, tree, field)}: {reason}{value}", remedy) from error
+    except ValueError as error:  # such as the 32nd of a month, or a number of thousands of digits
+        raise ConfigError(f"{path}: a value that is none: {error}", remedy) from error
 
 
 def write_yaml(path: Path, value: msgspec.Struct, head: str) -> None:
@@ -149,24 +161,49 @@ def _where(path: Path, tree: yaml.Node | None, field: str) -> str:
     return f"{path}{line}{f': field {field}' if field else ''}"
 
 
-def _refuse_twins(node: yaml.Node | None, path: Path, remedy: str) -> None:
-    """YAML takes the last of two equal keys in silence."""
-    pending, seen = [node], set[int]()
-    while pending:
-        node = pending.pop()
-        if node is None or id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            pending += node.value
-        elif isinstance(node, yaml.MappingNode):
-            keys = set[str]()
-            for key, value in node.value:
-                if isinstance(key, yaml.ScalarNode) and key.value in keys:
-                    raise ConfigError(f"{path}, line {key.start_mark.line + 1}: {key.value!r} is there twice", remedy)
-                if isinstance(key, yaml.ScalarNode):
-                    keys.add(key.value)
-                pending.append(value)
+def _refuse_odd_nodes(tree: yaml.Node | None, loader: yaml.SafeLoader, path: Path, remedy: str) -> None:
+    """Refuse what is YAML and yet no file of ours: equal keys, tags, and aliases that mean more than memory holds.
+
+    An alias stands for all that its anchor holds, so nodes are counted as often as they are meant.
+    """
+    sizes, above, stack = dict[int, int](), set[int](), [tree] if tree is not None else []
+    while stack:
+        node, why = stack[-1], ""
+        children = _children(node)
+        if id(node) in sizes:
+            stack.pop()
+        elif id(node) in above:  # and all below it are counted
+            above.remove(id(node))
+            sizes[id(node)] = 1 + sum(sizes[id(child)] for child in children)
+            why = f"more than {_MAX_NODES} values" if sizes[id(node)] > _MAX_NODES else ""
+        else:
+            above.add(id(node))
+            stack += children
+            nested = len(above) > _MAX_DEPTH or any(id(child) in above for child in children)
+            why = "nested too deeply" if nested else _oddity(node, loader)
+        if why:
+            raise ConfigError(f"{path}, line {node.start_mark.line + 1}: {why}", remedy)
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
+
+
+def _oddity(node: yaml.Node, loader: yaml.SafeLoader) -> str:
+    """What is wrong with a node by itself; empty if nothing is."""
+    kind = type(node)
+    plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    scalar = node.value if kind is yaml.ScalarNode else None
+    if node.tag != loader.resolve(kind, scalar, (plain, not plain)):  # type: ignore[no-untyped-call]
+        return f"the tag {node.tag[:_MAX_SHOWN]!r} has no meaning here"
+    if isinstance(node, yaml.MappingNode):  # YAML takes the last of two equal keys in silence
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twins = [key for key, count in Counter(keys).items() if count > 1]
+        if twins:
+            return f"{twins[0][:_MAX_SHOWN]!r} is there twice"
+    return ""
 
 
 def _find(node: yaml.Node | None, field: str) -> yaml.Node | None:

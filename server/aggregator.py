@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetune.edge.protocol.address import BrokerAddress
+from fleetune.edge.protocol.codec import shapes_of
 from fleetune.edge.protocol.complaints import Complaints
 from fleetune.edge.protocol.errors import FileAccessError, MessageError, RunFailedError, RunFolderError
 from fleetune.edge.protocol.files import is_full
@@ -30,15 +31,17 @@ from fleetune.edge.protocol.messages import (
     TimeReply,
     TimeRequest,
     Who,
+    shortened,
 )
 from fleetune.edge.protocol.modelfile import Card
 from fleetune.edge.protocol.topics import Topics, read_number
 from fleetune.server.broadcast import Broadcast
-from fleetune.server.globals import Globals
+from fleetune.server.globals import MAX_CHECKPOINT, Globals
 from fleetune.server.intake import Intake, accuracies
 from fleetune.server.job import Job
 from fleetune.server.journal import Announced, Closed, Finished, Journal, Typical
 from fleetune.server.leadership import OWN, Facts, Leadership
+from fleetune.server.quarantine import Quarantine
 from fleetune.server.registry import Registry
 from fleetune.server.round import OpenRound
 from fleetune.server.rules.base import Bounds
@@ -94,6 +97,8 @@ class AggregatorConfig:
         away_s: Seconds that a round waits for a device that has gone, if there is a quorum without it.
         buffer: Updates after which a round closes at once, whoever still trains; None to wait for the members.
         max_staleness: Closed rounds after which an update no longer counts.
+        quarantine_after: Updates refused for cause after which a device is kept out of the run.
+        readmit: Devices that are let in again.
         keep_history: Whether every round's updates and global tensors stay on disk.
         models: Job → what its model file holds; a job without one gets no file.
         identity: Who it is; without one nothing is signed or verified.
@@ -109,6 +114,8 @@ class AggregatorConfig:
     away_s: float = 5.0
     buffer: int | None = None
     max_staleness: int = 8
+    quarantine_after: int = 3
+    readmit: frozenset[str] = frozenset()
     keep_history: bool = False
     models: Mapping[str, Model] = field(default_factory=dict)
     identity: Identity | None = None
@@ -138,6 +145,7 @@ class Aggregator:
             self._journal.close()
             raise
         self._registry = Registry(config.devices)
+        self._quarantine = Quarantine(self._journal, self._store, self._registry, config.quarantine_after)
         self._closed: list[ClosedRound] = []
         self._typical: dict[Stage, Typical] = {}  # of the last round of each stage in which anything changed
         self._last: dict[str, Metrics] = {}
@@ -173,6 +181,8 @@ class Aggregator:
         Raises:
             RunFailedError: Another aggregator leads the fleet, or too few devices are left for a quorum.
         """
+        for device in sorted(self._config.readmit):
+            self._quarantine.readmit(device)
         self._link.connect()
         last: tuple[PresenceState, str] = "offline", "stopped"  # or the next one would wait for this to leave
         try:
@@ -205,6 +215,7 @@ class Aggregator:
         strategy = STRATEGIES[job.method](job)
         intake = self._intake = Intake(
             *(self._link, self._topics, self._run.run, job, self._journal, self._store, self._registry),
+            self._quarantine,
             max_staleness=self._config.max_staleness,
         )
         globals_ = self._globals = self._recover(job, strategy, intake)
@@ -260,8 +271,7 @@ class Aggregator:
         """Go on where the journal ends: what the last checkpoint lacks is computed again, from the updates."""
         self._open, self._closed, self._last, self._version, self._closed_version = None, [], {}, -1, -1
         self._typical.clear()
-        self._checkpointed, checkpoint = self._journal.load_checkpoint(job.id)
-        globals_ = Globals(job.codec, checkpoint)
+        self._checkpointed, globals_ = self._load_globals(job)
         for row in self._store.rounds(job.id):
             self._version = row.announcement.version
             if self._version > self._checkpointed:
@@ -276,7 +286,7 @@ class Aggregator:
                     )
                 self._open = self._opened(job, row.announcement, plan)
                 for accepted in self._store.accepted(job.id, self._version):
-                    self._open.add(accepted, self._journal.load_update(accepted))
+                    self._open.add(accepted, self._journal.load_update(accepted, job.shapes))
             if row.closed is not None:
                 if self._open is not None:
                     globals_.add(self._open.gain())
@@ -291,6 +301,19 @@ class Aggregator:
             log.info("%s: goes on after %d rounds", job.id, len(self._closed))
         return globals_
 
+    def _load_globals(self, job: Job) -> tuple[int, Globals]:
+        """What the newest checkpoint holds, and the round that it includes."""
+        version, checkpoint = self._journal.load_checkpoint(job.id, MAX_CHECKPOINT)
+        where = f"{self._config.state}: the checkpoint of {job.id} after version {version}"
+        remedy = "restore the folder from a backup, or start the run in a new one"
+        try:
+            globals_ = Globals(job.codec, checkpoint)
+        except MessageError as error:
+            raise RunFolderError(f"{where} is damaged: {error.what}", remedy) from error
+        if not shapes_of(globals_.tensors).items() <= job.shapes.items():
+            raise RunFolderError(f"{where} holds tensors of another job", remedy)
+        return version, globals_
+
     def _checkpoint(self, job: Job, globals_: Globals) -> None:
         """Keep what followed from the rounds so far, so that a restart need not repeat them."""
         self._journal.append(sync=True)
@@ -299,16 +322,17 @@ class Aggregator:
         self._checkpointed = self._closed_version
 
     def _wait_for_devices(self) -> None:
-        wanted = len(self._config.devices) or self._config.quorum
+        wanted = len(self._config.devices - self._registry.kept_out.keys()) or self._config.quorum
         begun = self._open is not None or bool(self._closed)  # then a quorum goes on: some may have gone for good
         said, until = "", time.monotonic() + (self._config.away_s if begun else self._config.deadline_s)
         while (there := len(self._registry.ready())) < wanted:
             if time.monotonic() > until and (begun or there >= self._config.quorum):
                 break
             self._check_quorum()
-            missing = ", ".join(sorted(self._config.devices - self._registry.ready())) or "devices"
-            for device in self._config.devices - self._registry.ready():
+            away = self._config.devices - self._registry.ready() - self._registry.kept_out.keys()
+            for device in away:
                 self._ask_who(device)  # what the broker retains of it may be the late Will of an earlier connection
+            missing = ", ".join(sorted(away)) or "devices"
             detail = f"waits for {missing}: {there} of {wanted} are there"
             if detail != said:
                 said = detail
@@ -371,7 +395,7 @@ class Aggregator:
 
     def _opened(self, job: Job, announcement: Announcement, plan: NextRound) -> OpenRound:
         bounds = Bounds(job.rule, self._typical.get(announcement.stage))
-        return OpenRound(announcement, plan, bounds, self._journal.load_update)
+        return OpenRound(announcement, plan, bounds, partial(self._journal.load_update, shapes=job.shapes))
 
     # --- collecting ---------------------------------------------------------------------------------------------
 
@@ -416,6 +440,7 @@ class Aggregator:
 
     def _pump(self, timeout: float) -> None:
         """Look at what comes, for so long; journal and acknowledge what has come whole."""
+        kept_out = len(self._registry.kept_out)
         for event in self._link.events(timeout):
             try:
                 self._receive(event)
@@ -427,6 +452,8 @@ class Aggregator:
                 done, members = len(taking.answers), len(self._registry.members())
                 self._leadership.say_sometimes(self._link, "working", f"collects updates: {done} of {members}")
             self._intake.ask()
+        if len(self._registry.kept_out) > kept_out:
+            self._leadership.say_again(self._link)
         self._leadership.catch_up(self._link)
         self._broadcast.repair()
         self._registry.save(self._store)
@@ -568,10 +595,12 @@ class Aggregator:
 
     def _facts(self) -> Facts:
         """What the aggregator's presence shows."""
+        out = self._registry.kept_out
+        facts: Facts = {"quarantined": shortened(", ".join(f"{d}: {out[d]}" for d in sorted(out)))} if out else {}
         if self._open is None:
-            return {}
+            return facts
         announcement = self._open.announcement
-        return {
+        return facts | {
             "job": announcement.job,
             "stage": announcement.stage,
             "round": announcement.round,

@@ -12,8 +12,14 @@ from __future__ import annotations
 import msgspec
 
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.codec import EXACT, Codec, Tensors, add_differences
-from fleetune.edge.protocol.messages import MAX_CHUNK, Payload, decode, encode
+from fleetune.edge.protocol.codec import EXACT, Codec, Tensors, add_differences, read_exact, shapes_of
+from fleetune.edge.protocol.errors import UNDECODABLE, MessageError
+from fleetune.edge.protocol.messages import MAX_CHUNK, MAX_PAYLOAD, Count, Payload, encode
+
+_MAX_HEAD = 4 << 20
+
+MAX_CHECKPOINT = _MAX_HEAD + 2 * MAX_PAYLOAD
+"""Largest checkpoint in bytes: what there is, and what devices have, each no larger than what may travel."""
 
 _Told = tuple[Tensors, set[str], Payload | None, dict[str, bytes]]
 
@@ -22,7 +28,7 @@ class _Head(msgspec.Struct, frozen=True):
     """First line of a checkpoint: what devices have not been told, and the bytes of what there is."""
 
     changed: list[str] = []
-    size: int = 0
+    size: Count = 0
 
 
 class Globals:
@@ -43,11 +49,7 @@ class Globals:
 
     def __init__(self, codec: str, checkpoint: bytes = b"") -> None:
         self._codec = Codec.named(codec)
-        head, _, tensors = checkpoint.partition(b"\n")
-        kept = decode(head, _Head) if head else _Head()
-        self.tensors: Tensors = EXACT.decode(tensors[: kept.size]) if head else {}
-        self._told: Tensors = EXACT.decode(tensors[kept.size :]) if head else {}
-        self._changed = set(kept.changed)
+        self.tensors, self._told, self._changed = _read(checkpoint) if checkpoint else ({}, {}, set[str]())
         self.whole: Payload | None = None
         self.payloads: dict[str, bytes] = {}
         if self._told:
@@ -88,8 +90,24 @@ class Globals:
         told, since = self._told, self.whole.sha256 if self.whole is not None else None
         differences = {name: self.tensors[name] - told[name] if name in told else self.tensors[name] for name in names}
         changes = self._codec.encode(differences)
-        self._told, self._changed = add_differences(told, self._codec.decode(changes)), self._changed - set(names)
+        told = add_differences(told, self._codec.decode(changes, shapes_of(differences)))
+        self._told, self._changed = told, self._changed - set(names)
         self._describe(EXACT.encode(self._told), chunk_size)
         described = chunks.describe(changes, self._codec.name, chunk_size)
         self.payloads[described.sha256] = changes
         return since, described
+
+
+def _read(checkpoint: bytes) -> tuple[Tensors, Tensors, set[str]]:
+    """What there is, what devices have, and the names of what they have not been told."""
+    end = checkpoint.find(b"\n", 0, _MAX_HEAD)
+    try:
+        head = msgspec.json.decode(checkpoint[: max(end, 0)], type=_Head)
+    except UNDECODABLE as error:
+        raise MessageError(f"no checkpoint: {error}", "restore it from a backup", reason="malformed") from error
+    middle = end + 1 + head.size
+    tensors, told = read_exact(checkpoint[end + 1 : middle]), read_exact(checkpoint[middle:])
+    shapes = shapes_of(tensors)
+    if not shapes_of(told).items() <= shapes.items() or not set(head.changed) <= shapes.keys():
+        raise MessageError("no checkpoint: its parts do not fit", "restore it from a backup", reason="malformed")
+    return tensors, told, set(head.changed)

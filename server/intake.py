@@ -10,7 +10,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.codec import Codec, Tensors
+from fleetune.edge.protocol.codec.numbers import Shapes
 from fleetune.edge.protocol.errors import MessageError
 from fleetune.edge.protocol.identity.credential import Sender
 from fleetune.edge.protocol.link import Link
@@ -18,6 +20,7 @@ from fleetune.edge.protocol.messages import Ack, UpdateManifest
 from fleetune.edge.protocol.topics import Topics
 from fleetune.server.job import Job
 from fleetune.server.journal import Accepted, Journal
+from fleetune.server.quarantine import REASON, Quarantine
 from fleetune.server.registry import Registry
 from fleetune.server.round import OpenRound
 from fleetune.server.rules.base import norm_of
@@ -42,6 +45,7 @@ class Intake:
         journal: Where updates are kept.
         store: Knows which are there.
         registry: Knows the devices.
+        quarantine: Knows which of them are kept out.
         max_staleness: Closed rounds after which an update no longer counts.
     """
 
@@ -54,11 +58,12 @@ class Intake:
         journal: Journal,
         store: Store,
         registry: Registry,
+        quarantine: Quarantine,
         *,
         max_staleness: int,
     ) -> None:
         self._link, self._topics, self._run, self._job = link, topics, run, job
-        self._journal, self._store, self._registry = journal, store, registry
+        self._journal, self._store, self._registry, self._quarantine = journal, store, registry, quarantine
         self._max_staleness = max_staleness
         self._uploads = Uploads(journal.parts(job.id))
         self._whole: dict[tuple[str, str], tuple[UpdateManifest, bytes, Tensors, float]] = {}
@@ -80,6 +85,9 @@ class Intake:
         Raises:
             MessageError: The update is refused; the device was told why.
         """
+        if self._quarantine.holds(device):
+            self._refuse(device, update, REASON)  # said once, when it began
+            return
         with self._refusing(device, update):
             topic = self._topics.upload_manifest(device, update)
             manifest = self._link.seals.open(topic, raw, UpdateManifest, Sender("device", device))
@@ -89,10 +97,11 @@ class Intake:
                 return
             if (device, update) in self._whole:
                 return  # it is on its way into the journal
-            self._staleness(manifest, current)
+            late = self._staleness(manifest, current) > 0
             if manifest.payload is None:
                 self._whole[device, update] = manifest, b"", {}, 0.0
             else:
+                self._check_size(manifest, self._shapes(current, late=late))
                 self._uploads.begin(manifest)
 
     def _check(self, manifest: UpdateManifest, device: str, update: str) -> None:
@@ -106,6 +115,20 @@ class Intake:
             raise MessageError("the update is of another run", "answer the newest announcement", reason="wrong-run")
         if manifest.samples < 1:
             raise MessageError("the update has no samples", "train on at least one", reason="no-samples")
+
+    def _shapes(self, current: OpenRound, *, late: bool) -> Shapes:
+        """What an update may hold: what the round trains, or, where it comes late, what any round of the job does."""
+        if late:
+            return self._job.shapes
+        return {name: shape for name, shape in self._job.shapes.items() if name.startswith(current.plan.trained)}
+
+    @staticmethod
+    def _check_size(manifest: UpdateManifest, shapes: Shapes) -> None:
+        """Refuse what the round cannot need, before any of it is asked for."""
+        assert manifest.payload is not None
+        if not shapes:
+            raise MessageError("the round asks for no tensors", "send none", reason="unexpected-tensor")
+        chunks.check(manifest.payload, Codec.named(manifest.payload.codec).most(shapes))
 
     def _staleness(self, manifest: UpdateManifest, current: OpenRound) -> int:
         """Rounds that were closed since the update was asked for."""
@@ -134,18 +157,9 @@ class Intake:
 
     def _decode(self, manifest: UpdateManifest, data: bytes, current: OpenRound, *, late: bool) -> Tensors:
         assert manifest.payload is not None
-        tensors = Codec.named(manifest.payload.codec).decode(data)
-        for name, tensor in tensors.items():
-            if self._job.shapes.get(name) != tensor.shape or not name.startswith(current.plan.trained):
-                if late and self._job.shapes.get(name) == tensor.shape:
-                    raise MessageError(
-                        "the update is of a stage that is over", "wait for the next", reason="stale-round"
-                    )
-                raise MessageError(
-                    f"tensor {name} of shape {tensor.shape} is not expected in this stage",
-                    "use the same pack and the same number of classes",
-                    reason="unexpected-tensor",
-                )
+        tensors = Codec.named(manifest.payload.codec).decode(data, self._shapes(current, late=late))
+        if not all(name.startswith(current.plan.trained) for name in tensors):
+            raise MessageError("the update is of a stage that is over", "wait for the next", reason="stale-round")
         return tensors
 
     @staticmethod
@@ -178,6 +192,9 @@ class Intake:
             self._uploads.drop(device, update)
         if self._registry.knows(device):
             self._store.refuse(device, reason)
+            if self._quarantine.strike(device, reason):
+                self._uploads.drop_all(device)
+                self._whole = {key: whole for key, whole in self._whole.items() if key[0] != device}
         self._answer(device, update, reason)
 
     def _answer(self, device: str, update: str, reason: str = "") -> None:
@@ -232,6 +249,7 @@ def in_words(metrics: Metrics) -> str:
 
 def accuracies(metrics: Metrics) -> str:
     """Accuracies on ``test``: of each expert where there are several, else of the one that the round is about."""
-    experts = [name for name in metrics if name.startswith("test_")] or [name for name in metrics if name == "test"]
-    words = [f"{name.removeprefix('test').removeprefix('_')} {metrics[name]:.3f}".strip() for name in experts]
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, float | int)}
+    experts = [name for name in numbers if name.startswith("test_")] or [name for name in numbers if name == "test"]
+    words = [f"{name.removeprefix('test').removeprefix('_')} {numbers[name]:.3f}".strip() for name in experts]
     return f", test accuracy {', '.join(words)}" if words else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -15,10 +16,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetune.edge.protocol.codec import EXACT, Codec, Tensors
-from fleetune.edge.protocol.errors import UNDECODABLE, RunFolderError
-from fleetune.edge.protocol.files import FolderLock, make_folder, sync_folder, write_atomic
-from fleetune.edge.protocol.messages import Announcement, UpdateManifest
+from fleetune.edge.protocol.codec import EXACT, Codec, Tensors, read_exact
+from fleetune.edge.protocol.codec.numbers import Shapes
+from fleetune.edge.protocol.errors import UNDECODABLE, MessageError, RunFolderError
+from fleetune.edge.protocol.files import FolderLock, make_folder, read_bytes, sync_folder, write_atomic
+from fleetune.edge.protocol.messages import MAX_PAYLOAD, Announcement, Count, Name, Reason, Time, UpdateManifest
 from fleetune.edge.protocol.modelfile import FILE as MODEL_FILE
 from fleetune.edge.protocol.modelfile import GLOBAL, Card, write_model_file
 from fleetune.server.job import Job
@@ -27,12 +29,15 @@ log = logging.getLogger(__name__)
 
 FILE = "journal.jsonl"
 
+_MAX_RECORD = 4 << 20
+"""Bytes of the longest record: that of a run's begin names every tensor of every job."""
+
 
 class Started(msgspec.Struct, frozen=True, tag="started"):
     """A run began: what its first announcement fixed for all that follow."""
 
-    run: str
-    fleet: str
+    run: Name
+    fleet: Name
     jobs: tuple[Job, ...]
 
 
@@ -55,11 +60,11 @@ class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
     """
 
     manifest: UpdateManifest
-    received: float
-    into: int
-    staleness: int = 0
+    received: Time
+    into: Count
+    staleness: Count = 0
     norm: float = 0.0
-    start: int = 0
+    start: Count = 0
 
 
 class Typical(msgspec.Struct, frozen=True):
@@ -87,11 +92,11 @@ class Closed(msgspec.Struct, frozen=True, tag="closed"):
         typical: What was typical of the updates that it took in; absent if none changed anything.
     """
 
-    job: str
-    version: int
-    devices: list[str]
-    closed: float
-    late: int = 0
+    job: Name
+    version: Count
+    devices: list[Name]
+    closed: Time
+    late: Count = 0
     means: dict[str, float] = {}
     typical: Typical | None = None
 
@@ -99,10 +104,45 @@ class Closed(msgspec.Struct, frozen=True, tag="closed"):
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
     """A job has no more rounds."""
 
-    job: str
+    job: Name
 
 
-Record = Started | Announced | Accepted | Closed | Finished
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """An update was refused for cause: what no good device sends.
+
+    Attributes:
+        device: Who sent it.
+        reason: Why.
+        at: Unix time.
+    """
+
+    device: Name
+    reason: Reason
+    at: Time
+
+
+class Quarantined(msgspec.Struct, frozen=True, tag="quarantined"):
+    """A device is kept out of the run from here on.
+
+    Attributes:
+        device: Who.
+        reason: Why its last update was refused.
+        at: Unix time.
+    """
+
+    device: Name
+    reason: Reason
+    at: Time
+
+
+class Readmitted(msgspec.Struct, frozen=True, tag="readmitted"):
+    """The operator has let a device in again; what was refused before does not count."""
+
+    device: Name
+    at: Time
+
+
+Record = Started | Announced | Accepted | Closed | Finished | Refused | Quarantined | Readmitted
 
 
 class Journal:
@@ -219,14 +259,30 @@ class Journal:
             raise
         return accepted
 
-    def load_update(self, record: Accepted) -> Tensors:
-        """What an update of a round that is open, or whose history is kept, adds to the global tensors."""
+    def load_update(self, record: Accepted, shapes: Shapes) -> Tensors:
+        """What an update of a round that is open, or whose history is kept, adds to the global tensors.
+
+        Args:
+            record: The update's.
+            shapes: Name → shape of every tensor of its job.
+
+        Raises:
+            RunFolderError: The file is damaged.
+        """
         payload = record.manifest.payload
         if payload is None:
             return {}
-        with self._payloads(record.manifest.job, record.into).open("rb") as file:
+        path = self._payloads(record.manifest.job, record.into)
+        with path.open("rb") as file:
             file.seek(record.start)
-            return Codec.named(payload.codec).decode(file.read(payload.size))
+            data = file.read(min(payload.size, MAX_PAYLOAD))
+        try:
+            return Codec.named(payload.codec).decode(data, shapes)
+        except MessageError as error:
+            raise RunFolderError(
+                f"{path}: the update at byte {record.start} is damaged: {error.what}",
+                "restore the file from a backup, or start the run in a new folder",
+            ) from error
 
     def _payloads(self, job: str, version: int) -> Path:
         return self.folder / job / "updates" / f"{version}.bin"
@@ -241,23 +297,26 @@ class Journal:
         """
         folder = self.folder / job
         write_atomic(folder / "checkpoints" / f"{version}.safetensors", data)
-        for file in folder.glob("checkpoints/*.safetensors"):
-            if int(file.stem) < version:
+        for number, file in _numbered(folder / "checkpoints", ".safetensors"):
+            if number < version:
                 file.unlink()
-        for file in folder.glob("updates/*.bin"):
-            if int(file.stem) <= version and not self._keep_history:
+        for number, file in _numbered(folder / "updates", ".bin"):
+            if number <= version and not self._keep_history:
                 file.unlink()
 
-    def load_checkpoint(self, job: str) -> tuple[int, bytes]:
-        """The newest checkpoint, and the round that it includes; -1 and nothing if there is none."""
-        files = (self.folder / job).glob("checkpoints/*.safetensors")
-        newest = max(files, key=lambda file: int(file.stem), default=None)
-        return (-1, b"") if newest is None else (int(newest.stem), newest.read_bytes())
+    def load_checkpoint(self, job: str, most: int) -> tuple[int, bytes]:
+        """The newest checkpoint of at most so many bytes, and the round that it includes; -1 and nothing without one.
+
+        Raises:
+            OSError: It cannot be read, or is larger.
+        """
+        number, file = max(_numbered(self.folder / job / "checkpoints", ".safetensors"), default=(-1, None))
+        return number, b"" if file is None else read_bytes(file, most)
 
     def uncheckpointed(self, job: str, version: int) -> int:
         """Bytes of the updates of rounds after this one."""
-        files = (self.folder / job).glob("updates/*.bin")
-        return sum(file.stat().st_size for file in files if int(file.stem) > version)
+        files = _numbered(self.folder / job / "updates", ".bin")
+        return sum(file.stat().st_size for number, file in files if number > version)
 
     def keep_globals(self, job: str, version: int, tensors: Mapping[str, NDArray[np.float32]]) -> None:
         """Keep the global tensors after a round, if the history is kept."""
@@ -266,7 +325,7 @@ class Journal:
 
     def load_globals(self, job: str, version: int) -> Tensors:
         """The global tensors after a round, less the initial ones, if the history was kept."""
-        return EXACT.decode(self._globals(job, version).read_bytes())
+        return read_exact(read_bytes(self._globals(job, version), MAX_PAYLOAD))
 
     def _globals(self, job: str, version: int) -> Path:
         return self.folder / job / "globals" / f"{version}.safetensors"
@@ -284,20 +343,29 @@ class Journal:
         return self.folder / job / "parts"
 
 
+def _numbered(folder: Path, ending: str) -> Iterator[tuple[int, Path]]:
+    """Files of a folder that are called by a number, and nothing else that may lie there."""
+    for file in folder.glob(f"*{ending}"):
+        if re.fullmatch(r"[0-9]{1,16}", stem := file.name.removesuffix(ending)):
+            yield int(stem), file
+
+
 def read_records(path: Path, start: int = 0) -> Iterator[Record]:
     """Read a journal, from a byte on, without opening it for writing.
 
     Raises:
-        RunFolderError: A record is damaged.
+        RunFolderError: A record is damaged, or longer than any can be.
     """
     with path.open("rb") as file:
         file.seek(start)
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(_MAX_RECORD + 1), b""), start=1):
             try:
+                if len(line) > _MAX_RECORD:
+                    raise msgspec.DecodeError(f"the record is longer than {_MAX_RECORD} bytes")
                 yield msgspec.json.decode(line, type=Record)
             except UNDECODABLE as error:
                 where = f"line {number}" if start == 0 else f"line {number} after byte {start}"
                 raise RunFolderError(
-                    f"{path}, {where}: {error}",
+                    f"{path}, {where}: {str(error)[:200]}",
                     "restore the file from a backup, or start the run in a new folder",
                 ) from error

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.edge.protocol.identity.credential import AGGREGATOR, Sender
 from fleetune.edge.protocol.link import Link
-from fleetune.edge.protocol.messages import KIT, Announcement, Presence, PresenceState
+from fleetune.edge.protocol.messages import KIT, Announcement, Presence, PresenceState, shortened
 from fleetune.edge.protocol.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,9 @@ class Leadership:
     # --- presence -----------------------------------------------------------------------------------------------
 
     def _presence(self, state: PresenceState, detail: str) -> Presence:
-        return Presence(name="aggregator", state=state, boot=self.boot, kit=KIT, detail=detail, facts=self._facts())
+        return Presence(
+            name="aggregator", state=state, boot=self.boot, kit=KIT, detail=shortened(detail), facts=self._facts()
+        )
 
     def say(self, link: Link, state: PresenceState, detail: str) -> None:
         """Where the aggregator stands."""

@@ -10,6 +10,9 @@ import msgspec
 from fleetune.edge.protocol.messages import Presence, PresenceState
 from fleetune.server.store import Store
 
+_MOST = 10_000
+"""Devices of a fleet that takes any."""
+
 _OUTLIVED: dict[PresenceState, PresenceState] = {"failed": "offline", "declined": "idle"}
 """What a retained state means to an aggregator that has just come."""
 
@@ -19,6 +22,9 @@ class Registry:
 
     Args:
         expected: Ids of the fleet's devices; empty to take any.
+
+    Attributes:
+        kept_out: Device in quarantine → why.
     """
 
     def __init__(self, expected: frozenset[str]) -> None:
@@ -29,6 +35,7 @@ class Registry:
         self._unsaved: set[str] = set()
         self._members: frozenset[str] | None = None  # until somebody comes, goes, or fails
         self._falls: dict[str, int] = {}  # device → how often its boot counter fell
+        self.kept_out: dict[str, str] = {}
 
     def update(self, presence: Presence, *, retained: bool = False) -> bool:
         """Take a presence message; False if it is from an unknown device, or the late Will of another boot.
@@ -38,9 +45,9 @@ class Registry:
             retained: Whether the broker kept it from before this side connected. A device that failed then may have
                 been mended since, so it counts as away; what it declined then was another aggregator's.
         """
-        if self._expected and presence.name not in self._expected:
-            return False
         known = self._presence.get(presence.name)
+        if presence.name not in self._expected if self._expected else known is None and len(self._presence) >= _MOST:
+            return False
         if known is not None and presence.state == "offline" and presence.boot != known.boot:
             return False
         if retained and known is None and presence.state in _OUTLIVED:
@@ -78,7 +85,7 @@ class Registry:
         return device in self._expected if self._expected else device in self._presence
 
     def members(self) -> frozenset[str]:
-        """Devices that a round waits for: those expected or seen, less those that failed or declined."""
+        """Devices that a round waits for: those expected or seen, less those that failed, declined or are kept out."""
         if self._members is None:
             known = self._expected or {name for name, there in self._presence.items() if there.state != "offline"}
             self._members = frozenset(name for name in known if self.lost(name) is None)
@@ -104,12 +111,25 @@ class Registry:
             store.see((self._presence[name] for name in self._unsaved), time.time())
             self._unsaved.clear()
 
+    def keep_out(self, device: str, why: str) -> None:
+        """Wait for a device no more, whatever it says."""
+        self.kept_out[device] = why
+        self._members = None
+
+    def let_in(self, device: str) -> None:
+        """Wait for it again."""
+        self.kept_out.pop(device, None)
+        self._members = None
+
     def ready(self) -> set[str]:
-        """Devices that are connected and have not failed."""
-        return {name for name, presence in self._presence.items() if presence.state not in ("offline", "failed")}
+        """Devices that are connected, have not failed, and are not kept out."""
+        there = {name for name, presence in self._presence.items() if presence.state not in ("offline", "failed")}
+        return there - self.kept_out.keys()
 
     def lost(self, device: str) -> str | None:
-        """Why a device failed or declined, or None if it did neither."""
+        """Why a device failed, declined or is kept out, or None if it did nothing of that."""
+        if device in self.kept_out:
+            return f"quarantined: {self.kept_out[device]}"
         presence = self._presence.get(device)
         return presence.detail if presence is not None and presence.state in ("failed", "declined") else None
 
@@ -119,5 +139,6 @@ class Registry:
         return f"{device} ({f'{presence.state}: {presence.detail}' if presence else 'never seen'})"
 
     def losses(self) -> dict[str, str]:
-        """Device → why it failed or declined."""
-        return {name: reason for name in sorted(self._presence) if (reason := self.lost(name)) is not None}
+        """Device → why it failed, declined or is kept out."""
+        known = sorted(self._presence.keys() | self.kept_out.keys())
+        return {name: reason for name in known if (reason := self.lost(name)) is not None}

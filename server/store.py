@@ -11,15 +11,30 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import quote
 
 import msgspec
 
-from fleetune.edge.protocol.errors import FileAccessError
+from fleetune.edge.protocol.errors import UNDECODABLE, FileAccessError
 from fleetune.edge.protocol.messages import Announcement, Presence
-from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal, Record, Typical, read_records
+from fleetune.server.journal import (
+    Accepted,
+    Announced,
+    Closed,
+    Finished,
+    Journal,
+    Quarantined,
+    Readmitted,
+    Record,
+    Refused,
+    Typical,
+    read_records,
+)
 
 log = logging.getLogger(__name__)
+
+Kind = TypeVar("Kind")
 
 FILE = "aggregator.sqlite"
 
@@ -38,6 +53,9 @@ CREATE INDEX IF NOT EXISTS updates_of_a_round ON updates (job, into_version);
 CREATE TABLE IF NOT EXISTS rounds (
     job TEXT, version INTEGER, announcement BLOB NOT NULL, closed REAL, answers INTEGER NOT NULL DEFAULT 0,
     late INTEGER NOT NULL DEFAULT 0, means BLOB, typical BLOB, PRIMARY KEY (job, version)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS quarantine (
+    device TEXT PRIMARY KEY, strikes INTEGER NOT NULL DEFAULT 0, reason TEXT NOT NULL DEFAULT ''
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS finished (job TEXT PRIMARY KEY) WITHOUT ROWID;
 """
@@ -59,6 +77,7 @@ class DeviceRow:
         late: Updates that counted in a later one.
         refused: Updates that were refused by this aggregator.
         reason: Why the last of them was.
+        quarantined: Why it is kept out of the run; empty if it is not.
     """
 
     id: str
@@ -72,6 +91,7 @@ class DeviceRow:
     late: int
     refused: int
     reason: str
+    quarantined: str
 
 
 @dataclass(frozen=True)
@@ -182,7 +202,8 @@ class Store:
                 (done.rowcount * (1 - late), done.rowcount * late, manifest.device),
             )
         elif isinstance(record, Closed):
-            means, typical = msgspec.json.encode(record.means), msgspec.json.encode(record.typical)
+            means = msgspec.json.encode(record.means)
+            typical = None if record.typical is None else msgspec.json.encode(record.typical)
             execute(
                 "UPDATE rounds SET closed = ?, answers = ?, late = ?, means = ?, typical = ? "
                 "WHERE job = ? AND version = ?",
@@ -190,6 +211,17 @@ class Store:
             )
         elif isinstance(record, Finished):
             execute("INSERT OR IGNORE INTO finished VALUES (?)", (record.job,))
+        elif isinstance(record, Refused):
+            execute(
+                "INSERT INTO quarantine (device, strikes) VALUES (?, 1) "
+                "ON CONFLICT (device) DO UPDATE SET strikes = strikes + 1",
+                (record.device,),
+            )
+        elif isinstance(record, Quarantined):
+            execute("UPDATE quarantine SET reason = ? WHERE device = ?", (record.reason, record.device))
+            execute("INSERT OR IGNORE INTO devices (id) VALUES (?)", (record.device,))
+        elif isinstance(record, Readmitted):
+            execute("DELETE FROM quarantine WHERE device = ?", (record.device,))
 
     def has_update(self, device: str, update: str) -> bool:
         """Whether an update was accepted."""
@@ -203,7 +235,7 @@ class Store:
         """What was accepted into a round that is in no checkpoint, in that order."""
         query = "SELECT record FROM updates WHERE job = ? AND into_version = ? AND record IS NOT NULL ORDER BY start"
         for (record,) in self._database.execute(query, (job, version)):
-            yield msgspec.json.decode(record, type=Accepted)
+            yield _decode(record, Accepted)
 
     def forget(self, job: str, version: int) -> None:
         """Of the updates of rounds up to this one, know only that they were accepted."""
@@ -219,12 +251,12 @@ class Store:
         query = "SELECT announcement, closed, answers, late, means, typical FROM rounds WHERE job = ? ORDER BY version"
         return [
             RoundRow(
-                msgspec.json.decode(announcement, type=Announcement),
+                _decode(announcement, Announcement),
                 closed,
                 answers,
                 late,
-                msgspec.json.decode(means, type=dict[str, float]) if means else {},
-                msgspec.json.decode(typical, type=Typical | None) if typical else None,
+                _decode(means, dict[str, float]) if means else {},
+                _decode(typical, Typical) if typical else None,
             )
             for announcement, closed, answers, late, means, typical in self._database.execute(query, (job,))
         ]
@@ -254,11 +286,19 @@ class Store:
         )
         self._write(lambda: self._database.execute(query, (device, reason)))
 
+    def strikes(self) -> dict[str, int]:
+        """Device → its updates that were refused for cause, if any were since it was last let in."""
+        return dict(self._database.execute("SELECT device, strikes FROM quarantine"))
+
+    def quarantined(self) -> dict[str, str]:
+        """Device that is kept out of the run → why."""
+        return dict(self._database.execute("SELECT device, reason FROM quarantine WHERE reason <> ''"))
+
     def devices(self) -> list[DeviceRow]:
         """Every device that was ever seen."""
         query = (
-            "SELECT id, state, detail, boot, kit, first_seen, last_seen, accepted, late, refused, reason "
-            "FROM devices ORDER BY id"
+            "SELECT id, state, detail, boot, kit, first_seen, last_seen, accepted, late, refused, devices.reason, "
+            "COALESCE(quarantine.reason, '') FROM devices LEFT JOIN quarantine ON device = id ORDER BY id"
         )
         return [DeviceRow(*row) for row in self._database.execute(query)]
 
@@ -280,6 +320,18 @@ class Store:
             if self._database.in_transaction:  # SQLite ends one by itself after some failures, and not after others
                 self._database.execute("ROLLBACK")
         return True
+
+
+def _decode(raw: bytes, kind: type[Kind]) -> Kind:
+    """What a row holds as JSON.
+
+    Raises:
+        sqlite3.DatabaseError: It is damaged, which the database cannot know.
+    """
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (TypeError, *UNDECODABLE) as error:
+        raise sqlite3.DatabaseError(f"a row is damaged: {str(error)[:200]}") from error
 
 
 def open_store(journal: Journal) -> Store:

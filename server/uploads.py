@@ -100,6 +100,11 @@ class Uploads:
             upload.assembly.drop()
             del self._uploads[device]
 
+    def drop_all(self, device: str) -> None:
+        """Let go of whatever a device sends."""
+        if (upload := self._uploads.pop(device, None)) is not None:
+            upload.assembly.drop()
+
     def clear(self) -> None:
         """Let go of all: the job is over."""
         self._uploads.clear()

@@ -14,6 +14,8 @@ from importlib.metadata import version
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from fleetune.tools.text import LineFormatter, visible
+
 if TYPE_CHECKING:
     from fleetune.edge.protocol.errors import FleetuneError
 
@@ -71,7 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit with its code."""
     args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(args.run(args) or 0)
@@ -100,7 +104,7 @@ def _leave(error: Exception) -> None:
 
 
 def _fail(error: FleetuneError) -> NoReturn:
-    print(f"error: {error.what}\nremedy: {error.remedy}", file=sys.stderr)  # noqa: T201
+    print(f"error: {visible(error.what)}\nremedy: {visible(error.remedy)}", file=sys.stderr)  # noqa: T201
     sys.exit(error.exit_code)
 
 

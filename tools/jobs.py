@@ -7,12 +7,13 @@ import math
 from collections.abc import Iterable
 
 from fleetune.edge.engine.expert import Expert, Layout
-from fleetune.edge.engine.gate import ADAPTER, Gate
+from fleetune.edge.engine.gate import adapter_shapes
 from fleetune.edge.engine.model import card_for
 from fleetune.edge.pack.manifest import Manifest
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.codec import DEFAULT
 from fleetune.edge.protocol.errors import ConfigError
+from fleetune.edge.protocol.modelfile import MAX_CLASSES
 from fleetune.server.aggregator import Model
 from fleetune.server.job import Job, RuleSettings, ScheduleSettings
 from fleetune.server.rules import RULES
@@ -85,8 +86,10 @@ def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int, co
     max_depth = args.max_depth if args.max_depth is not None else manifest.blocks
     if max_depth > manifest.blocks:
         raise ConfigError(f"--max-depth: {max_depth} is out of range", f"choose from 1 to {manifest.blocks}")
-    if classes < 2:
-        raise ConfigError(f"--classes: {classes} is out of range", "a task has at least 2 classes")
+    if not 2 <= classes <= MAX_CLASSES:
+        raise ConfigError(f"--classes: {classes} is out of range", f"a task has 2 to {MAX_CLASSES} classes")
+    if args.gate_rank > manifest.width:
+        raise ConfigError(f"--gate-rank: {args.gate_rank} is out of range", f"choose from 1 to {manifest.width}")
     common: dict[str, float | int | str | bool] = {
         "rank": manifest.rank,
         "targets": ",".join(manifest.targets),
@@ -107,8 +110,7 @@ def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int, co
         "mix": args.mix,
     }
     schedule = ScheduleSettings(args.sal_start, args.sal_step, args.sal_window, args.sal_threshold)
-    shapes = {name: tensor.shape for name, tensor in Expert(Layout.of(manifest, classes)).tensors.items()}
-    shapes |= {name: Gate(manifest.width, args.gate_rank, 0).tensors[name].shape for name in ADAPTER}
+    shapes = Layout.of(manifest, classes).shapes | adapter_shapes(manifest.width, args.gate_rank)
     rounds = {
         "fedms": {"global": args.global_rounds, "personal": args.personal_rounds},
         "standalone": {"train": args.global_rounds + args.personal_rounds},

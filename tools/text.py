@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 _CELLS = 30
+
+
+def visible(text: str) -> str:
+    """A text from elsewhere, so that it is one line and moves no cursor: what cannot be printed is escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+class LineFormatter(logging.Formatter):
+    """A record is one line, whatever it quotes; what is unforeseen has the lines of its traceback below."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The record's own line."""
+        return visible(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        """The traceback's lines."""
+        return "\n".join(map(visible, super().formatException(ei).split("\n")))
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

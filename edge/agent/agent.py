@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from fleetune.edge.agent.broadcasts import Broadcasts
 from fleetune.edge.agent.config import AgentConfig
@@ -39,6 +40,7 @@ from fleetune.edge.protocol.messages import (
     TimeReply,
     UpdateManifest,
     Who,
+    shortened,
 )
 from fleetune.edge.protocol.topics import Topics, check_name, read_number
 
@@ -58,6 +60,14 @@ _HEAR_AGAIN = 1.0
 
 _WAITS = "waits: "
 
+_READMIT = "too many were refused before: mend the device, then start `fleetune serve` with --readmit"
+
+_MAX_JOBS = 16
+"""Jobs that may be led at the same time; of more, the device forgets the one that it heard of longest ago."""
+
+_MAX_RUNS = 64
+"""Runs that are led now, or were."""
+
 _SHOWN = ("loss", "test", "depth", "cpu_s", "peak_mib", "cache_missing_mib")
 """Metrics that the presence shows too."""
 
@@ -73,6 +83,12 @@ _Round = tuple[str, str, int]
 def _round(one: Announcement | UpdateManifest) -> _Round:
     """What tells a round from every other."""
     return one.run, one.job, one.version
+
+
+def _forget_oldest(table: dict[str, Any], most: int) -> None:
+    """Keep so many entries of a table that grows with what comes from the network."""
+    while len(table) > most:
+        del table[next(iter(table))]
 
 
 class Agent:
@@ -97,10 +113,10 @@ class Agent:
         counters.boot += 1
         self._state.save_counters()
         self._earlier = (counters.bytes_up, counters.bytes_down)
-        self._broadcasts = Broadcasts(self._state)
+        self._broadcasts = Broadcasts(self._state, worker.shapes)
         self._newest: dict[str, Announcement] = {}
         self._declined: dict[str, tuple[_Round, str]] = {}  # job → the round that this device does not do, and why
-        self._led: set[str] = set()
+        self._led: dict[str, None] = {}  # runs that are led now, or were, oldest first
         self._doing: _Round | None = None  # until its update is in the outbox; a broker that was away tells it again
         self._unsaved: tuple[Announcement, Answer] | None = None
         self._repairs: set[str] = set()
@@ -141,7 +157,8 @@ class Agent:
             self._link.connect(timeout=math.inf)
             self._say_who()
             self._worker.prepare(self._state, self._show_preparation)
-            self._publish("online", "waits for a round")
+            if self._said[0] != "declined":  # what came meanwhile
+                self._publish("online", "waits for a round")
             log.info("%s of the fleet %s waits for a round", self._config.device, self._config.fleet)
             self._notifier.ready()
             while True:
@@ -170,7 +187,7 @@ class Agent:
             state=state,
             boot=self._state.counters.boot,
             kit=KIT,
-            detail=detail,
+            detail=shortened(detail),
             facts=dict(self._facts),
         )
 
@@ -305,7 +322,9 @@ class Agent:
             raise MessageError("the announcement belongs to another topic", "ignore it", reason="wrong-topic")
         self._seals.told(_FROM_AGGREGATOR, announced.issued)
         self._heard.check(announced)
-        self._led.add(announced.run)
+        self._led.pop(announced.run, None)
+        self._led[announced.run] = None
+        _forget_oldest(self._led, _MAX_RUNS)
         if announced.stage == "finished":
             self._forget(job)
             self._await_another_job()
@@ -319,7 +338,10 @@ class Agent:
         if again:  # by an aggregator that has restarted, or has been away
             self._outbox.hurry()
             self._publish(*self._said)
+        self._newest.pop(job, None)
         self._newest[job] = announced
+        if len(self._newest) > _MAX_JOBS:
+            self._forget(next(iter(self._newest)))
         declined, why = self._declined.get(job, (None, ""))
         if declined == _round(announced):
             self._publish("declined", why)  # whoever leads now may not have heard it
@@ -327,7 +349,8 @@ class Agent:
         elif announced.version <= self._state.answered(announced.run, job) or self._doing == _round(announced):
             self._broadcasts.forget(job)
         else:
-            self._broadcasts.want(announced, under_way=not event.retained and not again)
+            with self._declining(announced):
+                self._broadcasts.want(announced, under_way=not event.retained and not again)
 
     def _forget(self, job: str) -> None:
         """The newest announcement of a job does not count any more."""
@@ -348,7 +371,9 @@ class Agent:
             raise
         except FleetuneError as error:
             self._declined[announced.job] = _round(announced), error.public
-            self._doing = None
+            _forget_oldest(self._declined, _MAX_RUNS)
+            if self._doing == _round(announced):
+                self._doing = None
             self._broadcasts.forget(announced.job)
             self._worker.forget()
             log.warning(
@@ -360,7 +385,7 @@ class Agent:
         manifest = self._state.waiting(ack.update)
         if manifest is not None and ack.reason == "wrong-run":
             log.warning("%s waits: the aggregator that is there leads another run", ack.update)
-            self._led.discard(manifest.run)
+            self._led.pop(manifest.run, None)
             self._outbox.hurry()
             return
         gone = self._outbox.acknowledge(ack)
@@ -369,10 +394,9 @@ class Agent:
         self._state.enter(gone.run).answered.pop(gone.job, None)  # mended and started again, it shall answer anew
         announced = self._newest.get(gone.job)
         if announced is not None and _round(announced) == _round(gone):
+            remedy = _READMIT if ack.reason == "quarantined" else "see the aggregator's log"
             with self._declining(announced):
-                raise RunFailedError(
-                    f"the aggregator refuses this device's update: {ack.reason}", "see the aggregator's log"
-                )
+                raise RunFailedError(f"the aggregator refuses this device's update: {ack.reason}", remedy)
 
     # --- a round ------------------------------------------------------------------------------------------------
 

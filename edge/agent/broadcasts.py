@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from fleetune.edge.agent.state import State
 from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.codec import EXACT, Codec, Tensors, add_differences
-from fleetune.edge.protocol.errors import MessageError
+from fleetune.edge.protocol.codec.numbers import Shapes
+from fleetune.edge.protocol.errors import MessageError, RunFailedError
 from fleetune.edge.protocol.files import is_full
 from fleetune.edge.protocol.messages import Announcement, Need, Payload
 
@@ -46,11 +47,14 @@ class Broadcasts:
 
     Args:
         state: Where tensors are kept.
+        shapes: Tells which tensors an announced job may have; whatever else comes is refused.
     """
 
-    def __init__(self, state: State) -> None:
-        self._state = state
+    def __init__(self, state: State, shapes: Callable[[Announcement], Shapes]) -> None:
+        self._state, self._shapes_of = state, shapes
         self._newest: dict[str, Announcement] = {}
+        self._shapes: dict[str, Shapes] = {}
+        self._useless: dict[str, MessageError] = {}  # job → why the tensors that were announced are none of it
         self._downloads: dict[str, _Download] = {}
         self._no_room_until = 0.0
 
@@ -62,11 +66,14 @@ class Broadcasts:
             under_way: Whether their chunks are being sent just now.
 
         Raises:
-            MessageError: The announced sizes exceed the limits.
+            FleetuneError: The job does not suit this device, or no tensors of it can be as announced.
             OSError: They cannot be written.
         """
+        shapes = self._shapes_of(announced)
+        _check(announced, shapes)
         job, before = announced.job, self._downloads.pop(announced.job, None)
-        self._newest[job] = announced
+        self._newest[job], self._shapes[job] = announced, shapes
+        self._useless.pop(job, None)
         if announced.whole is None or self._has(announced):
             return
         payload = announced.whole
@@ -93,11 +100,13 @@ class Broadcasts:
     def forget(self, job: str) -> None:
         """A job's announcement does not count any more."""
         self._newest.pop(job, None)
+        self._shapes.pop(job, None)
+        self._useless.pop(job, None)
         if (download := self._downloads.pop(job, None)) is not None:
             download.assembly.drop()
 
     def add(self, job: str, sha256: str, index: int, data: bytes) -> bool:
-        """Take a chunk; True if it was the last of its payload.
+        """Take a chunk; True if it was the last that the round waits for.
 
         Raises:
             MessageError: The chunk does not fit, or the whole has another hash; then all is asked for again.
@@ -119,6 +128,10 @@ class Broadcasts:
         try:
             whole, tensors = self._follow(announced, payload, data)
         except MessageError as error:
+            if payload == announced.whole:  # as it was announced: it would come again as it is
+                del self._downloads[job]
+                self._useless[job] = error
+                return True
             log.warning("%s: %s; asks for the whole", job, error)
             self._downloads[job] = self._download(announced.whole, job, patience=_SOON)
             return False
@@ -133,7 +146,7 @@ class Broadcasts:
             MessageError: What came does not lead there.
         """
         assert announced.whole is not None
-        tensors = Codec.named(payload.codec).decode(data)
+        tensors = Codec.named(payload.codec).decode(data, self._shapes[announced.job])
         if payload == announced.whole:
             return data, tensors
         tensors = add_differences(self._state.load_globals(announced.since), tensors)
@@ -163,7 +176,7 @@ class Broadcasts:
     def _begin_again(self) -> None:
         """Where a disk that is full or damaged has left a round without its tensors, and nothing on its way."""
         for job, announced in self._newest.items():
-            if job in self._downloads or self._has(announced) or time.monotonic() < self._no_room_until:
+            if job in self._downloads or self._is_here(announced) or time.monotonic() < self._no_room_until:
                 continue
             try:
                 self.want(announced, under_way=False)
@@ -176,18 +189,41 @@ class Broadcasts:
     def _has(self, announced: Announcement) -> bool:
         return announced.whole is None or self._state.has_globals(announced.whole.sha256)
 
+    def _is_here(self, announced: Announcement) -> bool:
+        """Whether nothing more comes for a round, be it of use or not."""
+        return announced.job in self._useless or self._has(announced)
+
     def asked(self) -> set[tuple[str, str]]:
         """Job and hash of every payload that is not whole yet and of which chunks were asked for."""
         return {(job, download.assembly.payload.sha256) for job, download in self._downloads.items() if download.asked}
 
     def ready(self) -> Announcement | None:
         """A round whose tensors are all here, if there is one; it stays until it is forgotten."""
-        return next((a for job, a in self._newest.items() if job not in self._downloads and self._has(a)), None)
+        return next((a for job, a in self._newest.items() if job not in self._downloads and self._is_here(a)), None)
 
     def tensors(self, announced: Announcement) -> Tensors:
         """The global tensors of a round that is ready.
 
         Raises:
             MessageError: They are damaged.
+            RunFailedError: What was announced are no tensors of the job.
         """
+        if (why := self._useless.get(announced.job)) is not None:
+            raise RunFailedError(f"the aggregator's global tensors are of no use: {why.what}", why.remedy) from why
         return self._state.load_globals(announced.whole.sha256 if announced.whole is not None else None)
+
+
+def _check(announced: Announcement, shapes: Shapes) -> None:
+    """Refuse what the job's tensors cannot be, before any of it is asked for.
+
+    Raises:
+        MessageError: A payload is larger than these tensors, or is encoded as none of its kind is.
+    """
+    for payload, codec in ((announced.whole, EXACT), (announced.changes, None)):
+        if payload is not None:
+            codec = codec or Codec.named(payload.codec)
+            if codec.name != payload.codec:
+                raise MessageError(
+                    f"global tensors as {payload.codec}", f"announce them as {codec.name}", reason="unknown-codec"
+                )
+            chunks.check(payload, codec.most(shapes))

@@ -6,7 +6,7 @@ what exact ones do: an update u is sent as c = C(u + e), and e becomes u + e −
 
 from __future__ import annotations
 
-from fleetune.edge.protocol.codec import Codec, Tensors
+from fleetune.edge.protocol.codec import Codec, Tensors, shapes_of
 
 
 def encode_with_feedback(tensors: Tensors, lost: Tensors, codec: Codec) -> tuple[bytes, Tensors]:
@@ -27,5 +27,5 @@ def encode_with_feedback(tensors: Tensors, lost: Tensors, codec: Codec) -> tuple
         return codec.encode(tensors), {}
     wanted = {name: tensor + lost[name] if name in lost else tensor for name, tensor in tensors.items()}
     data = codec.encode(wanted)
-    arrived = codec.decode(data)
+    arrived = codec.decode(data, shapes_of(wanted))
     return data, lost | {name: tensor - arrived[name] for name, tensor in wanted.items()}

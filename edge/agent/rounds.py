@@ -14,8 +14,19 @@ from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.cache import PrefixCache, room
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.methods import METHODS
-from fleetune.edge.methods.base import Device, Method, Metrics, Outcome, Round, Settings, Tensors, read_settings
+from fleetune.edge.methods.base import (
+    Device,
+    Method,
+    Metrics,
+    Outcome,
+    Round,
+    Settings,
+    Tensors,
+    job_shapes,
+    read_settings,
+)
 from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.codec.numbers import Shapes
 from fleetune.edge.protocol.errors import BudgetError, MessageError, PackError
 from fleetune.edge.protocol.messages import Announcement
 from fleetune.edge.resources.costs import Costs, measure
@@ -150,6 +161,16 @@ class Rounds:
                     f"the job {announced.job} is for {what} {theirs}, the pack {self._pack.path} has {own}",
                     "give the device the pack that the aggregator was started with",
                 )
+
+    def shapes(self, announced: Announcement) -> Shapes:
+        """Full name → shape of every tensor that the devices of a job may share.
+
+        Raises:
+            MessageError: The method is unknown, or a setting is missing or out of range.
+            PackError: The pack is another one.
+        """
+        self.check_fit(announced)
+        return job_shapes(self._pack.manifest, announced.settings)
 
     def measure(self) -> Costs:
         """What training costs here: as it was measured before, unless the kit, the pack, or the power mode changed.
@@ -302,7 +323,9 @@ class Rounds:
             max_depth=min(settings.max_depth, self._pack.manifest.blocks),
         )
         if self._base_mib is None:
-            costs.growth_mib(1, 1, 1, recompute=False)  # planning loads more of NumPy: that belongs to the base
+            costs.growth_mib(
+                1, 1, 1, recompute=costs.trials[0].recompute
+            )  # planning loads more of NumPy: that belongs to the base
             self._base_mib = peak_mib()
         return choose(costs, workload, budget, self._base_mib)
 

@@ -11,14 +11,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from fleetune.edge.protocol.codec import EXACT, Tensors
+from fleetune.edge.protocol.codec import Tensors, read_exact
 from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError, MessageError
-from fleetune.edge.protocol.files import FolderLock, write_atomic
-from fleetune.edge.protocol.messages import UpdateManifest, encode
+from fleetune.edge.protocol.files import FolderLock, read_bytes, write_atomic
+from fleetune.edge.protocol.header import HeaderError, read_header
+from fleetune.edge.protocol.messages import (
+    MAX_MESSAGE,
+    MAX_PAYLOAD,
+    Count,
+    Name,
+    UpdateManifest,
+    encode,
+)
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +35,12 @@ _KEEP_GLOBALS = 4
 _KEEP_RUNS = 4
 """Runs whose private tensors stay: one to use, one that trains, and two to go back to."""
 
+
+_MAX_NAME = 256
+"""Bytes of the file that says whose folder it is."""
+
+_MAX_STRUCT = 4 << 20
+"""Bytes of the largest file of JSON: measured costs."""
 
 Kind = TypeVar("Kind", bound=msgspec.Struct)
 
@@ -40,8 +53,8 @@ class RunRecord(msgspec.Struct):
         answered: Job → newest version that was answered.
     """
 
-    id: str
-    answered: dict[str, int] = {}
+    id: Name
+    answered: dict[Name, Count] = {}
 
 
 class Counters(msgspec.Struct):
@@ -56,9 +69,9 @@ class Counters(msgspec.Struct):
         time: Unix time that has passed for sure, for boards that wake up in the past.
     """
 
-    boot: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
+    boot: Count = 0
+    bytes_up: Count = 0
+    bytes_down: Count = 0
     runs: list[RunRecord] = []
     heard: dict[str, float] = {}
     time: float = 0.0
@@ -105,9 +118,10 @@ class State:
 
     def _claim(self, device: str) -> None:
         owner = self.folder / "device"
-        if owner.is_file() and owner.read_text() != device:
+        found = read_bytes(owner, _MAX_NAME).decode(errors="replace") if owner.is_file() else device
+        if found != device:
             raise ConfigError(
-                f"state: {self.folder} belongs to the device {owner.read_text()!r}, not to {device!r}",
+                f"state: {self.folder} belongs to the device {found!r}, not to {device!r}",
                 "give every device a state folder of its own",
             )
         write_atomic(owner, device.encode())
@@ -122,8 +136,8 @@ class State:
         if not file.is_file():
             return None
         try:
-            return msgspec.json.decode(file.read_bytes(), type=kind)
-        except UNDECODABLE as error:
+            return msgspec.json.decode(read_bytes(file, _MAX_STRUCT), type=kind)
+        except (OSError, *UNDECODABLE) as error:
             raise ConfigError(f"{file}: {error}", "delete the file; it is made again") from error
 
     def save(self, name: str, content: msgspec.Struct) -> None:
@@ -185,12 +199,12 @@ class State:
         if sha256 == self._newest[0]:
             return dict(self._newest[1])
         file = self._globals(sha256)
-        data = file.read_bytes() if file.is_file() else b""
+        data = file.read_bytes() if file.is_file() and file.stat().st_size <= MAX_PAYLOAD else b""
         if hashlib.sha256(data).hexdigest() != sha256:
             file.unlink(missing_ok=True)
             raise MessageError(f"{file} is damaged", "nothing: it is asked for again", reason="wrong-hash")
         self._touch(file)  # what is still read is not the oldest
-        return EXACT.decode(data)
+        return read_exact(data)
 
     def save_globals(self, sha256: str, data: bytes, tensors: Tensors, *, on_disk: bool = True) -> None:
         """Keep global tensors, and let go of the oldest ones.
@@ -223,9 +237,11 @@ class State:
         for file in (self.folder / "outbox").glob("*.update"):
             with file.open("rb") as content:
                 try:
-                    manifest = msgspec.json.decode(content.readline(), type=UpdateManifest)
+                    manifest = msgspec.json.decode(content.readline(MAX_MESSAGE), type=UpdateManifest)
                 except UNDECODABLE as error:
                     raise ConfigError(f"{file}: {error}", "delete the file; its round is lost") from error
+            if file != self._update(manifest.update):
+                raise ConfigError(f"{file} holds the update {manifest.update}", "delete the file; its round is lost")
             found[manifest.update] = manifest
         return found
 
@@ -281,14 +297,14 @@ class State:
             if not lost:
                 return file.read(size)
             file.seek(size, os.SEEK_CUR)
-            return file.read()
+            return file.read(MAX_PAYLOAD)
 
     def lost(self, run: str, job: str) -> Tensors:
         """What the newest update of a job lacks; nothing if none is here, or its file is damaged."""
         for manifest in self._of_job(run, job)[-1:]:
             lost = self._read_update(manifest, lost=True)
             try:
-                return EXACT.decode(lost) if lost else {}
+                return read_exact(lost) if lost else {}
             except MessageError as error:
                 log.warning("%s: what it lacks is lost: %s", self._update(manifest.update), error)
         return {}
@@ -341,7 +357,7 @@ class JobStore:
         if not file.is_file():
             return None
         try:
-            tensors: Tensors = safetensors.numpy.load(file.read_bytes())
-        except safetensors.SafetensorError as error:
+            data = read_bytes(file, MAX_PAYLOAD)
+            return {name: slot.array(data) for name, slot in read_header(data).slots.items()}
+        except (OSError, HeaderError) as error:
             raise ConfigError(f"{file} is damaged: {error}", "delete the device's state folder") from error
-        return tensors

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from fleetune.edge.protocol.codec import Tensors
+from fleetune.edge.protocol.codec.numbers import Shapes
 from fleetune.edge.protocol.messages import Announcement
 
 if TYPE_CHECKING:
@@ -58,6 +59,14 @@ class Worker(Protocol):
 
         Raises:
             FleetuneError: It does not.
+        """
+        ...
+
+    def shapes(self, announced: Announcement) -> Shapes:
+        """Full name → shape of every global tensor that a job may have: no other comes down, or goes up.
+
+        Raises:
+            FleetuneError: The job does not suit this device.
         """
         ...
 

@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetune.edge.engine.backbone import Backbone
-from fleetune.edge.pack.manifest import Image
+from fleetune.edge.pack.manifest import MAX_PICTURE, Image
 from fleetune.edge.pack.pack import Pack, file_sha256
 from fleetune.edge.pack.patches import to_patches
 from fleetune.edge.pack.tensorfile import TensorFile
 from fleetune.edge.pack.wordpiece import WordPiece
 from fleetune.edge.protocol.errors import UNDECODABLE, DataError, PackError, field_and_reason
+from fleetune.edge.protocol.modelfile import MAX_CLASSES
 
 FloatArray = NDArray[np.float32]
 Split = Literal["train", "val", "test"]
@@ -25,7 +26,6 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 _MAX_FILE = 1 << 30
 _MAX_LINE = 1 << 20
 _MAX_NAMED = 20
-_MAX_CLASSES = 4096
 
 
 class TokenTable(Protocol):
@@ -168,7 +168,7 @@ class TextDataset(Dataset):
                         f"{path}, line {number}: {f'field {field}: ' if field else ''}{reason}",
                         'write {"text": "…", "label": 0, "split": "train" | "val" | "test"} on each line',
                     ) from error
-                if not 0 <= row.label < _MAX_CLASSES:
+                if not 0 <= row.label < MAX_CLASSES:
                     raise DataError(
                         f"{path}, line {number}: field label: {row.label} is out of range", "number the classes from 0"
                     )
@@ -210,10 +210,11 @@ class ImageDataset(Dataset):
                     "write images uint8 [n, h, w] or [n, h, w, 3], labels int64 [n], split uint8 [n]",
                 )
         self.images, labels, splits = file["images"], file["labels"], file["split"]
-        if 0 in self.images.shape[1:] or self.images.shape[3:] not in ((), (3,)):
+        sides = self.images.shape[1:3]
+        if 0 in sides or max(sides) > MAX_PICTURE or self.images.shape[3:] not in ((), (3,)):
             raise DataError(
                 f"{path}: field images: pictures of the shape {self.images.shape[1:]}",
-                "write images uint8 [n, h, w] or [n, h, w, 3]",
+                f"write images uint8 [n, h, w] or [n, h, w, 3], with sides of at most {MAX_PICTURE}",
             )
         counts = {name: len(file[name]) for name in ("images", "labels", "split")}
         if len(set(counts.values())) > 1:
@@ -221,7 +222,7 @@ class ImageDataset(Dataset):
                 f"{path}: {', '.join(f'{name} has {count} samples' for name, count in counts.items())}",
                 "give every image one label and one split",
             )
-        for name, values, limit in (("labels", labels, _MAX_CLASSES), ("split", splits, len(SPLITS))):
+        for name, values, limit in (("labels", labels, MAX_CLASSES), ("split", splits, len(SPLITS))):
             wrong = np.flatnonzero((values < 0) | (values >= limit))
             if len(wrong):
                 raise DataError(

@@ -120,6 +120,8 @@ def what_is_wrong(folder: Path, blank: Entry) -> str | None:
         if msgspec.structs.replace(found, files=blank.files) != blank or found.files.keys() != blank.files.keys():
             return f"{FILE} describes another entry"
         for name, file in found.files.items():
+            if (folder / name).stat().st_size != blank.files[name].bytes:
+                return f"{name} has another size"
             if file_sha256(folder / name) != file.sha256:
                 return f"{name} has another SHA-256"
     except (OSError, *UNDECODABLE) as error:

@@ -68,8 +68,9 @@ class Layout:
         lower = range(self.blocks - depth, self.blocks)
         return [name for block in lower for name in self.block_names(block)] + ["head.weight", "head.bias"]
 
-    def views(self, vector: FloatArray) -> dict[str, FloatArray]:
-        """Full name → view into ``vector``: A is [in, r], B is [r, out], the head is [d, classes] and [classes]."""
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full name → shape: A is [in, r], B is [r, out], the head is [d, classes] and [classes]."""
         shapes: dict[str, tuple[int, ...]] = {}
         for block in range(self.blocks):
             for target, (rows, columns) in self.targets.items():
@@ -77,8 +78,12 @@ class Layout:
                 shapes[f"blocks.{block}.{target}.B"] = (self.rank, columns)
         shapes["head.weight"] = (self.width, self.classes)
         shapes["head.bias"] = (self.classes,)
+        return shapes
+
+    def views(self, vector: FloatArray) -> dict[str, FloatArray]:
+        """Full name → view into ``vector``, in the order of :attr:`shapes`."""
         found, start = {}, 0
-        for name, shape in shapes.items():
+        for name, shape in self.shapes.items():
             found[name] = vector[start : start + math.prod(shape)].reshape(shape)
             start += math.prod(shape)
         return found

@@ -22,6 +22,11 @@ EPSILON = 1e-6
 """Added to the standard deviation of a gate's input."""
 
 
+def adapter_shapes(width: int, rank: int) -> dict[str, tuple[int, ...]]:
+    """Full name → shape of the shared part."""
+    return dict(zip(ADAPTER, ((width, rank), (rank, width)), strict=True))
+
+
 class Gate:
     """``softmax((x + (x A) B) W + b)`` over the global and the local expert.
 
@@ -36,11 +41,11 @@ class Gate:
     """
 
     def __init__(self, width: int, rank: int, seed: int) -> None:
-        bound = 1 / np.sqrt(width)
-        initial = np.random.default_rng(seed).uniform(-bound, bound, (width, rank)).astype(np.float32)
+        bound, shapes = 1 / np.sqrt(width), adapter_shapes(width, rank)
+        initial = np.random.default_rng(seed).uniform(-bound, bound, shapes["gate.A"]).astype(np.float32)
         self.tensors: dict[str, FloatArray] = {
             "gate.A": initial,
-            "gate.B": np.zeros((rank, width), dtype=np.float32),
+            "gate.B": np.zeros(shapes["gate.B"], dtype=np.float32),
             "gate.weight": np.zeros((width, 2), dtype=np.float32),
             "gate.bias": np.zeros(2, dtype=np.float32),
         }

@@ -15,9 +15,12 @@ from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.cache import PrefixCache
 from fleetune.edge.engine.dataset import Dataset
 from fleetune.edge.engine.expert import Layout
+from fleetune.edge.engine.gate import adapter_shapes
 from fleetune.edge.engine.optimiser import OptimiserName
+from fleetune.edge.pack.manifest import Manifest
 from fleetune.edge.protocol.errors import MessageError
 from fleetune.edge.protocol.messages import Stage
+from fleetune.edge.protocol.modelfile import MAX_CLASSES
 from fleetune.edge.resources.costs import Costs
 from fleetune.edge.resources.guard import Guard
 from fleetune.edge.resources.planner import Plan
@@ -27,7 +30,8 @@ Tensors = dict[str, FloatArray]
 Metrics = dict[str, float | int | str | bool]
 
 
-Count = Annotated[int, msgspec.Meta(ge=1)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+Classes = Annotated[int, msgspec.Meta(ge=2, le=MAX_CLASSES)]
 Rate = Annotated[float, msgspec.Meta(gt=0)]
 
 
@@ -50,7 +54,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     rank: Count
     targets: str
-    classes: Annotated[int, msgspec.Meta(ge=2)]
+    classes: Classes
     seed: Annotated[int, msgspec.Meta(ge=0)]
     max_depth: Count
     depth: Count
@@ -168,9 +172,39 @@ def read_settings(announced: Round, kind: type[AnySettings]) -> AnySettings:
     try:
         return msgspec.convert(dict(announced.settings), type=kind)
     except msgspec.ValidationError as error:
-        raise MessageError(
-            f"settings of the job: {error}", "use the same version of Fleetune on both sides", reason="bad-settings"
-        ) from error
+        raise _bad_settings(str(error)) from error
+
+
+class _Sizes(msgspec.Struct, frozen=True):
+    classes: Classes
+    max_depth: Count
+    gate_rank: Count = 1
+
+
+def job_shapes(manifest: Manifest, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Full name → shape of every tensor that the devices of a job may share, whatever its method.
+
+    Args:
+        manifest: The pack's.
+        settings: As announced.
+
+    Raises:
+        MessageError: A setting is missing or out of range.
+    """
+    try:
+        sizes = msgspec.convert(dict(settings), type=_Sizes)
+    except msgspec.ValidationError as error:
+        raise _bad_settings(str(error)) from error
+    for name, most in (("max_depth", manifest.blocks), ("gate_rank", manifest.width)):
+        if (value := getattr(sizes, name)) > most:
+            raise _bad_settings(f"{name}: {value} is more than {most}")
+    return Layout.of(manifest, sizes.classes).shapes | adapter_shapes(manifest.width, sizes.gate_rank)
+
+
+def _bad_settings(why: str) -> MessageError:
+    return MessageError(
+        f"settings of the job: {why}", "use the same version of Fleetune on both sides", reason="bad-settings"
+    )
 
 
 def task_layout(device: Device, settings: Settings) -> Layout:

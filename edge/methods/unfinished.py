@@ -30,8 +30,9 @@ class Unfinished:
         kept = self._store.load(_NAME)
         if kept is None:
             return 0
-        number, steps = (int(value) for value in kept.pop(_PLACE))
-        if number != self._number:
+        place = kept.pop(_PLACE, np.empty(0))
+        number, steps = (int(value) for value in place) if place.shape == (2,) and place.dtype == np.int64 else (-1, 0)
+        if number != self._number or steps < 0:
             return 0
         expert.load(kept)
         return steps

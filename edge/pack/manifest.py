@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+
+from fleetune.edge.protocol.messages import Phrase, Sha256, Word
 
 SCHEMA = 1
 """Version of the pack's layout that this Fleetune writes and reads."""
 
 FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
+
+MAX_PICTURE = 4096
+"""Longest side of a picture in pixels."""
 
 GRAPHS = (
     "embed",
@@ -25,6 +30,13 @@ GRAPHS = (
 
 
 QuantisationType = Literal["nf4", "int8", "fp32"]
+
+# More than any backbone has that a device can run, and little enough to count with.
+Blocks = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+Side = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+Rows = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+Deviation = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,11 +54,11 @@ class Backbone(_Struct, frozen=True):
         source: Where they were taken from.
     """
 
-    id: str
-    architecture: str
-    sha256: str
-    licence: str
-    source: str
+    id: Phrase
+    architecture: Word
+    sha256: Sha256
+    licence: Phrase
+    source: Phrase
 
 
 class Quantisation(_Struct, frozen=True):
@@ -60,32 +72,32 @@ class Quantisation(_Struct, frozen=True):
     """
 
     type: QuantisationType
-    block_size: int
-    code: tuple[float, ...]
+    block_size: Rows
+    code: Annotated[tuple[float, ...], msgspec.Meta(max_length=256)]
 
 
 class Text(_Struct, frozen=True):
     """How text becomes token ids: BERT's WordPiece over ``vocabulary``."""
 
-    vocabulary: str
+    vocabulary: Phrase
     lowercase: bool
-    max_length: int
+    max_length: Annotated[int, msgspec.Meta(ge=3, le=1 << 16)]
 
 
 class Image(_Struct, frozen=True):
     """How a picture becomes patches: resized to ``size`` pixels square, scaled to [0, 1], normalised per channel."""
 
-    size: int
-    patch: int
+    size: Annotated[int, msgspec.Meta(ge=1, le=MAX_PICTURE)]
+    patch: Annotated[int, msgspec.Meta(ge=1, le=MAX_PICTURE)]
     mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    std: tuple[Deviation, Deviation, Deviation]
 
 
 class File(_Struct, frozen=True):
     """Size and hash of one file of the pack."""
 
-    bytes: int
-    sha256: str
+    bytes: Bytes
+    sha256: Sha256
 
 
 class Manifest(_Struct, frozen=True):
@@ -109,17 +121,17 @@ class Manifest(_Struct, frozen=True):
     """
 
     schema: int
-    kit: str
+    kit: Word
     backbone: Backbone
-    blocks: int
-    width: int
-    heads: int
-    epsilon: float
-    rank: int
-    targets: dict[str, tuple[int, int]]
+    blocks: Blocks
+    width: Side
+    heads: Side
+    epsilon: Deviation
+    rank: Side
+    targets: Annotated[dict[Word, tuple[Rows, Rows]], msgspec.Meta(max_length=64)]
     quantisation: Quantisation
-    opset: int
-    files: dict[str, File]
+    opset: Side
+    files: Annotated[dict[str, File], msgspec.Meta(max_length=8192)]
     text: Text | None = None
     image: Image | None = None
 

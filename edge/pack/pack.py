@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import msgspec
 from fleetune.edge.pack.manifest import FILE, SCHEMA, WEIGHTS_FILE, Manifest
 from fleetune.edge.pack.weights import Weights
 from fleetune.edge.protocol.errors import UNDECODABLE, PackError
+from fleetune.edge.protocol.files import read_bytes
+from fleetune.edge.protocol.messages import Word
 
 _MAX_MANIFEST = 1 << 20
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Pack:
             )
         if file.stat().st_size > _MAX_MANIFEST:
             raise PackError(f"{file} is larger than {_MAX_MANIFEST} bytes", "write the pack again")
-        raw = file.read_bytes()
+        raw = read_bytes(file, _MAX_MANIFEST)
         try:
             version = msgspec.json.decode(raw, type=_Version)
             if version.schema != SCHEMA:
@@ -59,6 +63,8 @@ class Pack:
             manifest = msgspec.json.decode(raw, type=Manifest)
         except UNDECODABLE as error:
             raise PackError(f"{file}: {error}", "write the pack again") from error
+        if (why := _contradiction(manifest)) is not None:
+            raise PackError(f"{file}: {why}", "write the pack again")
         vocabulary = (manifest.text.vocabulary,) if manifest.text else ()
         for name in (WEIGHTS_FILE, *(f"{stem}.onnx" for stem in manifest.graphs), *vocabulary):
             if name not in manifest.files:
@@ -69,11 +75,12 @@ class Pack:
 
     def _check_files(self, *, hash_them: bool) -> None:
         for name, expected in self.manifest.files.items():
-            file = self.path / name
-            if Path(name).name != name:
+            if not _NAME.fullmatch(name):
                 raise PackError(
-                    f"{self.path / FILE} lists {name!r}, which lies outside the pack", "write the pack again"
+                    f"{self.path / FILE} lists {name[:80]!r}, which lies outside the pack or has an odd name",
+                    "write the pack again",
                 )
+            file = self.path / name
             if not file.is_file():
                 raise PackError(f"{file} is missing", "copy the pack again, or write it again")
             size = file.stat().st_size
@@ -98,9 +105,18 @@ class Pack:
         return file_sha256(self.path / WEIGHTS_FILE)
 
 
+def _contradiction(manifest: Manifest) -> str | None:
+    """What of a manifest cannot be true beside the rest of it."""
+    if (manifest.text is None) == (manifest.image is None):
+        return "it takes text or pictures, and one of them"
+    if manifest.image is not None and manifest.image.size % manifest.image.patch:
+        return f"field image.size: {manifest.image.size} is no multiple of the patch, {manifest.image.patch}"
+    return None
+
+
 class _Version(msgspec.Struct, frozen=True):
     schema: int
-    kit: str = ""
+    kit: Word = ""
 
 
 def file_sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from fleetune.edge.pack.tensorfile import TensorFile
 from fleetune.edge.protocol.errors import PackError
 
 FloatArray = NDArray[np.float32]
+
+_OF_A_BLOCK = re.compile(r"blocks\.([0-9]{1,4})\.([^.].*)")
 
 
 class Weights:
@@ -38,23 +41,49 @@ class Weights:
         self._blocks: list[dict[str, str]] = [{} for _ in range(manifest.blocks)]
         self.outer_names: list[str] = []
         for stored in self._file:
+            self._check(stored)
             if stored.endswith(".absmax"):
                 continue
             name = stored.removesuffix(".codes")
             if name.startswith("blocks."):
-                _, index, rest = name.split(".", 2)
-                if not index.isdecimal() or int(index) >= manifest.blocks:
+                match = _OF_A_BLOCK.fullmatch(name)
+                if match is None or int(match[1]) >= manifest.blocks:
                     raise PackError(
-                        f"{path} holds {stored}, the manifest has {manifest.blocks} blocks", "write the pack again"
+                        f"{path} holds {stored[:80]!r}, the manifest has {manifest.blocks} blocks",
+                        "write the pack again",
                     )
-                self._blocks[int(index)][rest] = name
+                self._blocks[int(match[1])][match[2]] = name
             else:
                 self.outer_names.append(name)
         if any(block.keys() != self._blocks[0].keys() for block in self._blocks):
             raise PackError(f"{path} does not hold the same tensors for every block", "write the pack again")
 
+    def _check(self, stored: str) -> None:
+        """Refuse a tensor that no later step could make numbers of."""
+        tensor, why = self._file[stored], ""
+        if stored.endswith(".codes"):
+            absmax = self._file.get(stored.removesuffix("codes") + "absmax")
+            kind = np.dtype(np.uint8 if self._pairs is not None else np.int8)
+            values, rows = tensor.size * self._values_a_byte, tensor.shape[:1]
+            if tensor.dtype != kind or tensor.ndim != 2:
+                why = f"is {tensor.dtype} of rank {tensor.ndim}, not {kind} of rank 2"
+            elif absmax is None or absmax.shape[:1] != rows or absmax.size * self._block_size != values:
+                why = f"has no scale for each {self._block_size} values"
+        elif stored.endswith(".absmax") and stored.removesuffix("absmax") + "codes" not in self._file:
+            why = "belongs to no codes"
+        elif tensor.dtype != np.float32:
+            why = f"is {tensor.dtype}, not float32"
+        if why:
+            raise PackError(f"{self._path}: tensor {stored[:80]!r} {why}", "write the pack again")
+
     def outer(self, name: str) -> FloatArray:
-        """A float32 tensor from around the blocks."""
+        """A float32 tensor from around the blocks.
+
+        Raises:
+            PackError: There is none of that name.
+        """
+        if name not in self._file:
+            raise PackError(f"{self._path} holds no {name}", "write the pack again")
         return self._file[name]
 
     def block(self, index: int, into: Mapping[str, FloatArray] | None = None) -> dict[str, FloatArray]:
@@ -91,8 +120,15 @@ class Weights:
         return out
 
     def count(self, name: str) -> int:
-        """Rows of a table."""
-        return len(self._file[name if name in self._file else f"{name}.codes"])
+        """Rows of a table.
+
+        Raises:
+            PackError: There is none of that name.
+        """
+        stored = name if name in self._file else f"{name}.codes"
+        if stored not in self._file or not self._file[stored].ndim:
+            raise PackError(f"{self._path} holds no table {name}", "write the pack again")
+        return len(self._file[stored])
 
     def rows(self, name: str, indices: NDArray[np.int64]) -> FloatArray:
         """Dequantise some rows of a table, such as the embeddings of the tokens of a batch.
@@ -103,7 +139,15 @@ class Weights:
 
         Returns:
             Float32 of shape [*indices.shape, columns].
+
+        Raises:
+            PackError: The table has fewer rows.
         """
+        if indices.size and int(indices.max()) >= self.count(name):
+            raise PackError(
+                f"{self._path}: {name} has {self.count(name)} rows, and row {indices.max()} is asked for",
+                "write the pack again",
+            )
         if name in self._file:
             table: FloatArray = self._file[name]
             return table[indices]

@@ -11,6 +11,7 @@ import zlib
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetune.edge.protocol.errors import PackError
+from fleetune.edge.protocol.files import read_bytes
 
 _MAX_WORD = 100
+MAX_VOCABULARY = 4 << 20
+"""Largest vocabulary in bytes."""
+
 _CJK = (
     (0x4E00, 0x9FFF),
     (0x3400, 0x4DBF),
@@ -73,10 +78,16 @@ class WordPiece:
         vocabulary: File with one token a line; the line number is the id.
         lowercase: Whether to fold case and strip accents.
         max_length: Longest sequence, the two special tokens included; longer texts are cut.
+
+    Raises:
+        PackError: The file cannot be read, is larger than any vocabulary, or lacks a special token.
     """
 
     def __init__(self, vocabulary: Path, *, lowercase: bool, max_length: int) -> None:
-        self._vocabulary = _Vocabulary(vocabulary.read_bytes())
+        try:
+            self._vocabulary = _Vocabulary(read_bytes(vocabulary, MAX_VOCABULARY))
+        except OSError as error:
+            raise PackError(f"{vocabulary} cannot be read: {error.strerror}", "write the pack again") from error
         self._lowercase = lowercase
         self._max_length = max_length
         special = {token: self._vocabulary.find(token) for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]")}
@@ -87,8 +98,8 @@ class WordPiece:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, with the special tokens at both ends."""
-        ids = [piece for word in self._words(text) for piece in self._pieces(word)]
-        return [self._begin, *ids[: self._max_length - 2], self._end]
+        ids = (piece for word in self._words(text) for piece in self._pieces(word))
+        return [self._begin, *islice(ids, self._max_length - 2), self._end]
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Encode and pad to the longest text.

@@ -16,18 +16,18 @@ from pathlib import Path
 import msgspec
 
 from fleetune.edge.protocol.errors import MessageError
-from fleetune.edge.protocol.messages import MAX_CHUNK, MAX_PAYLOAD, Payload
+from fleetune.edge.protocol.messages import MAX_CHUNK, MAX_CHUNKS, MAX_PAYLOAD, Payload
 
-MAX_CHUNKS = 1 << 16
-"""Most chunks of a payload: their bitmap fits a message."""
-
-_HERE = b"\1"
+_HERE = 1
 
 _QUICK = 0.5
 """Seconds from the first chunk: what is whole by then need not touch the disk."""
 
 _LITTLE = 2 << 20
 """Bytes that may wait for the rest in memory."""
+
+_CHUNK_COST = 256
+"""Bytes that a chunk takes in memory beside its own, about."""
 
 
 def describe(data: bytes, codec: str, chunk_size: int = MAX_CHUNK) -> Payload:
@@ -42,18 +42,22 @@ def fit(payload: Payload, chunk_size: int) -> Payload:
     return msgspec.structs.replace(payload, chunk_size=chunk_size)
 
 
-def check(payload: Payload) -> None:
+def check(payload: Payload, most: int = MAX_PAYLOAD) -> None:
     """See that an announced payload may be.
+
+    Args:
+        payload: What is announced.
+        most: Most bytes that what it is for can take.
 
     Raises:
         MessageError: The announced sizes exceed the limits or do not fit each other.
     """
-    for what, size, most, reason in (
-        ("a payload", payload.size, MAX_PAYLOAD, "payload-too-large"),
+    for what, size, limit, reason in (
+        ("a payload", payload.size, min(most, MAX_PAYLOAD), "payload-too-large"),
         ("chunks", payload.chunk_size, MAX_CHUNK, "chunk-too-large"),
     ):
-        if not 0 < size <= most:
-            raise MessageError(f"{what} of {size} bytes announced", f"send 1 to {most}", reason=reason)
+        if not 0 < size <= limit:
+            raise MessageError(f"{what} of {size} bytes announced", f"send 1 to {limit}", reason=reason)
     if payload.chunks > MAX_CHUNKS:
         raise MessageError(
             f"{payload.chunks} chunks are announced", f"send at most {MAX_CHUNKS}", reason="too-many-chunks"
@@ -97,7 +101,7 @@ class Assembly:
     def __init__(self, payload: Payload, folder: Path) -> None:
         check(payload)
         self.payload = payload
-        self._missing = set(range(payload.chunks))
+        self._here = bytearray(payload.chunks)  # 1 for each chunk that came
         self._held: dict[int, bytes] = {}  # not on disk
         self._since = math.inf
         self._path = folder / f"{payload.sha256}-{payload.chunk_size}"
@@ -105,18 +109,18 @@ class Assembly:
         if self._kept:
             with self._path.open("rb") as file:
                 file.seek(payload.size)
-                here = file.read(payload.chunks)
-            self._missing -= {index for index in self._missing if here[index : index + 1] == _HERE}
+                marks = file.read(payload.chunks)
+            self._here[: len(marks)] = bytes(mark == _HERE for mark in marks)
 
     @property
     def missing(self) -> list[int]:
         """Numbers of the chunks that did not arrive yet."""
-        return sorted(self._missing)
+        return [index for index, here in enumerate(self._here) if not here]
 
     @property
     def complete(self) -> bool:
         """Whether every chunk is here."""
-        return not self._missing
+        return 0 not in self._here
 
     @property
     def slow(self) -> bool:
@@ -125,7 +129,7 @@ class Assembly:
 
     def missing_bitmap(self) -> bytes:
         """The missing ones as a bitmap."""
-        return pack_bitmap(self._missing, self.payload.chunks)
+        return pack_bitmap(self.missing, self.payload.chunks)
 
     def add(self, index: int, data: bytes) -> bool:
         """Take one chunk; False if it was here already.
@@ -139,33 +143,34 @@ class Assembly:
             raise MessageError(
                 f"chunk {index} of {len(data)} bytes does not fit the manifest", "send it again", reason="wrong-chunk"
             )
-        if index not in self._missing:
+        if self._here[index]:
             return False
         now = time.monotonic()
         self._since = min(self._since, now)
         self._held[index] = data
-        if self._kept or (len(self._missing) > 1 and self._is_much(now)):
+        self._here[index] = _HERE
+        if self._kept or (not self.complete and self._is_much(now)):
             try:
                 self._keep()
             except OSError:
                 del self._held[index]
+                self._here[index] = 0
                 raise
-        self._missing.remove(index)
         return True
 
     def _is_much(self, now: float) -> bool:
-        return now - self._since > _QUICK or len(self._held) * self.payload.chunk_size > _LITTLE
+        return now - self._since > _QUICK or len(self._held) * (self.payload.chunk_size + _CHUNK_COST) > _LITTLE
 
     def _keep(self) -> None:
         """Write what is in memory."""
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             # So large at once: a full disk shows before the last chunk.
             os.posix_fallocate(descriptor, 0, self.payload.size + self.payload.chunks)
             for index, data in self._held.items():
                 _write_at(descriptor, index * self.payload.chunk_size, data)
-                _write_at(descriptor, self.payload.size + index, _HERE)
+                _write_at(descriptor, self.payload.size + index, bytes([_HERE]))
         finally:
             os.close(descriptor)
         self._kept = True
@@ -173,7 +178,8 @@ class Assembly:
 
     def let_go(self) -> None:
         """Free the memory that it takes: the chunks in it are to come again."""
-        self._missing |= self._held.keys()
+        for index in self._held:
+            self._here[index] = 0
         self._held.clear()
 
     def finish(self) -> bytes:
@@ -204,7 +210,7 @@ class Assembly:
             self._path.unlink(missing_ok=True)
             self._kept = False
         self._held.clear()
-        self._missing = set(range(self.payload.chunks))
+        self._here = bytearray(self.payload.chunks)
 
 
 def _write_at(descriptor: int, start: int, data: bytes) -> None:

@@ -11,6 +11,19 @@ from pathlib import Path
 from fleetune.edge.protocol.errors import RunFolderError
 
 
+def read_bytes(path: Path, most: int) -> bytes:
+    """All of a file that may be damaged, or somebody else's: never more memory than ``most`` bytes and one.
+
+    Raises:
+        OSError: It cannot be read, or is larger.
+    """
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"more than {most} bytes", str(path))
+    return data
+
+
 def write_atomic(path: Path, data: bytes, *, sync: bool = True, mode: int = 0o666) -> None:
     """Replace ``path`` with ``data``, so that a reader or a power cut finds the old content or the new one.
 

@@ -101,6 +101,11 @@ class Received:
     payload: bytes
     retained: bool = False
 
+    @property
+    def size(self) -> int:
+        """Bytes that it takes while it waits, about."""
+        return len(self.payload) + len(self.topic) + _OVERHEAD
+
 
 @dataclass(frozen=True)
 class Refused:
@@ -121,6 +126,14 @@ class _Published:
 
 
 Event = Connected | Disconnected | Received | Refused
+
+
+class _Client(mqtt.Client):
+    """paho's client; by itself it takes as much memory at once as a broker says that a packet has."""
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        """What is there; of a packet that is larger than any that was asked for, nothing, as if the broker hung up."""
+        return b"" if bufsize > _MAX_PACKET else super()._sock_recv(bufsize)
 
 
 class Link:
@@ -174,7 +187,7 @@ class Link:
         self._client = self._new_client()
 
     def _new_client(self) -> mqtt.Client:
-        client = mqtt.Client(
+        client = _Client(
             CallbackAPIVersion.VERSION2,
             client_id=self._client_id,
             protocol=mqtt.MQTTv5,
@@ -373,7 +386,7 @@ class Link:
                     self._broken()
                 elif isinstance(event, Received):
                     with self._room:
-                        self._queued -= len(event.payload)
+                        self._queued -= event.size
                         self._room.notify()
                 yield event
             try:
@@ -494,12 +507,16 @@ class Link:
             self._events.put(Refused(str(reason)))
 
     def _on_message(self, _c: mqtt.Client, _u: Any, message: mqtt.MQTTMessage) -> None:
-        self.bytes_in += len(message.payload)
+        try:
+            received = Received(message.topic, bytes(message.payload), message.retain)
+        except UnicodeDecodeError:  # no topic at all, which a good broker would not pass on
+            return
+        self.bytes_in += len(received.payload)
         with self._room:
             while self._queued > _MAX_QUEUED and not self._closing:
                 self._room.wait(0.5)
-            self._queued += len(message.payload)
-        self._events.put(Received(message.topic, bytes(message.payload), message.retain))
+            self._queued += received.size
+        self._events.put(received)
 
 
 def no_delay(_c: mqtt.Client, _u: Any, sock: Any) -> None:

@@ -1,5 +1,7 @@
 """The messages, as frozen structs. Each is small JSON; tensors travel apart from them, in chunks.
 
+Whatever a message holds has a limit: texts and tables a length, numbers a range. What exceeds one is malformed.
+
 Each travels inside an :class:`Envelope`, whose ``body`` is its canonical bytes: what a signature covers is exactly what
 was sent. Where a fleet has no keys a hash shows what was damaged on its way.
 """
@@ -21,7 +23,25 @@ MAX_CHUNK = 64 * 1024
 """Largest chunk in bytes."""
 
 MAX_PAYLOAD = 64 * 1024 * 1024
-"""Largest tensor payload in bytes that a manifest may announce."""
+"""Largest tensor payload in bytes that a manifest may announce; what the job's tensors need is less, and counts."""
+
+MAX_CHUNKS = 1 << 16
+"""Most chunks of a payload: their bitmap fits a message."""
+
+MAX_COUNT = 1 << 53
+"""Largest whole number: exact in the JSON of every language, and no database's 64 bits overflow."""
+
+MAX_SAMPLES = 1 << 31
+"""Most samples that a device may say it trained on."""
+
+MAX_FIGURE = 1e300
+"""Largest magnitude of a figure: the sum over a fleet is still finite."""
+
+MAX_FIGURES = 128
+"""Most figures of a message."""
+
+MAX_TEXT = 1024
+"""Most characters of a text that people read."""
 
 KIT = version("fleetune")
 """Version of Fleetune."""
@@ -32,6 +52,24 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z"
 Name = Annotated[str, msgspec.Meta(pattern=NAME)]
 UpdateId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,95}\Z")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._+-]{0,64}\Z")]
+Reason = Annotated[str, msgspec.Meta(pattern=r"^[a-z-]{0,64}\Z")]
+Phrase = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
+Bitmap = Annotated[bytes, msgspec.Meta(max_length=MAX_CHUNKS // 8)]
+Time = Annotated[float, msgspec.Meta(ge=0, le=MAX_COUNT)]
+Figure = (
+    Annotated[float, msgspec.Meta(ge=-MAX_FIGURE, le=MAX_FIGURE)]
+    | Annotated[int, msgspec.Meta(ge=-MAX_COUNT, le=MAX_COUNT)]
+    | Phrase
+    | bool
+)
+Figures = Annotated[
+    dict[Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")], Figure], msgspec.Meta(max_length=MAX_FIGURES)
+]
+
+_MAX_WHY = 200
+"""Characters of what is wrong with a message: it may quote what the sender wrote."""
 
 PresenceState = Literal["online", "working", "idle", "declined", "failed", "offline"]
 
@@ -68,10 +106,10 @@ class Payload(_Struct, frozen=True):
         chunk_size: Bytes of every chunk but the last.
     """
 
-    codec: str
+    codec: Word
     sha256: Sha256
-    size: int
-    chunk_size: int
+    size: Count
+    chunk_size: Count
 
     @property
     def chunks(self) -> int:
@@ -108,16 +146,16 @@ class Announcement(_Struct, frozen=True):
     fleet: Name
     run: Name
     job: Name
-    version: int
-    method: str
+    version: Count
+    method: Word
     stage: Stage
-    round: int
-    rounds: int
-    backbone: str
-    quantisation: str
-    settings: dict[str, float | int | str | bool]
-    issued: float
-    expires: float
+    round: Count
+    rounds: Count
+    backbone: Word
+    quantisation: Word
+    settings: Figures
+    issued: Time
+    expires: Time
     whole: Payload | None = None
     since: Sha256 | None = None
     changes: Payload | None = None
@@ -145,11 +183,11 @@ class UpdateManifest(_Struct, frozen=True):
     update: UpdateId
     run: Name
     job: Name
-    version: int
-    issued: float
-    backbone: str
-    samples: int
-    metrics: dict[str, float | int | str | bool]
+    version: Count
+    issued: Time
+    backbone: Word
+    samples: Annotated[int, msgspec.Meta(ge=0, le=MAX_SAMPLES)]
+    metrics: Figures
     payload: Payload | None = None
 
 
@@ -158,14 +196,14 @@ class Ack(_Struct, frozen=True):
 
     update: UpdateId
     accepted: bool
-    reason: str = ""
+    reason: Reason = ""
 
 
 class Missing(_Struct, frozen=True):
     """The aggregator asks a device for chunks of an update: bit i of byte i // 8, lowest bit first."""
 
     update: UpdateId
-    bitmap: bytes
+    bitmap: Bitmap
 
 
 class Need(_Struct, frozen=True):
@@ -173,7 +211,7 @@ class Need(_Struct, frozen=True):
 
     job: Name
     sha256: Sha256
-    bitmap: bytes
+    bitmap: Bitmap
 
 
 class Presence(_Struct, frozen=True):
@@ -191,10 +229,15 @@ class Presence(_Struct, frozen=True):
 
     name: Name
     state: PresenceState
-    boot: int
-    kit: str
-    detail: str = ""
-    facts: dict[str, float | int | str | bool] = {}
+    boot: Count
+    kit: Word
+    detail: Phrase = ""
+    facts: Figures = {}
+
+
+def shortened(text: str) -> str:
+    """A text that people read, as far as it fits a message."""
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
 
 
 class Who(_Struct, frozen=True):
@@ -238,7 +281,9 @@ def decode(raw: bytes, kind: type[Message]) -> Message:
         return msgspec.json.decode(raw, type=kind)
     except UNDECODABLE as error:
         raise MessageError(
-            f"not a {kind.__name__}: {error}", "use the same version of Fleetune on both sides", reason="malformed"
+            f"not a {kind.__name__}: {str(error)[:_MAX_WHY]}",
+            "use the same version of Fleetune on both sides",
+            reason="malformed",
         ) from error
 
 

@@ -12,13 +12,13 @@ from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
-import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
 from fleetune.edge.protocol.errors import UNDECODABLE, ModelError, field_and_reason
-from fleetune.edge.protocol.files import write_atomic
-from fleetune.edge.protocol.messages import Sha256, encode
+from fleetune.edge.protocol.files import read_bytes, write_atomic
+from fleetune.edge.protocol.header import HeaderError, read_header
+from fleetune.edge.protocol.messages import Sha256, Word, encode
 
 SCHEMA = 1
 """Version of the file's layout that this Fleetune writes and reads."""
@@ -29,11 +29,15 @@ GLOBAL, LOCAL, GATE = "global.", "local.", "gate."
 
 _ENTRY = "fleetune"
 _MAX_FILE = 256 << 20
-_MAX_HEADER = 1 << 20
 _MAX_CARD = 64 << 10
 
 REMEDY = "copy it again; on a device, delete it: the local expert then starts anew"
 """What to do about a damaged file."""
+
+MAX_CLASSES = 4096
+"""Most classes of a task."""
+
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 
 Tensors = dict[str, NDArray[np.float32]]
 Mix = Literal["logits", "features"]
@@ -61,28 +65,24 @@ class Card(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """
 
     schema: int = SCHEMA
-    kit: str
+    kit: Word
     kind: Literal["global", "mixture"]
-    job: str
-    run: str
+    job: Word
+    run: Word
     pack: Sha256
     weights: Sha256
     backbone: Sha256
-    blocks: Annotated[int, msgspec.Meta(ge=1)]
-    rank: Annotated[int, msgspec.Meta(ge=1)]
-    targets: tuple[str, ...]
-    classes: Annotated[int, msgspec.Meta(ge=2)]
-    boundary: Annotated[int, msgspec.Meta(ge=0)]
+    blocks: _Size
+    rank: _Size
+    targets: Annotated[tuple[Word, ...], msgspec.Meta(max_length=64)]
+    classes: Annotated[int, msgspec.Meta(ge=2, le=MAX_CLASSES)]
+    boundary: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
     mix: Mix
 
 
 class _Version(msgspec.Struct, frozen=True):
     schema: int
-    kit: str
-
-
-class _Header(msgspec.Struct, frozen=True):
-    metadata: dict[str, str] = msgspec.field(default_factory=dict, name="__metadata__")
+    kit: Word
 
 
 def write_model_file(path: Path, card: Card, tensors: Mapping[str, NDArray[np.float32]]) -> None:
@@ -104,29 +104,24 @@ def read_model_file(path: Path) -> tuple[Card, Tensors]:
         )
     if path.stat().st_size > _MAX_FILE:
         raise ModelError(f"{path} is larger than {_MAX_FILE >> 20} MiB", f"name a {FILE} that Fleetune wrote")
-    raw = path.read_bytes()
-    card = _read_card(path, raw)
+    raw = read_bytes(path, _MAX_FILE)
     try:
-        tensors: Tensors = safetensors.numpy.load(raw)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        header = read_header(raw)
+    except HeaderError as error:
         raise ModelError(f"{path} is damaged: {error}", REMEDY) from error
+    card = _read_card(path, header.metadata.get(_ENTRY))
+    tensors: Tensors = {name: slot.array(raw) for name, slot in header.slots.items()}
     for name, tensor in tensors.items():
         if tensor.dtype != np.float32 or not np.isfinite(tensor).all():
             what = "values that are not finite" if tensor.dtype == np.float32 else f"{tensor.dtype}, not float32"
-            raise ModelError(f"{path} is damaged: tensor {name} holds {what}", REMEDY)
+            raise ModelError(f"{path} is damaged: tensor {name[:80]!r} holds {what}", REMEDY)
     return card, tensors
 
 
-def _read_card(path: Path, raw: bytes) -> Card:
-    size = int.from_bytes(raw[:8], "little")
-    if len(raw) < 8 or size > min(_MAX_HEADER, len(raw) - 8):
-        raise ModelError(f"{path} is damaged: its header does not fit the file", REMEDY)
+def _read_card(path: Path, entry: str | None) -> Card:
+    if entry is None or len(entry) > _MAX_CARD:
+        raise ModelError(f"{path} is not a model of Fleetune", f"name a {FILE} that a device or the aggregator wrote")
     try:
-        entry = msgspec.json.decode(raw[8 : 8 + size], type=_Header).metadata.get(_ENTRY)
-        if entry is None or len(entry) > _MAX_CARD:
-            raise ModelError(
-                f"{path} is not a model of Fleetune", f"name a {FILE} that a device or the aggregator wrote"
-            )
         version = msgspec.json.decode(entry, type=_Version)
         if version.schema != SCHEMA:
             raise ModelError(

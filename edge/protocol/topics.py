@@ -10,6 +10,8 @@ from fleetune.edge.protocol.messages import NAME
 
 PROTOCOL = 1
 _NUMBER = re.compile(r"[0-9]{1,6}")
+_LEVELS = re.compile(r"[A-Za-z0-9_-]{1,96}(/[A-Za-z0-9_-]{1,96}){1,4}")
+"""What follows the fleet's root: names, ids, hashes, numbers, verbs."""
 
 
 def check_name(kind: str, name: str) -> str:
@@ -100,6 +102,11 @@ class Topics:
         return f"{self._root}/dn/{device}/{verb}"
 
     def split(self, topic: str) -> tuple[str, ...]:
-        """The levels below the fleet's root; empty if the topic belongs elsewhere."""
+        """The levels below the fleet's root; empty if the topic belongs elsewhere.
+
+        Some brokers pass on any topic. A level may stand in a topic and in a path: it holds no wildcard, no ``.`` and
+        no control character.
+        """
         prefix = f"{self._root}/"
-        return tuple(topic[len(prefix) :].split("/")) if topic.startswith(prefix) else ()
+        rest = topic[len(prefix) :]
+        return tuple(rest.split("/")) if topic.startswith(prefix) and _LEVELS.fullmatch(rest) else ()

@@ -20,6 +20,7 @@ import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -29,11 +30,15 @@ from numpy.typing import NDArray
 from fleetune.edge.engine.prefix import CHUNK
 from fleetune.edge.pack.manifest import Manifest
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.errors import BudgetError
+from fleetune.edge.protocol.errors import UNDECODABLE, BudgetError, ConfigError
+from fleetune.edge.protocol.files import read_bytes
 from fleetune.edge.resources.powermode import POWER_MODE, cores_of, read_power_mode
 from fleetune.edge.resources.trial import Request, Trial, run_trial
 
 Features = NDArray[np.float64]
+
+MAX_COSTS = 4 << 20
+"""Largest file of costs in bytes."""
 
 _HIDDEN_MIB = 0.5
 """Steps that raise the peak by less hide below that of the frozen blocks."""
@@ -56,9 +61,9 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     kit: str
     onnxruntime: str
     machine: str
-    threads: Annotated[int, msgspec.Meta(ge=0)]
+    threads: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
     power_mode: Annotated[str, msgspec.Meta(pattern=POWER_MODE)]
-    trials: Annotated[tuple[Trial, ...], msgspec.Meta(min_length=1)]
+    trials: Annotated[tuple[Trial, ...], msgspec.Meta(min_length=1, max_length=1024)]
 
     @functools.cached_property
     def base_mib(self) -> float:
@@ -117,7 +122,11 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         return self._for_each_policy(lambda trials: _fit_time(trials, [trial.step_s for trial in trials]))
 
     def _for_each_policy(self, fit: Callable[[list[Trial]], Features]) -> dict[bool, Features]:
-        return {policy: fit([trial for trial in self.trials if trial.recompute is policy]) for policy in (False, True)}
+        return {
+            policy: fit(trials)
+            for policy in (False, True)
+            if (trials := [trial for trial in self.trials if trial.recompute is policy])
+        }
 
     def covers(self, depth: int, micro_batch: int, length: int, *, recompute: bool) -> bool:
         """Whether something at least as large was measured under this policy; the model says nothing beyond."""
@@ -150,6 +159,18 @@ class Costs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         if threads is not None and (self.threads or cores) != (threads or cores):
             return f"measured with {self.threads or cores} threads, not {threads or cores}"
         return f"measured up to {self.length} tokens, a sample has {length}" if self.length < length else ""
+
+
+def read_costs(path: Path) -> Costs:
+    """Read costs that were measured before.
+
+    Raises:
+        ConfigError: The file cannot be read, or does not fit its schema.
+    """
+    try:
+        return msgspec.json.decode(read_bytes(path, MAX_COSTS), type=Costs)
+    except (OSError, *UNDECODABLE) as error:
+        raise ConfigError(f"{path}: {error}", "measure again") from error
 
 
 def _features(depth: float, micro_batch: float, length: float) -> Features:

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import msgspec
 
-from fleetune.edge.protocol.errors import BudgetError
+from fleetune.edge.protocol.errors import UNDECODABLE, BudgetError
 from fleetune.edge.resources.confine import Killed, enter, run_confined
 from fleetune.edge.resources.ending import in_words
 
@@ -45,8 +45,8 @@ class Request(msgspec.Struct, frozen=True):
     steps: int = 4
 
 
-_Count = Annotated[int, msgspec.Meta(ge=1)]
-_Amount = Annotated[float, msgspec.Meta(gt=0)]
+_Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+_Amount = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 
 class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -105,7 +105,12 @@ def run_trial(request: Request, *, limit_mib: float | None = None, timeout: floa
             f"a trial step at depth {request.depth}, micro-batch {request.micro_batch} failed: {wrong}",
             "give the device more memory, or use a smaller backbone",
         )
-    return msgspec.json.decode(done.stdout, type=Trial)
+    try:
+        return msgspec.json.decode(done.stdout, type=Trial)
+    except UNDECODABLE as error:
+        raise BudgetError(
+            f"a trial step at depth {request.depth} says {done.stdout[:80]!r}", "see what prints on standard output"
+        ) from error
 
 
 def _measure(request: Request) -> Trial:

@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fleetune.edge.agent.agent import Agent
 from fleetune.edge.agent.config import AgentConfig
+from fleetune.edge.agent.state import State
 from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.codec import Tensors
 from fleetune.edge.protocol.errors import BrokerProtocolError, BudgetError
@@ -18,6 +20,7 @@ from fleetune.edge.protocol.link import Link, Received
 from fleetune.edge.protocol.messages import (
     Ack,
     Announcement,
+    Payload,
     Presence,
     UpdateManifest,
     open_envelope,
@@ -37,8 +40,12 @@ class Worker(NoOpWorker):
     def __init__(self) -> None:
         super().__init__({})
         self.begun: list[int] = []
-        self.go_on = threading.Event()
+        self.go_on, self.prepared = threading.Event(), threading.Event()
         self.refuses = self.over = False
+
+    def prepare(self, _state: State, say: Callable[[str], None]) -> None:
+        while not self.prepared.wait(0.02):
+            say("measures what training costs here")
 
     def check_fit(self, _announced: Announcement) -> None:
         if self.refuses:
@@ -62,10 +69,13 @@ class Worker(NoOpWorker):
 class Bench:
     """An agent that runs, and the aggregator that it talks to."""
 
-    def __init__(self, broker: BrokerAddress, state: Path) -> None:
+    def __init__(self, broker: BrokerAddress, state: Path, *, prepares: bool = False) -> None:
         self.worker = Worker()
+        if not prepares:
+            self.worker.prepared.set()
         self.manifests: list[UpdateManifest] = []
         self.said: list[Presence] = []
+        self.refusal = ""
         topics = [TOPICS.upload_manifest(ME, "+"), TOPICS.presence(ME)]
         self.link = Link(broker, "aggregator", subscriptions=topics)
         self.link.connect()
@@ -78,12 +88,13 @@ class Bench:
         with pytest.raises(BrokerProtocolError, match="the test is over"):
             self.agent.run()
 
-    def announce(self, version: int) -> None:
+    def announce(self, version: int, job: str = "fedms", **changes: Any) -> None:
         announced = Announcement(
-            fleet="lab", run="r", job="fedms", version=version, method="fedms", stage="global", round=1, rounds=6,
+            fleet="lab", run="r", job=job, version=version, method="fedms", stage="global", round=1, rounds=6,
             backbone="b", quantisation="nf4", settings={}, issued=time.time(), expires=time.time() + 60,
+            **changes,
         )  # fmt: skip
-        self.link.publish(TOPICS.current("fedms"), seal(announced), retain=True)
+        self.link.publish(TOPICS.current(job), seal(announced), retain=True)
 
     def withdraw(self) -> None:
         self.link.publish(TOPICS.current("fedms"), b"", retain=True)
@@ -96,7 +107,8 @@ class Bench:
                 if isinstance(event, Received) and event.topic.endswith("/m"):
                     manifest = open_envelope(event.payload, UpdateManifest)
                     self.manifests.append(manifest)
-                    self.link.publish(TOPICS.down(ME, "ack"), seal(Ack(manifest.update, accepted=True)))
+                    ack = Ack(manifest.update, accepted=not self.refusal, reason=self.refusal)
+                    self.link.publish(TOPICS.down(ME, "ack"), seal(ack))
                 elif isinstance(event, Received):
                     self.said.append(open_envelope(event.payload, Presence))
 
@@ -157,3 +169,50 @@ def test_an_aggregator_that_comes_back_hears_once_more_why_a_device_declined(ben
     bench.wait(lambda: bench.said[-1].state == "declined")
     assert "too small" in bench.said[-1].detail
     assert bench.worker.begun == []
+
+
+def test_a_round_whose_tensors_are_larger_than_the_jobs_is_declined_and_the_next_one_done(bench: Bench) -> None:
+    bench.announce(3, whole=Payload("f32", "ab" * 32, 1 << 40, 65536))
+    bench.wait(lambda: bench.said[-1].state == "declined")
+    assert f"{1 << 40} bytes announced" in bench.said[-1].detail
+    bench.listen(0.5)  # it looks again, now and then, for what it lacks
+    bench.worker.go_on.set()
+    bench.announce(4)
+    bench.wait(lambda: [manifest.version for manifest in bench.manifests] == [4])
+
+
+def test_what_is_declined_while_the_agent_gets_ready_stays_declined(tmp_path: Path) -> None:
+    with embedded_broker(free_port()) as broker:
+        bench = Bench(broker, tmp_path / "state", prepares=True)
+        bench.announce(3, whole=Payload("f32", "ab" * 32, 1 << 40, 65536))
+        bench.wait(lambda: bench.said[-1].state == "declined")
+        bench.worker.prepared.set()
+        bench.listen(0.5)
+        assert bench.said[-1].state == "declined"
+        bench.close()
+
+
+def test_a_device_remembers_few_jobs_however_many_are_announced(bench: Bench) -> None:
+    bench.announce(3, job="job-0")
+    bench.wait(lambda: bench.worker.begun == [3])
+    for number in range(1, 40):
+        bench.announce(3, job=f"job-{number}")
+    bench.listen(0.5)
+    bench.worker.go_on.set()
+    bench.wait(lambda: len(bench.manifests) >= 17)
+    bench.listen(0.5)
+    assert {manifest.job for manifest in bench.manifests} == {"job-0", *(f"job-{n}" for n in range(24, 40))}
+
+
+def test_a_device_that_is_kept_out_says_why_and_takes_part_again_when_it_is_let_in(bench: Bench) -> None:
+    bench.refusal = "quarantined"
+    bench.worker.go_on.set()
+    bench.announce(3)
+    bench.wait(lambda: bench.said[-1].state == "declined")
+    assert "quarantined" in bench.said[-1].detail
+    assert "--readmit" in bench.said[-1].detail
+    bench.refusal = ""
+    bench.announce(4)
+    bench.wait(lambda: [manifest.version for manifest in bench.manifests] == [3, 4])
+    bench.listen(0.3)
+    assert bench.said[-1].state == "idle"

@@ -18,14 +18,15 @@ from fleetune.edge.agent import broadcasts as module
 from fleetune.edge.agent.broadcasts import Broadcasts
 from fleetune.edge.agent.state import State
 from fleetune.edge.protocol import chunks
-from fleetune.edge.protocol.codec import Tensors
-from fleetune.edge.protocol.errors import MessageError
+from fleetune.edge.protocol.codec import Tensors, read_exact
+from fleetune.edge.protocol.errors import MessageError, RunFailedError
 from fleetune.edge.protocol.messages import Announcement, Need, Payload
 from fleetune.server.globals import Globals
 
 pytestmark = pytest.mark.usefixtures("slow_link")
 
 JOB = "fedms"
+SHAPES = {"blocks.2.query.A": (64, 4), "head.weight": (64, 2)}
 CHUNK = 128
 
 
@@ -43,7 +44,7 @@ class Aggregator:
         self._version += 1
         since, changes = None, None
         if self._version:
-            shapes = {"blocks.2.query.A": (64, 4), "head.weight": (64, 2)}
+            shapes = dict(SHAPES)
             if self._version % 2 == 0:  # nobody trained the head, and what it was stays
                 del shapes["head.weight"]
             self.globals.add({n: self._rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()})
@@ -66,7 +67,7 @@ class Device:
 
     def __init__(self, folder: Path) -> None:
         self.state = State(folder, "nano-1")
-        self.broadcasts = Broadcasts(self.state)
+        self.broadcasts = Broadcasts(self.state, lambda _announced: SHAPES)
 
     def restart(self) -> Device:
         self.state.close()
@@ -93,7 +94,7 @@ class Device:
         if self.broadcasts.ready() != announced:
             return False
         assert announced.whole is not None
-        here, wanted = self.broadcasts.tensors(announced), module.Codec.named("f32").decode(aggregator.told())
+        here, wanted = self.broadcasts.tensors(announced), read_exact(aggregator.told())
         assert here.keys() == wanted.keys()
         for name, tensor in wanted.items():
             np.testing.assert_array_equal(here[name], tensor)
@@ -257,6 +258,58 @@ def test_altered_chunks_are_noticed_and_all_are_asked_for_again(device: Device) 
     aggregator.bytes[announced.changes.sha256] = good
     device.feed(aggregator, announced.changes)
     assert device.has(announced, aggregator)
+
+
+# --- what no job can mean ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("field", "changes", "reason"), [
+    ("whole", {"size": 4096}, "payload-too-large"),  # 4 · (64 · 4 + 64 · 2), and names
+    ("whole", {"size": 1 << 40}, "payload-too-large"),
+    ("changes", {"size": 4096}, "payload-too-large"),
+    ("changes", {"chunk_size": 0}, "chunk-too-large"),
+    ("changes", {"codec": "f99"}, "unknown-codec"),
+    ("whole", {"codec": "int4+zlib"}, "unknown-codec"),
+])  # fmt: skip
+def test_tensors_that_cannot_be_the_jobs_are_refused_before_they_are_asked_for(
+    field: str, changes: dict[str, Any], reason: str, device: Device
+) -> None:
+    aggregator = Aggregator()
+    before = aggregator.announce()
+    device.broadcasts.want(before, under_way=True)
+    announced = aggregator.announce()
+    bad = msgspec.structs.replace(getattr(announced, field), **changes)
+    with pytest.raises(MessageError) as caught:
+        device.broadcasts.want(msgspec.structs.replace(announced, **{field: bad}), under_way=False)
+    assert caught.value.reason == reason
+    assert device.need(within=0.3) == []
+    assert device.broadcasts.ready() == before
+    assert not (device.state.folder / "parts").exists()
+
+
+@pytest.mark.parametrize("tensors", [
+    {"backbone.tokens": np.zeros(8, np.float32)},
+    {"head.weight": np.zeros((2, 64), np.float32)},
+    {"head.weight": np.full((64, 2), np.nan, np.float32)},
+])  # fmt: skip
+def test_announced_tensors_that_are_of_no_use_are_asked_for_once(tensors: Tensors, device: Device) -> None:
+    aggregator = Aggregator()
+    aggregator.announce()
+    data = module.EXACT.encode(tensors)
+    whole = chunks.describe(data, "f32", CHUNK)
+    aggregator.bytes[whole.sha256] = data
+    announced = msgspec.structs.replace(aggregator.announce(), whole=whole, changes=None, since=None)
+    device.broadcasts.want(announced, under_way=False)
+    assert device.need() == all_of(whole)
+    device.feed(aggregator, whole)
+    assert device.need(within=0.3) == []
+    assert device.broadcasts.ready() == announced
+    with pytest.raises(RunFailedError, match="of no use"):
+        device.broadcasts.tensors(announced)
+    good = aggregator.announce()
+    device.broadcasts.want(good, under_way=False)
+    device.feed(aggregator, good.whole)
+    assert device.has(good, aggregator)
 
 
 def garble(folder: Path, sha256: str) -> None:

@@ -42,12 +42,12 @@ class Device:
     def send(self, some: Tensors) -> Tensors:
         """What arrives of an update."""
         data, self.lost = encode_with_feedback(some, self.lost, self.codec)
-        return self.codec.decode(data)
+        return self.codec.decode(data, SHAPES)
 
 
 def test_what_arrived_over_many_rounds_is_what_was_sent() -> None:
     sent, device = updates(60), Device()
-    plain = [INT4.decode(INT4.encode(some)) for some in sent]
+    plain = [INT4.decode(INT4.encode(some), SHAPES) for some in sent]
     fed = [device.send(some) for some in sent]
     step = max(float(np.abs(tensor).max()) for some in sent for tensor in some.values()) / 7
     assert apart(total(fed), total(sent)) < step  # as much as one round loses, however many there were

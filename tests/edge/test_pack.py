@@ -104,7 +104,7 @@ def test_a_pack_of_a_newer_fleetune_that_does_not_say_which_asks_for_a_newer_one
     assert "use Fleetune in a newer version" in caught.value.remedy
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "graphs/../../outside", "..", "."])
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside", "..", ".", "a" * 300, "a\0"])
 def test_a_file_outside_the_pack_is_never_opened(name: str, copy: Path) -> None:
     (copy.parent / "outside").write_text("secret")
     entry = {"bytes": 6, "sha256": file_sha256(copy.parent / "outside")}
@@ -114,7 +114,7 @@ def test_a_file_outside_the_pack_is_never_opened(name: str, copy: Path) -> None:
 
 
 def test_a_file_that_leads_out_of_the_pack_is_named(copy: Path) -> None:
-    edit(copy, lambda manifest: manifest["files"].update({"../outside": {"bytes": 1, "sha256": ""}}))
+    edit(copy, lambda manifest: manifest["files"].update({"../outside": {"bytes": 1, "sha256": "0" * 64}}))
     with pytest.raises(PackError, match=r"'\.\./outside', which lies outside the pack"):
         Pack.open(copy)
 
@@ -147,6 +147,14 @@ def test_a_manifest_that_is_too_large_is_refused_before_it_is_parsed(copy: Path)
     (lambda manifest: manifest.update(surprise=1), "surprise"),
     (lambda manifest: manifest["backbone"].update(sha256=5), "backbone.sha256"),
     (lambda manifest: manifest["targets"].update(query=[64]), "targets"),
+    (lambda manifest: manifest.update(blocks=10**12), "blocks"),  # each has names of two graphs
+    (lambda manifest: manifest.update(blocks=0), "blocks"),
+    (lambda manifest: manifest.update(width=-64), "width"),
+    (lambda manifest: manifest.update(width=10**30), "width"),
+    (lambda manifest: manifest.update(kit="1\n2"), "kit"),
+    (lambda manifest: manifest["text"].update(max_length=2), "text.max_length"),
+    (lambda manifest: manifest.update(text=None), "text or pictures"),
+    (lambda manifest: manifest["quantisation"].update(code=[0.0] * 999), "quantisation.code"),
 ])  # fmt: skip
 def test_a_manifest_that_does_not_fit_the_schema_names_the_field(
     change: Callable[[Json], object], field: str, copy: Path
@@ -231,6 +239,36 @@ def test_weights_cannot_be_written(tiny_bert_pack: Pack) -> None:
     bias = tiny_bert_pack.weights().block(0)["query.bias"]
     with pytest.raises(ValueError, match="read-only"):
         bias[0] = 1
+
+
+@pytest.mark.parametrize(("change", "why"), [
+    ({"blocks.0.query.weight.codes": np.zeros((64, 32), np.int8)}, "int8 of rank 2, not uint8"),
+    ({"blocks.0.query.weight.codes": np.zeros(2048, np.uint8)}, "uint8 of rank 1"),
+    ({"blocks.0.query.weight.codes": np.zeros((64, 16), np.uint8)}, "no scale for each 64 values"),
+    ({"blocks.0.query.weight.absmax": np.zeros((32, 1), np.float32)}, "no scale for each 64 values"),
+    ({"blocks.0.query.weight.absmax": None}, "no scale"),
+    ({"blocks.0.query.weight.codes": None}, "belongs to no codes"),
+    ({"blocks.0.query.bias": np.zeros(64, np.float16)}, "float16, not float32"),
+    ({"blocks.0": np.zeros(1, np.float32)}, "blocks"),
+    ({"blocks.9.query.bias": np.zeros(64, np.float32)}, "3 blocks"),
+])  # fmt: skip
+def test_weights_that_no_step_could_use_are_refused_when_they_are_opened(
+    change: dict[str, Any], why: str, copy: Path
+) -> None:
+    weights = safetensors.numpy.load_file(copy / WEIGHTS_FILE) | change
+    safetensors.numpy.save_file({n: t for n, t in weights.items() if t is not None}, copy / WEIGHTS_FILE)
+    size, sha256 = (copy / WEIGHTS_FILE).stat().st_size, file_sha256(copy / WEIGHTS_FILE)
+    edit(copy, lambda manifest: manifest["files"].update({WEIGHTS_FILE: {"bytes": size, "sha256": sha256}}))
+    with pytest.raises(PackError, match=why):
+        Pack.open(copy).weights()
+
+
+def test_rows_that_a_table_lacks_are_refused(tiny_bert_pack: Pack) -> None:
+    weights = tiny_bert_pack.weights()
+    rows = weights.count("tokens.table")
+    weights.rows("tokens.table", np.array([rows - 1]))
+    with pytest.raises(PackError, match=f"row {rows} is asked for"):
+        weights.rows("tokens.table", np.array([[0, rows]]))
 
 
 # --- the mapped file ----------------------------------------------------------------------------------------

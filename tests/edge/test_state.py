@@ -79,6 +79,31 @@ def test_counters_survive_a_restart(state: State) -> None:
     assert (counters.boot, counters.bytes_up) == (3, 5 << 40)
 
 
+@pytest.mark.parametrize("counters", [
+    b'{"runs": [{"id": "../../precious"}]}',
+    b'{"runs": [{"id": ""}]}',
+    b'{"boot": -1}',
+    b'{"boot": 99999999999999999999}',
+    b'{"runs": [{"id": "r", "answered": {"../fedms": 1}}]}',
+    b" " * (5 << 20),
+])  # fmt: skip
+def test_counters_that_no_agent_wrote_are_refused_and_lead_nowhere(counters: bytes, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "counters.json").write_bytes(counters)
+    (tmp_path / "precious").mkdir()
+    with pytest.raises(ConfigError, match=r"counters\.json"):
+        State(tmp_path / "state", "nano-1")
+    assert (tmp_path / "precious").is_dir()
+
+
+def test_an_update_under_another_name_is_refused(state: State) -> None:
+    state.put_outbox(update("u-1"), b"")
+    folder = state.folder / "outbox"
+    (folder / "u-1.update").rename(folder / "u-2.update")
+    with pytest.raises(ConfigError, match=r"u-2\.update holds the update u-1"):
+        again(state)
+
+
 def test_two_states_do_not_share_their_counters(tmp_path: Path) -> None:
     first, second = State(tmp_path / "a", "a"), State(tmp_path / "b", "b")
     first.enter("r")

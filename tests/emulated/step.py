@@ -84,7 +84,7 @@ def train(pack: Pack, path: Path) -> dict[str, NDArray[Any]]:
     found |= {"mixture.features": answer.features, "mixture.pooled": answer.pooled[boundary]}
 
     for codec in CODECS:
-        decoded = Codec.named(codec).decode(Codec.named(codec).encode(expert.tensors))
+        decoded = Codec.named(codec).decode(Codec.named(codec).encode(expert.tensors), expert.layout.shapes)
         found |= {f"{codec}.{name}": tensor for name, tensor in decoded.items()}
     assert msgspec.json.decode(msgspec.json.encode(pack.manifest), type=type(pack.manifest)) == pack.manifest
     return found

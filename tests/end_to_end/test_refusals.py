@@ -24,7 +24,7 @@ from fleetune.edge.protocol.messages import (
     seal,
 )
 from fleetune.edge.protocol.topics import Topics
-from fleetune.server.journal import Accepted, Started
+from fleetune.server.journal import Accepted, Readmitted, Started
 
 TOPICS = Topics("lab")
 ROUNDS = ("--global-rounds", "1", "--personal-rounds", "1")
@@ -98,7 +98,7 @@ def refusal(ack: Ack) -> str:
 def test_what_does_not_belong_to_the_round_is_refused_for_a_reason(make_fleet: Any, any_broker: str) -> None:
     fleet = make_fleet(any_broker)
     fleet.write({"small": ("1GiB", 100.0)})
-    serve = fleet.serve(*ROUNDS)
+    serve = fleet.serve(*ROUNDS, "--quarantine-after", "99")
     with hand_made(any_broker, "small") as device, hand_made(any_broker, "stranger") as stranger:
         fleet.wait_for(lambda records: any(isinstance(record, Started) for record in records))
         run = fleet.records()[0].run
@@ -111,7 +111,7 @@ def test_what_does_not_belong_to_the_round_is_refused_for_a_reason(make_fleet: A
             ({"backbone": "ab" * 32}, "wrong-backbone"),
             ({"samples": 0}, "no-samples"),
             ({"fleet": "elsewhere"}, "wrong-topic"),
-            ({"payload": Payload("f16", "ab" * 32, 1 << 40, 65536)}, "payload-too-large"),
+            ({"payload": Payload("f16", "ab" * 32, 9, 65536)}, "unexpected-tensor"),  # nobody trains yet
         ):
             assert refusal(device.send(msgspec.structs.replace(good, **changes))) == reason, serve.output
         assert refusal(device.send(good, update="u-9")) == "wrong-topic"
@@ -120,19 +120,54 @@ def test_what_does_not_belong_to_the_round_is_refused_for_a_reason(make_fleet: A
         assert device.send(good).accepted  # a second time: it is there already
         trains = device.round(run)
         for tensors, reason in (
-            ({"head.bias": np.zeros(3)}, "unexpected-tensor"),
+            ({"head.bias": np.zeros(3)}, "wrong-shape"),
             ({"gate.A": np.zeros((32, 8))}, "unexpected-tensor"),
             ({"backbone.tokens": np.zeros(2)}, "unexpected-tensor"),
             ({"head.bias": np.array([0.0, np.nan])}, "not-finite"),
         ):
             bad = msgspec.structs.replace(device.answer(trains, tensors), update="bad")
             assert refusal(device.send(bad, Codec.named("f16").encode(tensors))) == reason
+        for size in (1 << 20, 1 << 40):
+            bad = msgspec.structs.replace(device.answer(trains), payload=Payload("f16", "ab" * 32, size, 65536))
+            assert refusal(device.send(bad)) == "payload-too-large"
         tensors = {"head.bias": np.array([0.5, -0.5])}
         assert device.send(device.answer(trains, tensors), Codec.named("f16").encode(tensors)).accepted
         assert serve.process.poll() is None, serve.output
     accepted = [record.manifest for record in fleet.records() if isinstance(record, Accepted)]
     assert [(manifest.device, manifest.version) for manifest in accepted] == [("small", 0), ("small", 1)]
     assert "Traceback" not in serve.output
+
+
+def test_a_device_that_sends_nothing_but_bad_updates_is_kept_out_until_it_is_let_in_again(
+    make_fleet: Any, embedded: str
+) -> None:
+    fleet = make_fleet(embedded)
+    options = (*ROUNDS, "--quorum", "1", "--quarantine-after", "2")
+    serve = fleet.serve(*options)
+    bad, good = {"head.bias": np.array([0.0, np.nan])}, {"head.bias": np.array([0.5, -0.5])}
+    with hand_made(embedded, "small") as small, hand_made(embedded, "big") as big:
+        fleet.wait_for(lambda records: any(isinstance(record, Started) for record in records))
+        run = fleet.records()[0].run
+        prepare = small.round(run)
+        assert small.send(small.answer(prepare)).accepted
+        assert big.send(big.answer(prepare)).accepted
+        trains = small.round(run)
+        for reason in ("not-finite", "not-finite", "quarantined"):
+            assert refusal(small.send(small.answer(trains, bad), Codec.named("f16").encode(bad))) == reason
+        assert big.send(big.answer(trains, good), Codec.named("f16").encode(good)).accepted
+        assert small.round(run).version == trains.version + 1  # which waited for nobody
+        shown = fleet.start("status", "--state", str(fleet.folder / "aggregator"))
+        assert shown.wait() == 0
+        (row,) = [line for line in shown.output.splitlines() if line.startswith("small ")]
+        assert "quarantined: not-finite" in row
+        serve.kill()
+        again = fleet.serve(*options, "--readmit", "small")
+        fleet.wait_for(lambda records: isinstance(records[-1], Readmitted))
+        fleet.wait_until(lambda: "updates of round" in again.output or "goes on after" in again.output)
+        following = small.round(run)
+        assert small.send(small.answer(following)).accepted
+    assert serve.output.count("small is quarantined") == 1
+    assert "small is out of quarantine" in again.output
 
 
 @pytest.mark.parametrize(

@@ -359,10 +359,29 @@ def test_a_bad_field_is_named_with_its_value(old: str, new: str, where: str, wri
     b"schema: !!python/object/apply:os.getcwd []\n",
     b"? [a]\n: b\n",
     b"a: &a [*a]\n",
+    b"a: &a {b: {c: *a}}\n",
+    b"[" * 5_000,
+    b"schema: 1\nfleet: 2001-99-99\ndevices: []\n",
+    b"schema: !!int ''\n",
+    b"schema: !!bool perhaps\n",
+    b"schema: " + b"1" * 5_000,
     b"\x00",
 ])  # fmt: skip
 def test_what_is_no_fleet_file_is_refused_by_name(text: bytes, write: Callable[..., Path]) -> None:
     refusal(write(text))
+
+
+def test_a_few_lines_that_stand_for_more_than_memory_holds_are_refused_at_once(write: Callable[..., Path]) -> None:
+    lists = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    merged = [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 12)]
+    for first, more in (("a0: &a0 [x]", lists), ("a0: &a0 {k: v}", merged)):
+        error = refusal(write("\n".join([first, *more]).encode()))
+        assert re.search(r"line \d+: more than 262144 values", error.what)
+
+
+def test_devices_may_share_a_budget_by_an_alias(write: Callable[..., Path]) -> None:
+    text = FLEET.replace("budget:", "budget: &one", 1)
+    assert len(read_fleet(write(text)).devices) == len(read_fleet(write(FLEET)).devices)
 
 
 def test_where_the_yaml_breaks_is_said(write: Callable[..., Path]) -> None:

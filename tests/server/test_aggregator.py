@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import threading
 import time
@@ -13,12 +14,14 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import paho.mqtt.client as mqtt
 import pytest
 from numpy.typing import NDArray
 
 from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.codec import Codec
+from fleetune.edge.protocol.errors import RunFailedError, RunFolderError
 from fleetune.edge.protocol.link import Link, Received
 from fleetune.edge.protocol.messages import (
     Ack,
@@ -27,6 +30,7 @@ from fleetune.edge.protocol.messages import (
     Presence,
     PresenceState,
     UpdateManifest,
+    encode,
     open_envelope,
     seal,
 )
@@ -49,6 +53,19 @@ BIAS = np.array([1.0, -2.0], np.float32)
 Tensors = Mapping[str, NDArray[np.float32]]
 
 
+class Ending(Aggregator):
+    """An aggregator that a test can end in the middle of a round."""
+
+    def __init__(self, config: AggregatorConfig) -> None:
+        super().__init__(config)
+        self.ends = threading.Event()
+
+    def _pump(self, timeout: float) -> None:
+        if self.ends.is_set():
+            raise RunFolderError("the test ends it", "")
+        super()._pump(timeout)
+
+
 class Fleet:
     """An aggregator that runs, and its devices, ``a`` and ``b`` if nothing else is said."""
 
@@ -65,6 +82,7 @@ class Fleet:
         self.state, self.devices = state, devices
         self.announced: list[Announcement] = []
         self.details: list[str] = []
+        self.facts: dict[str, Any] = {}
         self.answers: list[tuple[str, Ack]] = []
         self.asked: list[tuple[str, Missing]] = []
         topics = TOPICS.current("+"), TOPICS.aggregator_presence, TOPICS.down("+", "+")
@@ -84,7 +102,8 @@ class Fleet:
 
     def _run(self, config: AggregatorConfig) -> None:
         try:
-            Aggregator(config).run()
+            self.aggregator = Ending(config)
+            self.aggregator.run()
         except Exception as error:  # noqa: BLE001 - whoever waits for the aggregator is told
             self._running.set_exception(error)
         else:
@@ -123,7 +142,9 @@ class Fleet:
             case ("g", "fedms", "current") if raw:
                 self.announced.append(open_envelope(raw, Announcement))
             case ("agg", "st"):
-                self.details.append(open_envelope(raw, Presence).detail)
+                presence = open_envelope(raw, Presence)
+                self.details.append(presence.detail)
+                self.facts = presence.facts
             case ("dn", device, "ack"):
                 self.answers.append((device, open_envelope(raw, Ack)))
             case ("dn", device, "missing"):
@@ -131,6 +152,10 @@ class Fleet:
 
     def await_round(self, version: int) -> None:
         self.wait(lambda: any(announced.version == version for announced in self.announced))
+
+    def await_round_again(self, version: int) -> None:
+        """After a restart: the broker tells what it has kept, and then the aggregator says it."""
+        self.wait(lambda: [announced.version for announced in self.announced].count(version) > 1)
 
     def await_answer(self, update: Update) -> Ack:
         mine = update.manifest.device, update.manifest.update
@@ -157,6 +182,12 @@ class Fleet:
         """Wait until the job is done."""
         self.wait(self._running.done)
         self._running.result()
+
+    def crash(self) -> None:
+        """As if it were killed: it says nothing more."""
+        self.aggregator.ends.set()
+        self._running.exception(timeout=20)
+        self.link.close()
 
     def close(self) -> None:
         if not self._running.done():
@@ -410,3 +441,146 @@ def test_a_rule_comes_to_the_same_bytes_wherever_the_aggregator_is_killed(
                 file.unlink()
         lead(folder, version, done, copies=False)
         assert rounds_with_globals(folder) == expected, f"killed in round {version}, after {done} updates"
+
+
+# --- devices that send what nobody can use ----------------------------------------------------------------------
+
+BAD = {"head.bias": np.array([np.nan, 1.0], np.float32)}
+
+
+def send_bad(fleet: Fleet, device: str, version: int, times: int, tensors: Tensors = BAD) -> list[str]:
+    """Why each of some updates was refused."""
+    reasons = list[str]()
+    for _ in range(times):
+        update = fleet.update(device, version, tensors)
+        update.manifest = msgspec.structs.replace(update.manifest, update=f"bad-{len(fleet.answers)}")
+        reasons.append(fleet.await_answer(update.send()).reason)
+    return reasons
+
+
+def begin(fleet: Fleet) -> None:
+    """Come to the first round that takes tensors."""
+    fleet.await_round(0)
+    for device in "ab":
+        fleet.update(device, 0, {}).send()
+    fleet.await_round(1)
+
+
+def test_a_round_closes_without_a_device_that_is_quarantined_and_a_restart_keeps_it_out(
+    tmp_path: Path, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = start(tmp_path / "run", quorum=1)
+    begin(fleet)
+    assert send_bad(fleet, "a", 1, 5) == ["not-finite"] * 3 + ["quarantined"] * 2
+    assert fleet.await_answer(fleet.update("a", 1, {"head.bias": BIAS}).send()).reason == "quarantined"
+    fleet.wait(lambda: fleet.facts.get("quarantined") == "a: not-finite")
+    assert fleet.await_answer(fleet.update("b", 1, {"head.bias": BIAS}).send()).accepted
+    fleet.await_round(2)
+    assert fleet.closed()[-1] == (["b"], 0)
+    assert len([record for record in caplog.records if "a is quarantined" in record.message]) == 1
+    fleet.crash()
+
+    fleet = start(tmp_path / "run", quorum=1)
+    fleet.await_round_again(2)
+    assert send_bad(fleet, "a", 2, 1, {"head.bias": BIAS}) == ["quarantined"]
+    assert fleet.await_answer(fleet.update("b", 2, {"head.bias": BIAS}).send()).accepted
+    fleet.await_round(3)
+    assert fleet.closed()[-1] == (["b"], 0)
+    fleet.crash()
+
+    fleet = start(tmp_path / "run", quorum=1, readmit=frozenset("a"))
+    fleet.await_round_again(3)
+    assert "quarantined" not in fleet.facts
+    fleet.update("b", 3, {}).send()
+    assert fleet.await_answer(fleet.update("a", 3, {}).send()).accepted
+    fleet.end()
+    assert fleet.closed()[-1] == (["a", "b"], 0)
+
+
+def test_what_a_device_sent_before_it_was_quarantined_and_nobody_acknowledged_does_not_count(
+    tmp_path: Path, start: Start
+) -> None:
+    fleet = start(tmp_path / "run", quorum=1, quarantine_after=1)
+    begin(fleet)
+    half = fleet.update("a", 1, {"head.weight": WEIGHT}, chunk_size=4096)
+    half.announce()
+    fleet.wait(lambda: fleet.asked != [])
+    assert send_bad(fleet, "a", 1, 1) == ["not-finite"]
+    half.send_chunks()
+    fleet.update("b", 1, {}).send()
+    fleet.await_round(2)
+    assert fleet.accepted()[2:] == [("b", 1, 1)]
+
+
+def test_too_few_that_are_not_quarantined_end_the_run_with_their_names(tmp_path: Path, start: Start) -> None:
+    fleet = start(tmp_path / "run", quorum=2)
+    begin(fleet)
+    send_bad(fleet, "a", 1, 2)
+    fleet.update("a", 1, BAD).send()
+    with pytest.raises(RunFailedError, match=r"too few devices .* \(a: quarantined: not-finite\)"):
+        fleet.end()
+
+
+def test_nobody_waits_for_a_quarantined_device_that_is_away(tmp_path: Path, start: Start) -> None:
+    fleet = start(tmp_path / "run", quorum=1, away_s=30.0)
+    begin(fleet)
+    send_bad(fleet, "a", 1, 3)
+    fleet.say("a", "offline")
+    fleet.crash()
+    begun = time.monotonic()
+    fleet = start(tmp_path / "run", here="b", quorum=1, away_s=30.0)
+    fleet.await_round_again(1)
+    fleet.update("b", 1, {}).send()
+    fleet.await_round(2)
+    assert time.monotonic() - begun < 10
+
+
+# --- what may come from anyone ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metrics", [
+    {"test": "good", "test_global": True, "loss": "low"},
+    {"test": 1e300, "val": -1e300, "loss": 2**53},
+])  # fmt: skip
+def test_figures_of_any_kind_stop_nobody(metrics: dict[str, Any], tmp_path: Path, start: Start) -> None:
+    fleet = start(tmp_path / "run")
+    fleet.await_round(0)
+    for device in "ab":
+        update = fleet.update(device, 0, {})
+        update.manifest = msgspec.structs.replace(update.manifest, metrics=metrics)
+        assert fleet.await_answer(update.send()).accepted
+    fleet.await_round(1)
+
+
+@pytest.mark.parametrize("figure", [b"1" + b"0" * 305, b"1e305", b"-1e305"])
+def test_a_figure_that_no_sum_can_hold_is_malformed(figure: bytes, tmp_path: Path, start: Start) -> None:
+    fleet = start(tmp_path / "run")
+    fleet.await_round(0)
+    update = fleet.update("a", 0, {})
+    body = encode(update.manifest).replace(b'"metrics":{}', b'"metrics":{"loss":%b}' % figure)
+    sha256 = hashlib.sha256(body).hexdigest().encode()
+    raw = b'{"body":' + body + b',"sha256":"' + sha256 + b'"}'
+    fleet.link.publish(TOPICS.upload_manifest("a", update.manifest.update), raw)
+    assert fleet.await_answer(update).reason == "malformed"
+    for device in "ab":
+        fleet.update(device, 0, {}).send()
+    fleet.await_round(1)
+
+
+@pytest.mark.parametrize("name", ["+", "#", "a\n2026 INFO all is well", "x" * 65_000, "", "..", "\x1b[2J"])
+def test_a_topic_that_no_device_has_is_nobodys(
+    name: str, broker: BrokerAddress, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded broker passes on what it should refuse."""
+    fleet = start(tmp_path / "run")
+    fleet.await_round(0)
+    stranger = Link(broker, "stranger", subscriptions=["ft/1/lab/dn/stranger/ack"])
+    stranger.connect()
+    monkeypatch.setattr(mqtt.Client, "_raise_for_invalid_topic", staticmethod(lambda _topic: None))
+    for topic in (f"ft/1/lab/up/{name}/u/m", f"ft/1/lab/up/a/{name}/0", f"ft/1/lab/st/{name}", f"ft/1/lab/g/{name}/x"):
+        stranger.publish(topic, b"{}")
+    stranger.close()
+    monkeypatch.undo()
+    for device in "ab":
+        assert fleet.await_answer(fleet.update(device, 0, {}).send()).accepted
+    fleet.await_round(1)

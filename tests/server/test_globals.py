@@ -42,7 +42,7 @@ class Device:
         assert since == self.sha256
         data = globals_.payloads[changes.sha256]
         assert (hashlib.sha256(data).hexdigest(), len(data)) == (changes.sha256, changes.size)
-        for name, change in Codec.named(changes.codec).decode(data).items():
+        for name, change in Codec.named(changes.codec).decode(data, SHAPES).items():
             self.tensors[name] = self.tensors[name] + change if name in self.tensors else change
         assert globals_.whole is not None
         self.sha256 = globals_.whole.sha256
@@ -55,7 +55,7 @@ def whole(globals_: Globals) -> dict[str, Any]:
     assert globals_.whole is not None
     data = globals_.payloads[globals_.whole.sha256]
     assert (hashlib.sha256(data).hexdigest(), len(data)) == (globals_.whole.sha256, globals_.whole.size)
-    return Codec.named(globals_.whole.codec).decode(data)
+    return Codec.named(globals_.whole.codec).decode(data, SHAPES)
 
 
 def assert_equal(one: dict[str, Any], two: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ def test_with_a_coarse_codec_devices_stay_as_close_as_one_round_is_coarse_howeve
     for _ in range(40):
         gained = gains.next()
         globals_.add(gained)
-        for name, tensor in Codec.named("int4").decode(Codec.named("int4").encode(gained)).items():
+        for name, tensor in Codec.named("int4").decode(Codec.named("int4").encode(gained), SHAPES).items():
             plain[name] = plain[name] + tensor
         device.hear(globals_, *globals_.tell(EXPERT))
     step = 0.05 / 7  # no value of a round is larger than five times its deviation

@@ -233,6 +233,9 @@ def test_a_damaged_record_behind_the_part_that_is_known_is_named_by_where_it_lie
 # --- updates ----------------------------------------------------------------------------------------------------
 
 
+SHAPES = {"head.bias": (2,)}
+
+
 def sent(device: str, value: float, *, version: int = 1, codec: str = "f16") -> tuple[Accepted, bytes]:
     """An update, into version 1."""
     data = Codec.named(codec).encode({"head.bias": np.array([value, -value], np.float32)})
@@ -243,7 +246,7 @@ def sent(device: str, value: float, *, version: int = 1, codec: str = "f16") -> 
 
 
 def values(journal: Journal, records: list[Accepted]) -> list[float]:
-    found = [journal.load_update(record) for record in records]
+    found = [journal.load_update(record, SHAPES) for record in records]
     assert all(tensors.keys() == {"head.bias"} for tensors in found)
     return [float(tensors["head.bias"][0]) for tensors in found]
 
@@ -264,14 +267,14 @@ def test_updates_and_their_tensors_are_kept(tmp_path: Path) -> None:
 
 def test_an_update_without_tensors_is_kept_among_the_others(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    assert journal.load_update(Accepted(UPDATE, 12.5, into=1)) == {}
+    assert journal.load_update(Accepted(UPDATE, 12.5, into=1), SHAPES) == {}
     kept = journal.accept([(Accepted(UPDATE, 12.5, into=1), b"")])
     assert not (tmp_path / "fedms").exists()
     kept += journal.accept([sent("a", 0.5), (Accepted(UPDATE, 12.5, into=1), b""), sent("b", 1.5)])
     journal.close()
     journal = Journal(tmp_path)
     assert reread(journal) == kept
-    assert journal.load_update(kept[0]) == journal.load_update(kept[2]) == {}
+    assert journal.load_update(kept[0], SHAPES) == journal.load_update(kept[2], SHAPES) == {}
     assert values(journal, [kept[1], kept[3]]) == [0.5, 1.5]
     journal.close()
 
@@ -349,17 +352,17 @@ def fill(journal: Journal, versions: range) -> dict[int, Accepted]:
 
 def test_the_newest_checkpoint_is_the_one_that_counts(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    assert journal.load_checkpoint("one") == (-1, b"")
+    assert journal.load_checkpoint("one", 99) == (-1, b"")
     for version in (8, 9, 10):  # by number, not by name
         journal.save_checkpoint("one", version, b"one %d" % version)
     journal.save_checkpoint("two", 3, b"two")
     journal.close()
     journal = Journal(tmp_path)
-    assert journal.load_checkpoint("one") == (10, b"one 10")
-    assert journal.load_checkpoint("two") == (3, b"two")
+    assert journal.load_checkpoint("one", 99) == (10, b"one 10")
+    assert journal.load_checkpoint("two", 99) == (3, b"two")
     assert len(list((tmp_path / "one").rglob("*.safetensors"))) == 1
     (tmp_path / "one" / "checkpoints" / "9.safetensors").write_bytes(b"one 9")  # killed before it was let go
-    assert journal.load_checkpoint("one") == (10, b"one 10")
+    assert journal.load_checkpoint("one", 99) == (10, b"one 10")
     journal.close()
 
 
@@ -408,7 +411,7 @@ def test_no_half_written_checkpoint_is_left(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="No space"):
         journal.save_checkpoint("fedms", 1, b"new and longer")
     monkeypatch.undo()
-    assert journal.load_checkpoint("fedms") == (0, b"old")
+    assert journal.load_checkpoint("fedms", 99) == (0, b"old")
     assert values(journal, [kept[1]]) == [1.5]
     assert [file.name for file in (tmp_path / "fedms" / "checkpoints").iterdir()] == ["0.safetensors"]
     journal.close()

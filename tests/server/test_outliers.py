@@ -35,7 +35,7 @@ class Worker(NoOpWorker):
     """Honest ones take a moment; the other goes wild in one round."""
 
     def __init__(self, *, wild: bool) -> None:
-        super().__init__({})
+        super().__init__(JOB.shapes)
         self._wild = wild
 
     def answer(

@@ -125,14 +125,14 @@ class TestEveryStore:
         store.see([presence("b"), presence("a")], now=10.0)
         store.see([presence("a", state="working", boot=2, kit="2", detail="trains")], now=20.0)
         first, second = store.devices()
-        assert first == DeviceRow("a", "working", "trains", 2, "2", 10.0, 20.0, 0, 0, 0, "")
+        assert first == DeviceRow("a", "working", "trains", 2, "2", 10.0, 20.0, 0, 0, 0, "", "")
         assert (second.id, second.first_seen, second.last_seen) == ("b", 10.0, 10.0)
 
     def test_a_device_whose_updates_came_first_is_seen_later(self, store: Store) -> None:
         store.add([announced(0), accepted("a", 0)], 1)
-        assert store.devices() == [DeviceRow("a", "", "", None, "", None, None, 1, 0, 0, "")]
+        assert store.devices() == [DeviceRow("a", "", "", None, "", None, None, 1, 0, 0, "", "")]
         store.see([presence("a")], now=10.0)
-        assert store.devices() == [DeviceRow("a", "online", "starts", 1, "1", 10.0, 10.0, 1, 0, 0, "")]
+        assert store.devices() == [DeviceRow("a", "online", "starts", 1, "1", 10.0, 10.0, 1, 0, 0, "", "")]
 
     def test_refusals_are_counted_with_the_last_reason(self, store: Store) -> None:
         for reason in ("no-samples", "stale-round"):

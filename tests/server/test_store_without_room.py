@@ -38,7 +38,7 @@ def accepted(number: int) -> Accepted:
         issued=0.0,
         backbone="b",
         samples=1,
-        metrics={f"metric-{n}": 1.0 for n in range(200)},  # a record of some pages
+        metrics={f"metric-{n}": "x" * 20 for n in range(100)},  # a record of some pages
     )
     return Accepted(manifest, received=0.0, into=1)
 

@@ -59,7 +59,7 @@ class Worker(NoOpWorker):
     """Trains when the test lets it."""
 
     def __init__(self, device: str) -> None:
-        super().__init__({})
+        super().__init__(SHAPES)
         self.begun: list[Announcement] = []
         self.may, self.over = threading.Semaphore(0), False
         self._device = device

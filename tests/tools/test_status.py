@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fleetune.edge.protocol.messages import Announcement, Presence, UpdateManifest
-from fleetune.server.journal import Accepted, Announced, Closed, Journal, Record
+from fleetune.server.journal import Accepted, Announced, Closed, Journal, Quarantined, Record, Refused
 from fleetune.server.store import FILE, open_store
 
 
@@ -37,12 +37,14 @@ def state(tmp_path: Path) -> Path:
     journal = Journal(tmp_path / "aggregator")
     records: list[Record] = [
         announced(1), accepted("nano-1", 1, 1), Closed("fedms", 1, ["nano-1"], 10.0, 0, {"val": 0.75}),
-        announced(2), accepted("nano-2", 1, 2),
+        announced(2), accepted("nano-2", 1, 2), Refused("nano-3", "wrong-shape", 11.0),
+        Quarantined("nano-3", "wrong-shape", 11.0),
     ]  # fmt: skip
     journal.append(*records)
     store = open_store(journal)
     store.see([Presence("nano-1", "idle", 3, "0.1.0", detail="waits: no room")], 7.0)
     store.refuse("nano-2", "not-finite")
+    store.see([Presence("nano-3", "idle", 1, "0.1.0", detail="fine\nnano-9  idle \x1b[2J\u202e")], 7.0)
     store.close()
     journal.close()
     return tmp_path / "aggregator"
@@ -61,14 +63,23 @@ def test_devices_and_rounds_are_shown(state: Path) -> None:
     assert rows[1][-8:] == ["3", "1", "0", "0", "-", "waits:", "no", "room"]
     assert rows[2][0] == "nano-2"
     assert rows[2][-5:] == ["0", "1", "1", "not-finite", "-"]
-    assert rows[4][:5] == ["fedms", "global", "1", "2", "1"]
-    assert rows[4][-1] == "0.750"
-    assert "open" in rows[5]
+    assert rows[3][:4] == ["nano-3", "idle,", "quarantined:", "wrong-shape"]
+    assert rows[5][:5] == ["fedms", "global", "1", "2", "1"]
+    assert rows[5][-1] == "0.750"
+    assert "open" in rows[6]
+
+
+def test_what_a_device_says_is_one_line_and_moves_no_cursor(state: Path) -> None:
+    shown = status(state).stdout
+    assert "fine\\nnano-9  idle \\x1b[2J\\u202e" in shown
+    assert not any(line.startswith("nano-9") for line in shown.splitlines())
+    assert shown.isascii()
 
 
 def test_all_of_it_comes_as_json(state: Path) -> None:
     found = json.loads(status(state, "--json").stdout)
-    assert [device["late"] for device in found["devices"]] == [0, 1]
+    assert [device["late"] for device in found["devices"]] == [0, 1, 0]
+    assert [device["quarantined"] for device in found["devices"]] == ["", "", "wrong-shape"]
     assert [(row["version"], row["answers"], row["means"]) for row in found["rounds"]] == [
         (1, 1, {"val": 0.75}),
         (2, 0, {}),

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import msgspec
 
-from fleetune.edge.protocol.errors import AssetError
+from fleetune.edge.protocol.errors import UNDECODABLE, AssetError
+from fleetune.edge.protocol.files import read_bytes
 from fleetune.tools.assets import focus_vit
 from fleetune.tools.assets.carriers import UnavailableError, bring, sha256_of
 from fleetune.tools.assets.registry import ASSETS, Asset
 from fleetune.tools.assets.staging import fill, locked, staged
 
 _RECORD = "converted.json"
+_MAX_RECORD = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -193,8 +195,8 @@ def _intact(asset: Asset, converter: _Converter, target: Path) -> bool:
         AssetError: It is complete, but a file's bytes are not the ones that were written.
     """
     try:
-        record = msgspec.json.decode((target / _RECORD).read_bytes(), type=_Record)
-    except (FileNotFoundError, msgspec.DecodeError):
+        record = msgspec.json.decode(read_bytes(target / _RECORD, _MAX_RECORD), type=_Record)
+    except (FileNotFoundError, *UNDECODABLE):
         return False
     if (record.converter, record.source) != (converter.version, asset.digest):
         return False

@@ -185,7 +185,7 @@ class _Fleet:
             _, changes = globals_.tell(plan.broadcast)
             if changes is not None:
                 data = globals_.payloads[changes.sha256]
-                told = add_differences(told, Codec.named(changes.codec).decode(data))
+                told = add_differences(told, Codec.named(changes.codec).decode(data, self._job.shapes))
                 self._count("down", data)
             announced = Announcement(
                 fleet="bench",
@@ -247,7 +247,7 @@ class _Fleet:
         if data:
             self._count("up", data)
         self._count("up", beside=len(seal(manifest)))
-        arrived = codec.decode(data) if data else {}
+        arrived = codec.decode(data, self._job.shapes) if data else {}
         opened.add(Accepted(manifest, 0.0, announced.version, norm=norm_of(arrived)), arrived)
 
     def _count(self, way: str, data: bytes = b"", *, beside: int = 0) -> None:

@@ -17,6 +17,7 @@ from fleetune.edge.agent.agent import Agent
 from fleetune.edge.agent.config import AgentConfig
 from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.codec import EXACT, Tensors
+from fleetune.edge.protocol.codec.numbers import Shapes
 from fleetune.edge.protocol.files import write_atomic
 from fleetune.edge.protocol.link import Received
 from fleetune.edge.protocol.messages import Announcement
@@ -45,6 +46,10 @@ class ChaosWorker(NoOpWorker):
     def __init__(self, spec: ChaosSpec) -> None:
         super().__init__({}, samples=spec.samples)
         self._spec = spec
+
+    def shapes(self, announced: Announcement) -> Shapes:  # noqa: ARG002
+        """Those that travel."""
+        return self._spec.shapes
 
     def answer(
         self,

@@ -90,6 +90,7 @@ class NoOpWorker:
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], *, samples: int = 1) -> None:
         self.samples = samples
         self.facts: Metrics = {}
+        self._shapes = shapes
         self._tensors: Tensors = {}
         if shapes:  # an agent without a pack draws nothing, and need not hold what draws
             rng = np.random.default_rng(0)
@@ -100,6 +101,10 @@ class NoOpWorker:
 
     def check_fit(self, announced: Announcement) -> None:
         """Everything suits it."""
+
+    def shapes(self, announced: Announcement) -> Mapping[str, tuple[int, ...]]:  # noqa: ARG002
+        """Its own, whatever the job."""
+        return self._shapes
 
     def hindrance(self, announced: Announcement) -> str:  # noqa: ARG002
         """Nothing hinders it."""

@@ -74,20 +74,18 @@ def register(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError
+    from fleetune.edge.protocol.errors import ConfigError
 
     check_threads(args.threads)
     # ONNX Runtime computes what takes time; threads of NumPy's own hold 2 MiB. Read once, when NumPy is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
-    import msgspec
 
     from fleetune.edge.agent.agent import Agent
     from fleetune.edge.agent.config import AgentConfig
     from fleetune.edge.agent.rounds import Rounds, RoundsConfig
     from fleetune.edge.agent.unit import systemd_unit
     from fleetune.edge.protocol.identity.credential import Sender
-    from fleetune.edge.resources.costs import Costs
+    from fleetune.edge.resources.costs import read_costs
     from fleetune.profiles.fleet import read_fleet
 
     fleet = read_fleet(args.fleet)
@@ -103,9 +101,9 @@ def _run(args: argparse.Namespace) -> None:
     costs = tuple(measured.costs for measured in device.profile.measured)
     if args.costs is not None:
         try:
-            costs = (msgspec.json.decode(args.costs.read_bytes(), type=Costs), *costs)
-        except (OSError, *UNDECODABLE) as error:
-            raise ConfigError(f"--costs: {args.costs}: {error}", "leave the option out to measure again") from error
+            costs = (read_costs(args.costs), *costs)
+        except ConfigError as error:
+            raise ConfigError(f"--costs: {error.what}", "leave the option out to measure again") from error
     check_codec(args.codec)
     broker, identity = check_identity(args, Sender("device", device.id), fleet.name)
     check_pack(args, identity)

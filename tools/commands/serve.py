@@ -77,6 +77,17 @@ def register(subparsers: Any) -> None:
         help="closed rounds after which an update that comes late no longer counts (default: %(default)s)",
     )
     parser.add_argument(
+        "--quarantine-after",
+        type=int,
+        default=3,
+        metavar="N",
+        help="updates of a device that are refused for cause, such as values that are not finite, after which the run "
+        "goes on without it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--readmit", action="append", default=[], metavar="DEVICE", help="let a device out of quarantine; repeatable"
+    )
+    parser.add_argument(
         "--keep-history", action="store_true", help="keep every round's updates and global tensors, to study the run"
     )
     parser.set_defaults(run=_run)
@@ -185,6 +196,13 @@ def _run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--buffer: {args.buffer} is out of range", f"choose from 1 to {len(fleet.devices)}")
     if args.max_staleness < 0:
         raise ConfigError(f"--max-staleness: {args.max_staleness} is out of range", "use 0 or more")
+    if args.quarantine_after < 1:
+        raise ConfigError(f"--quarantine-after: {args.quarantine_after} is out of range", "use 1 or more")
+    for device in args.readmit:
+        try:
+            fleet.device(device)
+        except ConfigError as error:
+            raise ConfigError(f"--readmit: {error.what}", error.remedy) from error
     check_codec(args.codec)
     check_state(args.state)
     broker, identity = check_identity(args, OWN, fleet.name)
@@ -203,6 +221,8 @@ def _run(args: argparse.Namespace) -> None:
         deadline_s=args.deadline,
         buffer=args.buffer,
         max_staleness=args.max_staleness,
+        quarantine_after=args.quarantine_after,
+        readmit=frozenset(args.readmit),
         keep_history=args.keep_history,
         models=build_models(args, jobs, pack),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleetune.tools.commands.options import add_command
+from fleetune.tools.text import visible
 
 if TYPE_CHECKING:
     from fleetune.server.store import DeviceRow, RoundRow
@@ -21,8 +22,8 @@ def register(subparsers: Any) -> None:
         summary="what an aggregator knows of its devices and rounds",
         description=(
             "Show the devices and the rounds of an aggregator, from its state folder, while it runs or afterwards:\n"
-            "where each device stands, how many of its updates counted, came late or were refused and why; how many\n"
-            "answers each round had. It changes nothing and needs no broker."
+            "where each device stands, how many of its updates counted, came late or were refused and why, and who is\n"
+            "in quarantine; how many answers each round had. It changes nothing and needs no broker."
         ),
         examples="  fleetune status --state aggregator\n  fleetune status --state aggregator --json | jq .devices\n",
     )
@@ -70,7 +71,9 @@ def _run(args: argparse.Namespace) -> None:
 
 def _device(row: DeviceRow) -> list[str]:
     counts = (row.boot or 0, row.accepted, row.late, row.refused)
-    return [row.id, row.state or "-", _time(row.last_seen), *map(str, counts), row.reason or "-", row.detail or "-"]
+    state = ", ".join(word for word in (row.state, row.quarantined and f"quarantined: {row.quarantined}") if word)
+    words = (row.reason, row.detail)
+    return [row.id, state or "-", _time(row.last_seen), *map(str, counts), *(visible(word) or "-" for word in words)]
 
 
 def _round(row: RoundRow) -> list[str]:

@@ -14,15 +14,18 @@ import yaml
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import RunFolderError
-from fleetune.edge.protocol.files import write_atomic
+from fleetune.edge.protocol.files import read_bytes, write_atomic
 from fleetune.edge.protocol.messages import encode
-from fleetune.edge.resources.costs import Costs, measure
+from fleetune.edge.resources.costs import Costs, measure, read_costs
 from fleetune.edge.resources.limits import TIME_MARGIN
 from fleetune.edge.resources.planner import candidates
 from fleetune.edge.resources.workload import Workload
 from fleetune.profiles.yamlfile import read_yaml
 from fleetune.tools.demo.identities import make_identities
 from fleetune.tools.demo.task import Task
+
+_MAX_OPTIONS = 1 << 16
+_MAX_SECONDS = 64
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,10 @@ class RunFolder:
     def seconds(self) -> float:
         """Seconds that the run has taken so far, in all its starts."""
         file = self.path / "seconds"
-        return float(file.read_text(encoding="ascii")) if file.exists() else 0.0
+        try:
+            return float(read_bytes(file, _MAX_SECONDS)) if file.exists() else 0.0
+        except ValueError as error:
+            raise RunFolderError(f"{file}: {error}", "delete the file; the report then counts from now on") from error
 
     def save_seconds(self, seconds: float) -> None:
         """Keep the seconds that the run has taken."""
@@ -129,7 +135,7 @@ class RunFolder:
 
     def _earlier(self) -> dict[str, Any]:
         try:
-            earlier = json.loads(self.options.read_text(encoding="utf-8"))
+            earlier = json.loads(read_bytes(self.options, _MAX_OPTIONS))
         except (OSError, ValueError, RecursionError) as error:
             raise RunFolderError(f"{self.options} cannot be read: {error}", "name another folder with --out") from error
         if not isinstance(earlier, dict):
@@ -181,7 +187,7 @@ def prepare(
             on_trial=lambda done, total: say(f"measures what training costs on this machine ({done} of {total})"),
         )
         write_atomic(folder.costs, encode(costs))
-    costs = msgspec.json.decode(folder.costs.read_bytes(), type=Costs)
+    costs = read_costs(folder.costs)
     if not folder.fleet.exists():
         some = next(iter(datasets.values()))
         workload = Workload.of(

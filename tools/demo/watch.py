@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 
 from rich.console import Group
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +16,7 @@ from fleetune.edge.protocol.link import Link, Received
 from fleetune.edge.protocol.messages import Presence, open_envelope
 from fleetune.edge.protocol.topics import Topics
 from fleetune.profiles.fleet import Fleet
+from fleetune.tools.text import visible
 
 _COLOURS = {"working": "cyan", "online": "green", "idle": "green", "declined": "red", "failed": "red", "offline": "dim"}
 
@@ -54,8 +56,9 @@ class Watch:
                     continue  # somebody else's retained message: nothing to show
                 self._presence[presence.name] = presence
                 place = tuple(presence.facts.get(name) for name in ("job", "stage", "round"))
-                if presence.state == "idle" and "test" in presence.facts:
-                    self._scores.setdefault(place, {})[presence.name] = float(presence.facts["test"])
+                test = _number(presence, "test")
+                if presence.state == "idle" and test is not None:
+                    self._scores.setdefault(place, {})[presence.name] = test
                 if presence.name == "aggregator" and place not in (self._begun, (None, None, None)):
                     self._begun = place
                     lines.append(self._round())
@@ -65,20 +68,18 @@ class Watch:
         """What the fleet does now, in one line."""
         aggregator = self._presence.get("aggregator")
         if aggregator is None or "job" not in aggregator.facts:
-            return aggregator.detail if aggregator else "waits for the aggregator"
-        return f"{self._round()}, {aggregator.facts['updates']} of {len(self._fleet.devices)} updates"
+            return visible(aggregator.detail) if aggregator else "waits for the aggregator"
+        return f"{self._round()}, {_word(aggregator, 'updates')} of {len(self._fleet.devices)} updates"
 
     def _round(self) -> str:
-        facts = self._presence["aggregator"].facts
-        return (
-            f"{facts['job']}: {facts['stage']}, round {facts['round']} of {facts['rounds']}, SAL allows "
-            f"depth {facts['depth']}{self._accuracy()}"
-        )
+        names = ("job", "stage", "round", "rounds", "depth")
+        job, stage, number, rounds, depth = (_word(self._presence["aggregator"], name) for name in names)
+        return f"{job}: {stage}, round {number} of {rounds}, SAL allows depth {depth}{self._accuracy()}"
 
     def _accuracy(self) -> str:
         """The mean of the last round that all devices of this job have finished."""
         whole = [place for place, scores in self._scores.items() if len(scores) == len(self._fleet.devices)]
-        if not whole or whole[-1][0] != self._presence["aggregator"].facts["job"]:
+        if not whole or whole[-1][0] != self._presence["aggregator"].facts.get("job"):
             return ""
         _, stage, number = whole[-1]
         return f", mean accuracy {fmean(self._scores[whole[-1]].values()):.3f} after {stage} {number}"
@@ -90,22 +91,31 @@ class Watch:
             table.add_column(heading, justify="right" if heading in ("loss", "accuracy", "up", "down") else "left")
         for device in self._fleet.devices:
             presence = self._presence.get(device.id)
-            facts = presence.facts if presence else {}
             state = presence.state if presence else "offline"
-            plan = f"{facts['plan']} ({facts['bound_by']})" if "plan" in facts else ""
+            plan = f"{_word(presence, 'plan')} ({_word(presence, 'bound_by')})" if _word(presence, "plan") else ""
+            figures = (_number(presence, name) for name in ("loss", "test"))
             table.add_row(
-                f"{device.id}\n[dim]{device.profile.name}[/dim]",
+                f"{device.id}\n[dim]{escape(device.profile.name)}[/dim]",
                 Text(state, style=_COLOURS[state]),
-                plan,
-                f"{facts.get('stage', '')} {facts.get('round', '')}",
-                ProgressBar(total=1.0, completed=float(facts.get("progress", 0.0)), width=10),
-                f"{facts['loss']:.3f}" if "loss" in facts else "",
-                f"{facts['test']:.3f}" if "test" in facts else "",
-                _bytes(facts.get("bytes_up", 0)),
-                _bytes(facts.get("bytes_down", 0)),
+                Text(plan),
+                Text(f"{_word(presence, 'stage')} {_word(presence, 'round')}"),
+                ProgressBar(total=1.0, completed=_number(presence, "progress") or 0.0, width=10),
+                *("" if figure is None else f"{figure:.3f}" for figure in figures),
+                *(_kib(presence, name) for name in ("bytes_up", "bytes_down")),
             )
         return Group(table, Text(self.line(), style="bold"))
 
 
-def _bytes(count: float | int | str | bool) -> str:
-    return f"{int(count) / 1024:.0f} KiB"
+def _word(presence: Presence | None, name: str) -> str:
+    """A fact, whatever it is; empty without one."""
+    return "" if presence is None else visible(str(presence.facts.get(name, "")))
+
+
+def _number(presence: Presence | None, name: str) -> float | None:
+    """A fact, if it is a number."""
+    found = None if presence is None else presence.facts.get(name)
+    return float(found) if isinstance(found, float | int) else None
+
+
+def _kib(presence: Presence | None, name: str) -> str:
+    return f"{(_number(presence, name) or 0) / 1024:.0f} KiB"

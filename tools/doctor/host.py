@@ -227,6 +227,7 @@ def as_text(check: Check) -> str:
         paragraphs.append((f"fix (exit code {check.code}): " if check.code else "advice: ") + check.fix)
     lines = []
     for paragraph in paragraphs:
+        paragraph = "".join(char if char.isprintable() else " " for char in paragraph)
         lines += textwrap.wrap(paragraph, WIDTH - len(start), break_on_hyphens=False) or [""]
     return "\n".join((start if number == 0 else " " * len(start)) + line for number, line in enumerate(lines))
 

@@ -12,7 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetune.edge.pack.pack import file_sha256
-from fleetune.edge.protocol.errors import UnsupportedBackboneError
+from fleetune.edge.pack.tensorfile import TensorFile
+from fleetune.edge.protocol.errors import PackError, UnsupportedBackboneError
+from fleetune.edge.protocol.files import read_bytes
+from fleetune.edge.protocol.header import BFLOAT16
 from fleetune.tools.pack.architectures import ARCHITECTURES, LINEARS, Architecture, Geometry, int_field
 from fleetune.tools.pack.compile import block_shapes
 
@@ -21,6 +24,9 @@ FloatArray = NDArray[np.float32]
 
 WEIGHTS = "model.safetensors"
 """The only weight file that is read: it runs no code."""
+
+MAX_SETTINGS = 1 << 20
+"""Largest of its files of JSON in bytes."""
 
 
 @dataclass(frozen=True)
@@ -82,23 +88,18 @@ def read_checkpoint(path: Path, *, image_size: int | None = None) -> Checkpoint:
         raise UnsupportedBackboneError(
             f"{path} has no {WEIGHTS}", "save the backbone with save_pretrained(safe_serialization=True)"
         )
-    import safetensors
-    import safetensors.numpy
-
     try:
-        tensors: dict[str, FloatArray] = safetensors.numpy.load_file(weights)
-    except (safetensors.SafetensorError, KeyError, TypeError) as error:
-        raise UnsupportedBackboneError(
-            f"{weights} cannot be read: {error}", "copy it again, or save it again"
-        ) from error
-    tensors = {key.removeprefix(f"{model_type}."): value for key, value in tensors.items()}
+        mapped = TensorFile(weights)
+    except PackError as error:
+        raise UnsupportedBackboneError(error.what, "copy it again, or save it again in float32 or float16") from error
+    tensors = {key.removeprefix(f"{model_type}."): _numbers(mapped[key]) for key in mapped}
     shapes = block_shapes(architecture, geometry)
     outer_shapes = architecture.outer_shapes(config, geometry)
     blocks: list[dict[str, FloatArray]] = []
     for index in range(geometry.blocks):
         block = _take(tensors, architecture.block_keys(index), weights)
         _check_shapes(block, shapes, f"{weights}: block {index}")
-        blocks.append({name: np.ascontiguousarray(array, dtype=np.float32) for name, array in block.items()})
+        blocks.append({name: np.array(array, dtype=np.float32, order="C") for name, array in block.items()})
     outer = _take(tensors, architecture.outer_keys(), weights)
     _check_shapes(outer, outer_shapes, str(weights))
     left = [key for key in tensors if not architecture.ignored(key)]
@@ -107,7 +108,7 @@ def read_checkpoint(path: Path, *, image_size: int | None = None) -> Checkpoint:
             f"{weights} holds tensors that no {model_type} backbone has: {', '.join(left[:5])}",
             "use a plain backbone without further heads or adapters (merge them first)",
         )
-    outer = {name: np.asarray(array, dtype=np.float32) for name, array in outer.items()}
+    outer = {name: np.array(array, dtype=np.float32) for name, array in outer.items()}
     return Checkpoint(
         path,
         config,
@@ -117,6 +118,11 @@ def read_checkpoint(path: Path, *, image_size: int | None = None) -> Checkpoint:
         architecture.prepare(outer, config, geometry),
         file_sha256(weights),
     )
+
+
+def _numbers(array: NDArray[Any]) -> FloatArray:
+    """A tensor as it is mapped; bfloat16, which is the upper half of float32, is copied."""
+    return (array.view("<u2").astype("<u4") << 16).view("<f4") if array.dtype == BFLOAT16 else array
 
 
 def _check_shapes(tensors: Mapping[str, FloatArray], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -147,12 +153,12 @@ def _take(tensors: dict[str, FloatArray], keys: Mapping[str, str], file: Path) -
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(read_bytes(file, MAX_SETTINGS))
     except OSError as error:
         raise UnsupportedBackboneError(
             f"{file} cannot be read: {error.strerror}", "name a folder in Hugging Face format"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnsupportedBackboneError(f"{file} is not JSON: {error}", "save the backbone again") from error
     if not isinstance(config, dict):
         raise UnsupportedBackboneError(f"{file} is not a JSON object", "save the backbone again")

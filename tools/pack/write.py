@@ -24,9 +24,11 @@ from fleetune.edge.pack.manifest import (
     Text,
 )
 from fleetune.edge.pack.pack import Pack, file_sha256
+from fleetune.edge.pack.wordpiece import MAX_VOCABULARY
 from fleetune.edge.protocol.errors import ConfigError, RunFolderError, UnsupportedBackboneError
+from fleetune.edge.protocol.files import read_bytes
 from fleetune.tools.pack.architectures import LINEARS
-from fleetune.tools.pack.checkpoint import Checkpoint, is_matrix, read_checkpoint
+from fleetune.tools.pack.checkpoint import MAX_SETTINGS, Checkpoint, is_matrix, read_checkpoint
 from fleetune.tools.pack.compile import block_graphs, inference_graph, outer_graphs, suffix_graph
 from fleetune.tools.pack.graph import OPSET
 from fleetune.tools.pack.quantise import Stored, describe, quantise
@@ -146,7 +148,10 @@ def _inputs(checkpoint: Checkpoint, folder: Path, max_length: int) -> tuple[Text
         raise UnsupportedBackboneError(
             f"{checkpoint.path} has no vocab.txt", "use a backbone with a WordPiece vocabulary"
         )
-    tokens = sum(1 for line in vocabulary.read_text(encoding="utf-8").split("\n") if line)
+    try:
+        tokens = sum(1 for line in read_bytes(vocabulary, MAX_VOCABULARY).decode().split("\n") if line)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnsupportedBackboneError(f"{vocabulary} cannot be read: {error}", "save the tokeniser again") from error
     if tokens > len(checkpoint.outer["tokens.table"]):
         raise UnsupportedBackboneError(
             f"{vocabulary} has {tokens} tokens, the weights have {len(checkpoint.outer['tokens.table'])}",
@@ -155,9 +160,9 @@ def _inputs(checkpoint: Checkpoint, folder: Path, max_length: int) -> tuple[Text
     shutil.copyfile(vocabulary, folder / "vocab.txt")
     settings = checkpoint.path / "tokenizer_config.json"
     try:
-        found = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        found = json.loads(read_bytes(settings, MAX_SETTINGS)) if settings.is_file() else {}
         lowercase = bool(found.get("do_lower_case", True))
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise UnsupportedBackboneError(
             f"{settings} is not a JSON object: {error}", "save the tokeniser again"
         ) from error

@@ -14,6 +14,11 @@ def compress(data: bytes) -> bytes:
     return encoder.compress(data) + encoder.flush()
 
 
+def most_compressed(size: int) -> int:
+    """Bytes that so many take when nothing of them is likely (``compressBound`` of zlib)."""
+    return size + (size >> 12) + (size >> 14) + (size >> 25) + 13
+
+
 def decompress(data: bytes, limit: int) -> bytes:
     """The bytes as they were.
 

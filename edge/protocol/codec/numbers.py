@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,20 +27,42 @@ SCALES = "scales"
 
 FloatArray = NDArray[np.float32]
 Parts = dict[str, NDArray[Any]]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Part(NamedTuple):
+    """An array that travels.
+
+    Attributes:
+        dtype: Type of its values.
+        shape: Its shape.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class NumberFormat(Protocol):
     """Turns float32 tensors into the arrays that travel, and back."""
 
+    def layout(self, shapes: Shapes) -> dict[str, Part]:
+        """The arrays that travel for tensors of these shapes."""
+        ...
+
     def encode(self, tensors: Mapping[str, FloatArray]) -> Parts:
         """Tensors → arrays that travel."""
         ...
 
-    def decode(self, parts: Parts) -> dict[str, FloatArray]:
-        """Arrays that travelled → tensors.
+    def decode(self, parts: Parts, shapes: Shapes) -> dict[str, FloatArray]:
+        """Arrays that travelled, which have the layout of these shapes → tensors.
 
         Raises:
-            MessageError: An array is not of this format.
+            MessageError: A scale is not finite.
         """
         ...
 
@@ -55,15 +77,17 @@ class Floats:
     def __init__(self, dtype: type[np.floating[Any]]) -> None:
         self._dtype = np.dtype(dtype)
 
+    def layout(self, shapes: Shapes) -> dict[str, Part]:
+        """The same shapes in this format."""
+        return {name: Part(self._dtype, shape) for name, shape in shapes.items()}
+
     def encode(self, tensors: Mapping[str, FloatArray]) -> Parts:
         """The same arrays in this format."""
         return {name: np.asarray(tensor, dtype=self._dtype, order="C") for name, tensor in tensors.items()}
 
-    def decode(self, parts: Parts) -> dict[str, FloatArray]:
+    def decode(self, parts: Parts, shapes: Shapes) -> dict[str, FloatArray]:
         """The same arrays in float32."""
-        for name, part in parts.items():
-            _check_dtype(name, part, self._dtype)
-        return {name: part.astype(np.float32, copy=False) for name, part in parts.items()}
+        return {name: parts[name].astype(np.float32, copy=False) for name in shapes}
 
 
 class Integers:
@@ -77,13 +101,23 @@ class Integers:
     def __init__(self, bits: int, spread: float = 0.0) -> None:
         self._bits, self._spread = bits, spread
 
+    def layout(self, shapes: Shapes) -> dict[str, Part]:
+        """An array of whole numbers for each tensor, and one of all scales."""
+        parts = dict[str, Part]()
+        for name, shape in shapes.items():
+            if self._bits_of(shape) == 4:
+                parts[name] = Part(np.dtype(np.uint8), (*shape[:-1], shape[-1] // 2))
+            else:
+                parts[name] = Part(np.dtype(np.int8), shape)
+        return parts | {SCALES: Part(np.dtype(np.float16), (sum(map(_blocks, shapes.values())),))}
+
     def encode(self, tensors: Mapping[str, FloatArray]) -> Parts:
         """Rounded to the nearest step."""
         parts, scales = Parts(), list[NDArray[np.float16]]()
         for name in sorted(tensors):
             tensor = np.asarray(tensors[name], dtype=np.float32, order="C")
             bits = self._bits_of(tensor.shape)
-            blocks = np.zeros((-(-tensor.size // BLOCK), BLOCK), dtype=np.float32)
+            blocks = np.zeros((_blocks(tensor.shape), BLOCK), dtype=np.float32)
             blocks.reshape(-1)[: tensor.size] = tensor.reshape(-1)
             most = 2 ** (bits - 1) - 1
             with np.errstate(over="ignore"):  # found by whoever decodes: an infinite scale is refused
@@ -98,28 +132,16 @@ class Integers:
             scales.append(scale)
         return parts | {SCALES: np.concatenate([np.zeros(0, np.float16), *scales])}
 
-    def decode(self, parts: Parts) -> dict[str, FloatArray]:
+    def decode(self, parts: Parts, shapes: Shapes) -> dict[str, FloatArray]:
         """Whole numbers times their block's scale."""
-        scales = parts.get(SCALES)
-        if scales is None:
-            raise MessageError("the payload has no scales", "encode it again", reason="malformed")
-        _check_dtype(SCALES, scales, np.dtype(np.float16))
+        scales = parts[SCALES]
         check_finite(SCALES, scales)
-        names = sorted(set(parts) - {SCALES})
-        for name in names:
-            packed = parts[name].dtype == np.uint8 and self._bits == 4
-            _check_dtype(name, parts[name], np.dtype(np.uint8 if packed else np.int8))
-        shapes = {name: _unpacked(parts[name]) for name in names}  # of int4, up to twice the values of its part
-        counts = [-(-math.prod(shape) // BLOCK) for shape in shapes.values()]
-        if scales.shape != (sum(counts),):
-            raise MessageError(
-                f"{scales.size} scales for {sum(counts)} blocks of values", "encode it again", reason="malformed"
-            )
         tensors, start = dict[str, FloatArray](), 0
-        for (name, shape), count in zip(shapes.items(), counts, strict=True):
+        for name in sorted(shapes):
+            shape, count = shapes[name], _blocks(shapes[name])
             size = math.prod(shape)
             values = np.zeros((count, BLOCK), dtype=np.float32)
-            levels = parts[name] if parts[name].dtype == np.int8 else _unpack(parts[name])
+            levels = _unpack(parts[name]) if self._bits_of(shape) == 4 else parts[name]
             values.reshape(-1)[:size] = levels.reshape(-1)
             values *= scales[start : start + count].astype(np.float32)[:, None]
             tensors[name] = values.reshape(-1)[:size].reshape(shape)
@@ -142,16 +164,9 @@ def check_finite(name: str, tensor: NDArray[Any]) -> None:
         )
 
 
-def _check_dtype(name: str, part: NDArray[Any], expected: np.dtype[Any]) -> None:
-    if part.dtype != expected:
-        raise MessageError(
-            f"tensor {name} is {part.dtype}, the codec says {expected}", "encode it again", reason="wrong-dtype"
-        )
-
-
-def _unpacked(part: NDArray[Any]) -> tuple[int, ...]:
-    """Shape of the values."""
-    return (*part.shape[:-1], 2 * part.shape[-1]) if part.dtype == np.uint8 and part.shape else part.shape
+def _blocks(shape: tuple[int, ...]) -> int:
+    """Blocks of values."""
+    return -(-math.prod(shape) // BLOCK)
 
 
 def _pack(levels: NDArray[np.int8]) -> NDArray[np.uint8]:
@@ -161,7 +176,7 @@ def _pack(levels: NDArray[np.int8]) -> NDArray[np.uint8]:
 
 
 def _unpack(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
-    levels = np.empty(_unpacked(packed), dtype=np.int8)
+    levels = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]), dtype=np.int8)
     levels[..., 0::2] = packed & 15
     levels[..., 1::2] = packed >> 4
     levels -= 8

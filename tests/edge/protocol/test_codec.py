@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fleetune.edge.protocol.codec import CODECS, MAX_VALUES, Codec
+from fleetune.edge.protocol.codec import CODECS, Codec
 from fleetune.edge.protocol.codec.numbers import BLOCK
 from fleetune.edge.protocol.errors import MessageError
-from fleetune.edge.protocol.messages import MAX_PAYLOAD
 
 EXACT = [name for name in CODECS if name.startswith("f")]
 COARSE = [name for name in CODECS if name.startswith("int")]
@@ -31,7 +32,21 @@ def tensors(width: int) -> Any:
 
 
 def there_and_back(sent: dict[str, Any], codec: str) -> dict[str, Any]:
-    return Codec.named(codec).decode(Codec.named(codec).encode(sent))
+    return Codec.named(codec).decode(Codec.named(codec).encode(sent), shapes_of(sent))
+
+
+def shapes_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def reason(data: bytes, codec: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Why bytes are refused; empty if they are not."""
+    try:
+        Codec.named(codec).decode(data, shapes)
+    except MessageError as error:
+        assert error.remedy
+        return error.reason
+    return ""
 
 
 @given(tensors(16), st.sampled_from(EXACT))
@@ -98,10 +113,19 @@ def test_fewer_bits_are_fewer_bytes() -> None:
     assert size["int4+zlib"] < 0.75 * size["int4"]
 
 
-SENT = {
-    name: Codec.named(name).encode({"x": np.ones(8, np.float32), "y": np.zeros((2, 3), np.float32)}) for name in CODECS
-}
+TENSORS = {"x": np.ones(8, np.float32), "y": np.zeros((2, 3), np.float32)}
+SHAPES = shapes_of(TENSORS)
+SENT = {name: Codec.named(name).encode(TENSORS) for name in CODECS}
 SCALED = {"x": np.ones((2, 64), np.int8), "scales": np.ones(2, np.float16)}
+SCALED_SHAPES = {"x": (2, 64)}
+save = safetensors.numpy.save
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_some_of_the_tensors_are_enough(codec: str) -> None:
+    sent = {"y": TENSORS["y"]}
+    found = Codec.named(codec).decode(Codec.named(codec).encode(sent), SHAPES)
+    assert shapes_of(found) == shapes_of(sent)
 
 
 @pytest.mark.parametrize(("data", "codec", "why"), [
@@ -110,67 +134,162 @@ SCALED = {"x": np.ones((2, 64), np.int8), "scales": np.ones(2, np.float16)}
     (SENT["f16"], "", "unknown-codec"),
     (SENT["f16"], "f32", "wrong-dtype"),
     (SENT["f16"], "f16+zlib", "malformed"),
-    (SENT["f16"], "int8", "malformed"),
+    (SENT["f16"], "int8", "wrong-dtype"),
     (SENT["int8"], "int8", ""),
     (SENT["int4"], "int8", "wrong-dtype"),
-    (safetensors.numpy.save({"x": np.ones(3, np.int64)}), "f16", "wrong-dtype"),
+    (SENT["int8"], "int4", "wrong-dtype"),
+    (save({"x": np.ones(8, np.int64)}), "f32", "wrong-dtype"),
     (SENT["f16"][:-1], "f16", "malformed"),
     (SENT["f16"][:9], "f16", "malformed"),
+    (SENT["f16"] + b"\0", "f16", "malformed"),
     (b"", "f16", "malformed"),
     (b"\x80\x04K\x01.", "f16", "malformed"),
-    (Codec.named("f16").encode({"x": np.array([1, np.nan], np.float32)}), "f16", "not-finite"),
-    (Codec.named("f32").encode({"x": np.array([[np.inf]], np.float32)}), "f32", "not-finite"),
-    (safetensors.numpy.save(SCALED | {"scales": np.array([1, np.inf], np.float16)}), "int8", "not-finite"),
-    (safetensors.numpy.save(SCALED | {"scales": np.ones(3, np.float16)}), "int8", "malformed"),
-    (safetensors.numpy.save(SCALED | {"scales": np.ones(2, np.float32)}), "int8", "wrong-dtype"),
-    (safetensors.numpy.save({"x": SCALED["x"]}), "int8", "malformed"),
     (SENT["int4+zlib"][:-1], "int4+zlib", "malformed"),
     (SENT["int4+zlib"] + b"more", "int4+zlib", "malformed"),
+    (bytes(4096), "f32", "payload-too-large"),
+    (save({"x": np.ones(7, np.float32)}), "f32", "wrong-shape"),
+    (save({"x": np.ones((8, 1), np.float32)}), "f32", "wrong-shape"),
+    (save({"z": np.ones(8, np.float32)}), "f32", "unexpected-tensor"),
+    (save({"x": TENSORS["x"], "z": np.zeros(0, np.float32)}), "f32", "unexpected-tensor"),
+    (save({"scales": np.zeros(0, np.float16)}), "f16", "unexpected-tensor"),
+    (save({name: np.zeros(0, np.float32) for name in "xyz"}), "f32", "too-many-tensors"),
+    (save(TENSORS, {"from": "elsewhere"}), "f32", "malformed"),
 ])  # fmt: skip
 def test_payloads_that_are_refused(data: bytes, codec: str, why: str) -> None:
-    found = ""
-    try:
-        Codec.named(codec).decode(data)
-    except MessageError as error:
-        found = error.reason
-        assert error.remedy
-    assert found == why
+    assert reason(data, codec, SHAPES) == why
+
+
+@pytest.mark.parametrize(("parts", "why"), [
+    (SCALED, ""),
+    (SCALED | {"scales": np.array([1, np.inf], np.float16)}, "not-finite"),
+    (SCALED | {"scales": np.array([np.nan, 1], np.float16)}, "not-finite"),
+    (SCALED | {"scales": np.ones(3, np.float16)}, "wrong-shape"),
+    (SCALED | {"scales": np.ones((2, 1), np.float16)}, "wrong-shape"),
+    (SCALED | {"scales": np.ones(2, np.float32)}, "wrong-dtype"),
+    ({"x": SCALED["x"]}, "malformed"),
+])  # fmt: skip
+def test_scales_that_are_refused(parts: dict[str, Any], why: str) -> None:
+    assert reason(save(parts), "int8", SCALED_SHAPES) == why
+
+
+def headed(document: str, data: bytes) -> bytes:
+    return len(document).to_bytes(8, "little") + document.encode() + data
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(("document", "data", "why"), [
+    (json.dumps({"x": ENTRY}), bytes(8), ""),
+    (json.dumps({"x": ENTRY}) + "   ", bytes(8), ""),
+    (f'{{"x": {json.dumps(ENTRY)}, "x": {json.dumps(ENTRY)}}}', bytes(8), "duplicate-tensor"),
+    (f'{{"x": {json.dumps(ENTRY)}, "\\u0078": {json.dumps(ENTRY)}}}', bytes(8), "duplicate-tensor"),
+    ('{"x": {"dtype": "F16", "dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', bytes(8), "duplicate-tensor"),
+    (json.dumps({"x": ENTRY | {"dtype": "F8_E4M3"}}), bytes(8), "malformed"),
+    (json.dumps({"x": ENTRY | {"shape": [-2]}}), bytes(8), "malformed"),
+    (json.dumps({"x": ENTRY | {"shape": [1 << 70]}}), bytes(8), "malformed"),
+    (json.dumps({"x": ENTRY | {"shape": [2.0]}}), bytes(8), "malformed"),
+    (json.dumps({"x": ENTRY | {"shape": [1] * 9 + [2]}}), bytes(8), "malformed"),
+    (json.dumps({"x": ENTRY | {"shape": [0, 1 << 39, 1 << 39], "data_offsets": [0, 0]}}), b"", "malformed"),
+    (json.dumps({"x": ENTRY | {"data_offsets": [8, 0]}}), bytes(8), "malformed"),
+    (json.dumps({"x": ENTRY | {"data_offsets": [4, 12]}}), bytes(12), "malformed"),
+    (json.dumps({"x": ENTRY | {"data_offsets": [0, 8, 16]}}), bytes(8), "malformed"),
+    (json.dumps({"x": ENTRY | {"more": 1}}), bytes(8), "malformed"),
+    (json.dumps({"x": ENTRY}), bytes(9), "malformed"),
+    (json.dumps({"x": ENTRY, "__metadata__": {"a": 1}}), bytes(8), "malformed"),
+    (json.dumps({"x": ENTRY}) + " " * 600, bytes(8), "payload-too-large"),
+    ('{"x": ' + "[" * 90, b"", "malformed"),
+    ("[]", b"", "malformed"),
+    ("", b"", "malformed"),
+])  # fmt: skip
+def test_headers_that_are_refused(document: str, data: bytes, why: str) -> None:
+    assert reason(headed(document, data), "f32", {"x": (2,), "y": (40,)}) == why
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused_whatever_the_codec(codec: str, bad: float) -> None:
+    with np.errstate(invalid="ignore"):
+        sent = Codec.named(codec).encode({"x": np.array([1, bad, 2, 3], np.float32)})
+    assert reason(sent, codec, {"x": (4,)}) == "not-finite"
 
 
 @pytest.mark.parametrize("codec", ["f16", "int8", "int4"])
 def test_a_value_too_large_for_the_codec_is_noticed(codec: str) -> None:
     with np.errstate(over="ignore"):
         sent = Codec.named(codec).encode({"x": np.array([1e30, 1], np.float32)})
-    with pytest.raises(MessageError, match="not finite"):
-        Codec.named(codec).decode(sent)
+    assert reason(sent, codec, {"x": (2,)}) == "not-finite"
 
 
-def test_a_payload_that_is_too_large_is_refused() -> None:
-    with pytest.raises(MessageError) as caught:
-        Codec.named("f16").decode(bytes(MAX_PAYLOAD + 1))
-    assert caught.value.reason == "payload-too-large"
+# --- memory -----------------------------------------------------------------------------------------------------
+
+LORA = {f"blocks.{block}.{name}.{side}": (384, 8) for block in range(12) for name in "qv" for side in "AB"}
+LORA_BYTES = 4 * 48 * 384 * 8
 
 
-def bomb() -> bytes:
-    """A gigabyte of zeros in a megabyte."""
+def bomb(megabytes: int) -> bytes:
+    """Megabytes of zeros in a thousandth of that."""
     encoder = zlib.compressobj(9)
-    return b"".join(encoder.compress(bytes(1 << 24)) for _ in range(64)) + encoder.flush()
+    return b"".join(encoder.compress(bytes(1 << 20)) for _ in range(megabytes)) + encoder.flush()
+
+
+def peak_of_decoding(data: bytes, codec: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, str]:
+    """Bytes that it took at most, and why it was refused."""
+    tracemalloc.start()
+    try:
+        why = reason(data, codec, shapes)
+        return tracemalloc.get_traced_memory()[1], why
+    finally:
+        tracemalloc.stop()
+
+
+@given(tensors(16), st.sampled_from(CODECS))
+def test_no_payload_is_larger_than_what_its_tensors_can_take(sent: dict[str, Any], codec: str) -> None:
+    assert len(Codec.named(codec).encode(sent)) <= Codec.named(codec).most(shapes_of(sent))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_noise_that_no_codec_can_compress_fits(codec: str) -> None:
+    rng = np.random.default_rng(0)
+    data = Codec.named(codec).encode(
+        {name: rng.uniform(-1, 1, shape).astype(np.float32) for name, shape in LORA.items()}
+    )
+    most = Codec.named(codec).most(LORA)
+    assert len(data) <= most < 1.1 * Codec.named(codec.removesuffix("+zlib")).most(LORA)
+    assert reason(data, codec, LORA) == ""
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_decoding_takes_little_more_memory_than_the_tensors(codec: str) -> None:
+    rng = np.random.default_rng(0)
+    data = Codec.named(codec).encode({name: rng.standard_normal(shape, np.float32) for name, shape in LORA.items()})
+    peak, why = peak_of_decoding(data, codec, LORA)
+    assert why == ""
+    assert peak < 3 * LORA_BYTES
 
 
 @pytest.mark.parametrize(("data", "codec"), [
-    (bomb(), "f32+zlib"),
-    (zlib.compress(safetensors.numpy.save({"x": np.zeros(MAX_VALUES + 1, np.int8), "scales": np.zeros(1, np.float16)})),
-     "int8+zlib"),
-    (zlib.compress(safetensors.numpy.save({f"{i}": np.zeros(0, np.float32) for i in range(40_000)})), "f32+zlib"),
+    (bomb(64), "f32+zlib"),
+    (bomb(64), "int4+zlib"),
+    (zlib.compress(save({"x": np.zeros(1 << 24, np.int8), "scales": np.zeros(1, np.float16)})), "int8+zlib"),
+    (zlib.compress(save({f"{i}": np.zeros(0, np.float32) for i in range(40_000)})), "f32+zlib"),
+    (zlib.compress(headed("[" + "[]," * 1_000_000, b"")), "f32+zlib"),
 ])  # fmt: skip
 def test_what_would_take_too_much_memory_is_refused_first(data: bytes, codec: str) -> None:
-    tracemalloc.start()
-    with pytest.raises(MessageError) as caught:
-        Codec.named(codec).decode(data)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert caught.value.reason == "payload-too-large"
-    assert peak < 3 * MAX_PAYLOAD
+    peak, why = peak_of_decoding(data, codec, LORA)
+    assert why == "payload-too-large"
+    assert peak < 3 * LORA_BYTES
+
+
+@pytest.mark.parametrize("filler", ["[],", "{},", '"":0,', "0,", '"a",'])
+def test_a_header_of_rubbish_takes_little_memory(filler: str) -> None:
+    shapes = dict.fromkeys(LORA, (1,))
+    length = 100 * len(shapes)
+    for start, end in (("[", "0]"), ('{"x":[', "0]}"), ("{", '"x":0}')):
+        document = start + filler * ((length - len(start) - len(end)) // len(filler)) + end
+        peak, why = peak_of_decoding(headed(document, b""), "f32", shapes)
+        assert why == "malformed"
+        assert peak < 40 * length
 
 
 @settings(max_examples=300)
@@ -185,7 +304,4 @@ def test_whatever_the_bytes_only_a_message_error_comes_out(
     data = bytearray(SENT[codec])
     for position, value in changes:
         data[position % len(data)] = value
-    try:
-        Codec.named(codec).decode(bytes(data[:length]))
-    except MessageError as error:
-        assert error.reason
+    reason(bytes(data[:length]), codec, SHAPES)

@@ -6,6 +6,7 @@ import secrets
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -266,3 +267,58 @@ def test_a_broker_that_ends_every_connection_is_given_up(
     assert "broker's log" in caught.value.remedy
     for link in links:
         link.close()
+
+
+class Rogue:
+    """A broker that says something wrong to whoever connects first, and is a good one afterwards."""
+
+    def __init__(self, wrong: bytes) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = BrokerAddress("127.0.0.1", self._listener.getsockname()[1])
+        self._said = iter((wrong, _packet(0x32, b"\0\1t\0\7\0hello")))
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                threading.Thread(target=self._greet, args=[connection], daemon=True).start()
+
+    def _greet(self, connection: socket.socket) -> None:
+        with suppress(OSError):
+            connection.recv(4096)
+            connection.sendall(_packet(0x20, b"\0\0\0"))
+            connection.sendall(_packet(0x90, connection.recv(4096)[2:4] + b"\0\1"))
+            connection.sendall(next(self._said, b""))
+            while connection.recv(4096):
+                pass
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def _packet(kind: int, body: bytes) -> bytes:
+    return bytes([kind, len(body)]) + body
+
+
+@pytest.mark.parametrize("wrong", [
+    _packet(0x32, b"\0\4\xff\xfe\0\1\0\7\0hello") + b"\xf0\0",  # a topic that is no UTF-8, then no packet at all
+    b"\x32\xff\xff\xff\x7f\0\1t\0\7\0hello",  # 256 MiB are to come
+    b"\x32\xff\xff\xff\xff\x7f",
+    _packet(0x32, b"\xff\xfft"),
+    _packet(0x32, b"\0\1t\0\7\xff\xff\xff"),
+    _packet(0x00, b"\0\0\0"),
+    _packet(0x90, b"\0"),
+], ids=["topic", "size", "length", "cut off", "properties", "kind", "answer"])  # fmt: skip
+def test_a_broker_that_talks_nonsense_is_left_and_tried_again(wrong: bytes) -> None:
+    rogue = Rogue(wrong)
+    tracemalloc.start()
+    link = connect(rogue.address, "me", "t")
+    (received,) = collect(link, Received)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert isinstance(received, Received)
+    assert (received.topic, received.payload) == ("t", b"hello")
+    assert peak < 4 << 20
+    link.close()
+    rogue.close()
