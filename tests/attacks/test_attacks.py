@@ -6,6 +6,7 @@ Then what stops it is switched off, and it succeeds: so it is that which stops i
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -13,11 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from fleetune.edge.agent.application import Application
 from fleetune.edge.agent.csr import make_csr
 from fleetune.edge.agent.heard import Heard
+from fleetune.edge.protocol.codec import Codec, Shapes, Tensors
 from fleetune.edge.protocol.errors import IdentityError
 from fleetune.edge.protocol.identity import seals
 from fleetune.edge.protocol.identity.credential import Sender
@@ -26,7 +30,16 @@ from fleetune.edge.protocol.identity.folder import TLS_FILE, write_private
 from fleetune.edge.protocol.identity.keys import SeedSigner
 from fleetune.edge.protocol.identity.seals import Seals
 from fleetune.edge.protocol.link import Received, Refused
-from fleetune.edge.protocol.messages import Announcement, Message, Presence, UpdateManifest, open_envelope, seal
+from fleetune.edge.protocol.messages import (
+    MAX_PAYLOAD,
+    Ack,
+    Announcement,
+    Message,
+    Presence,
+    UpdateManifest,
+    open_envelope,
+    seal,
+)
 from fleetune.server.authority.admission import Admission
 from fleetune.server.authority.authority import Authority, Site
 from fleetune.server.authority.desk import Desk
@@ -34,6 +47,8 @@ from fleetune.server.authority.ledger import Ledger
 from fleetune.server.authority.mosquitto import ACL, REVOKED, ROOTS, reload_broker, write_revocations
 from fleetune.server.authority.x509 import read_csr
 from fleetune.server.intake import Intake
+from fleetune.server.quarantine import Quarantine
+from fleetune.server.rules.base import Bounds
 from fleetune.server.store import Store
 from support.attacklab import FLEET, HONEST, JOB, MALLORY, TOPICS, Intruder, Lab, attack_lab, complaints, tensors_of
 
@@ -378,3 +393,96 @@ def test_a_broker_that_forges_a_last_will(lab: Lab, caplog: Log, monkeypatch: Pa
             comes_out_right(lab)
         else:
             lab.wait(lambda: said in caplog.text)
+
+
+# --- what is sent -----------------------------------------------------------------------------------------------------
+
+
+def hears(mallory: Intruder, verb: str) -> list[bytes]:
+    """What the aggregator says to the device."""
+    topic = TOPICS.down(MALLORY, verb)
+    mallory.listen(until=lambda: False, seconds=0.5)
+    return [event.payload for event in mallory.heard if isinstance(event, Received) and event.topic == topic]
+
+
+@twice
+def test_a_chunk_bomb(lab: Lab, caplog: Log, monkeypatch: Patch, *, protected: bool) -> None:
+    if not protected:
+        monkeypatch.setattr(Intake, "_check_size", lambda *_: None)
+    in_round_1(lab)
+    with Intruder(lab, lab.identity(MALLORY), TOPICS.down(MALLORY, "+")) as mallory:
+        manifest, _ = lab.update_of(MALLORY, tensors_of(MALLORY))
+        assert manifest.payload is not None
+        bomb = msgspec.structs.replace(manifest.payload, size=MAX_PAYLOAD, chunk_size=1024)
+        mallory.say(TOPICS.upload_manifest(MALLORY, manifest.update), msgspec.structs.replace(manifest, payload=bomb))
+        assert bool(hears(mallory, "missing")) is not protected  # the aggregator has made room for it, and asks
+        reasons = [open_envelope(raw, Ack).reason for raw in hears(mallory, "ack")]
+        assert ("payload-too-large" in reasons) is protected
+    if protected:
+        logged_once(caplog, "payload-too-large", MALLORY)
+        comes_out_right(lab)
+
+
+def decode_anything(_self: Codec, data: bytes, _shapes: Shapes) -> Tensors:
+    tensors: Tensors = safetensors.numpy.load(data)
+    return tensors
+
+
+@twice
+@pytest.mark.parametrize("kind", ["oversize", "NaN"])
+def test_tensors_that_nobody_can_use(lab: Lab, caplog: Log, monkeypatch: Patch, kind: str, *, protected: bool) -> None:
+    reason = "wrong-shape" if kind == "oversize" else "not-finite"
+    tensors = tensors_of(MALLORY)
+    if kind == "oversize":
+        tensors["head.bias"] = np.zeros(4, np.float32)
+        tensors["head.weight"] = np.zeros((2, 7), np.float32)  # in all no more than is expected
+    else:
+        tensors["head.bias"][0] = np.nan
+    if not protected:
+        monkeypatch.setattr(Codec, "decode", decode_anything)
+    in_round_1(lab)
+    with Intruder(lab, lab.identity(MALLORY), TOPICS.down(MALLORY, "+")) as mallory:
+        for _ in range(2):
+            mallory.send(MALLORY, *lab.update_of(MALLORY, tensors))
+        assert lab.counts(MALLORY) is not protected
+        assert (reason in {open_envelope(raw, Ack).reason for raw in hears(mallory, "ack")}) is protected
+    if protected:
+        logged_once(caplog, reason, MALLORY)
+        comes_out_right(lab)
+
+
+@twice
+def test_a_thousand_times_the_norm(lab: Lab, caplog: Log, monkeypatch: Patch, *, protected: bool) -> None:
+    if not protected:
+        monkeypatch.setattr(Bounds, "limit", lambda *_: math.inf)
+    in_round_1(lab)
+    for worker in lab.workers.values():
+        worker.may.release()
+    lab.await_round(2)  # what is usual is known from round 1
+    with Intruder(lab, lab.identity(MALLORY), TOPICS.down(MALLORY, "+")) as mallory:
+        tensors = {name: 1000 * tensor for name, tensor in tensors_of(MALLORY).items()}
+        for _ in range(2):
+            mallory.send(MALLORY, *lab.update_of(MALLORY, tensors))
+        assert lab.counts(MALLORY) is not protected
+        assert ("norm-outlier" in {open_envelope(raw, Ack).reason for raw in hears(mallory, "ack")}) is protected
+    if protected:
+        logged_once(caplog, "norm-outlier", MALLORY)
+        comes_out_right(lab)
+
+
+@twice
+def test_a_device_that_keeps_sending_them(lab: Lab, caplog: Log, monkeypatch: Patch, *, protected: bool) -> None:
+    if not protected:
+        monkeypatch.setattr(Quarantine, "holds", lambda *_: False)
+    in_round_1(lab)
+    with Intruder(lab, lab.identity(MALLORY), TOPICS.down(MALLORY, "+")) as mallory:
+        tensors = tensors_of(MALLORY)
+        tensors["head.bias"][0] = np.nan
+        for _ in range(4):
+            mallory.send(MALLORY, *lab.update_of(MALLORY, tensors))
+            hears(mallory, "ack")
+        mallory.send(MALLORY, *lab.update_of(MALLORY, tensors_of(MALLORY)))  # a good one, for once
+        assert lab.counts(MALLORY) is not protected
+    if protected:
+        assert len([line for line in caplog.messages if f"{MALLORY} is quarantined" in line]) == 1
+        comes_out_right(lab)

@@ -186,9 +186,10 @@ class Lab:
             return journal.load_globals(JOB.id, version)
 
     def counts(self, device: str, seconds: float = 1.5) -> bool:
-        """Whether tensors of a device get into the journal, within some seconds."""
+        """Whether tensors of a device get into the journal, within some seconds; even those that damage it."""
+        path, name = self.folder / "aggregator" / JOURNAL, f'"device":"{device}"'.encode()
         with suppress(AssertionError):
-            self.wait(lambda: any(a.manifest.device == device and a.manifest.payload for a in self.accepted()), seconds)
+            self.wait(lambda: any(name in line and b'"payload":{' in line for line in path.open("rb")), seconds)
             return True
         return False
 
