@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fleetune.edge.protocol.codec import EXACT, Codec, Tensors, read_exact
 from fleetune.edge.protocol.codec.numbers import Shapes
 from fleetune.edge.protocol.errors import UNDECODABLE, MessageError, RunFolderError
-from fleetune.edge.protocol.files import FolderLock, make_folder, read_bytes, sync_folder, write_atomic
+from fleetune.edge.protocol.files import FolderLock, make_folder, read_bytes, read_rest, sync_folder, write_atomic
 from fleetune.edge.protocol.messages import MAX_PAYLOAD, Announcement, Count, Name, Reason, Time, UpdateManifest
 from fleetune.edge.protocol.modelfile import FILE as MODEL_FILE
 from fleetune.edge.protocol.modelfile import GLOBAL, Card, write_model_file
@@ -275,7 +275,7 @@ class Journal:
         path = self._payloads(record.manifest.job, record.into)
         with path.open("rb") as file:
             file.seek(record.start)
-            data = file.read(min(payload.size, MAX_PAYLOAD))
+            data = read_rest(file, min(payload.size, MAX_PAYLOAD))
         try:
             return Codec.named(payload.codec).decode(data, shapes)
         except MessageError as error:

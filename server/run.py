@@ -46,7 +46,8 @@ def _differences(started: Started, fleet: str, jobs: tuple[Job, ...]) -> list[st
 
 def _changes(old: Job, new: Job) -> str:
     before, after = _flat(old), _flat(new)
-    words = [f"{name} {before[name]} (now {after[name]})" for name in before if before[name] != after[name]]
+    names = [name for name in before | after if before.get(name) != after.get(name)]
+    words = [f"{name} {before.get(name, 'absent')} (now {after.get(name, 'absent')})" for name in names]
     return ", ".join(words) or "the pack has adapters of other shapes"
 
 

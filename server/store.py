@@ -17,7 +17,7 @@ from urllib.parse import quote
 import msgspec
 
 from fleetune.edge.protocol.errors import UNDECODABLE, FileAccessError
-from fleetune.edge.protocol.messages import Announcement, Presence
+from fleetune.edge.protocol.messages import Announcement, Count, Presence, Time
 from fleetune.server.journal import (
     Accepted,
     Announced,
@@ -83,13 +83,13 @@ class DeviceRow:
     id: str
     state: str
     detail: str
-    boot: int | None
+    boot: Count | None
     kit: str
-    first_seen: float | None
-    last_seen: float | None
-    accepted: int
-    late: int
-    refused: int
+    first_seen: Time | None
+    last_seen: Time | None
+    accepted: Count
+    late: Count
+    refused: Count
     reason: str
     quarantined: str
 
@@ -115,6 +115,37 @@ class RoundRow:
     typical: Typical | None = None
 
 
+class _Position(msgspec.Struct):
+    read: Count
+
+
+class _Job(msgspec.Struct):
+    job: str
+
+
+class _Record(msgspec.Struct):
+    record: bytes
+
+
+class _Strikes(msgspec.Struct):
+    device: str
+    strikes: Count
+
+
+class _Reason(msgspec.Struct):
+    device: str
+    reason: str
+
+
+class _Round(msgspec.Struct):
+    announcement: bytes
+    closed: Time | None
+    answers: Count
+    late: Count
+    means: bytes | None
+    typical: bytes | None
+
+
 class Store:
     """An SQLite database.
 
@@ -133,12 +164,18 @@ class Store:
             return
         self._database = sqlite3.connect(path, isolation_level=None)
         # Written ahead, but not synced: what a power cut takes is in the journal.
-        for line in ("journal_mode = WAL", "synchronous = NORMAL"):
-            self._database.execute(f"PRAGMA {line}")
-        self._database.executescript(_SCHEMA)
-        self._database.execute("SELECT typical FROM rounds LIMIT 0")  # an older one lacks it, and is made anew
-        if self._database.execute("SELECT COUNT(*) FROM journal").fetchone()[0] == 0:
-            self._database.execute("INSERT INTO journal VALUES (0)")
+        try:
+            for line in ("journal_mode = WAL", "synchronous = NORMAL"):
+                self._database.execute(f"PRAGMA {line}")
+            self._database.executescript(_SCHEMA)
+            self._database.execute("SELECT typical FROM rounds LIMIT 0")  # an older one lacks it, and is made anew
+            if not self._rows("SELECT read FROM journal", _Position):
+                self._database.execute("INSERT INTO journal VALUES (0)")
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            self._database.close()
+            if isinstance(error, sqlite3.DatabaseError):
+                raise
+            raise sqlite3.DatabaseError(f"its schema is damaged: {error}") from error  # SQLite quotes it
 
     def close(self) -> None:
         """Close the file."""
@@ -149,8 +186,7 @@ class Store:
     @property
     def read(self) -> int:
         """Bytes of the journal that are in here."""
-        found: int = self._database.execute("SELECT read FROM journal").fetchone()[0]
-        return found
+        return self._rows("SELECT read FROM journal", _Position)[0].read
 
     def add(self, records: Iterable[Record], read: int) -> None:
         """Take records of the journal; while the disk is full they wait in memory.
@@ -234,8 +270,8 @@ class Store:
     def accepted(self, job: str, version: int) -> Iterator[Accepted]:
         """What was accepted into a round that is in no checkpoint, in that order."""
         query = "SELECT record FROM updates WHERE job = ? AND into_version = ? AND record IS NOT NULL ORDER BY start"
-        for (record,) in self._database.execute(query, (job, version)):
-            yield _decode(record, Accepted)
+        for row in self._rows(query, _Record, job, version):
+            yield _decode(row.record, Accepted)
 
     def forget(self, job: str, version: int) -> None:
         """Of the updates of rounds up to this one, know only that they were accepted."""
@@ -244,21 +280,21 @@ class Store:
 
     def jobs(self) -> list[str]:
         """Jobs that were announced."""
-        return [row[0] for row in self._database.execute("SELECT DISTINCT job FROM rounds ORDER BY job")]
+        return [row.job for row in self._rows("SELECT DISTINCT job FROM rounds ORDER BY job", _Job)]
 
     def rounds(self, job: str) -> list[RoundRow]:
         """The rounds of a job, oldest first."""
         query = "SELECT announcement, closed, answers, late, means, typical FROM rounds WHERE job = ? ORDER BY version"
         return [
             RoundRow(
-                _decode(announcement, Announcement),
-                closed,
-                answers,
-                late,
-                _decode(means, dict[str, float]) if means else {},
-                _decode(typical, Typical) if typical else None,
+                _decode(row.announcement, Announcement),
+                row.closed,
+                row.answers,
+                row.late,
+                _decode(row.means, dict[str, float]) if row.means else {},
+                _decode(row.typical, Typical) if row.typical else None,
             )
-            for announcement, closed, answers, late, means, typical in self._database.execute(query, (job,))
+            for row in self._rows(query, _Round, job)
         ]
 
     def is_finished(self, job: str) -> bool:
@@ -288,19 +324,34 @@ class Store:
 
     def strikes(self) -> dict[str, int]:
         """Device → its updates that were refused for cause, if any were since it was last let in."""
-        return dict(self._database.execute("SELECT device, strikes FROM quarantine"))
+        return {row.device: row.strikes for row in self._rows("SELECT device, strikes FROM quarantine", _Strikes)}
 
     def quarantined(self) -> dict[str, str]:
         """Device that is kept out of the run → why."""
-        return dict(self._database.execute("SELECT device, reason FROM quarantine WHERE reason <> ''"))
+        query = "SELECT device, reason FROM quarantine WHERE reason <> ''"
+        return {row.device: row.reason for row in self._rows(query, _Reason)}
 
     def devices(self) -> list[DeviceRow]:
         """Every device that was ever seen."""
         query = (
-            "SELECT id, state, detail, boot, kit, first_seen, last_seen, accepted, late, refused, devices.reason, "
-            "COALESCE(quarantine.reason, '') FROM devices LEFT JOIN quarantine ON device = id ORDER BY id"
+            "SELECT id, state, detail, boot, kit, first_seen, last_seen, accepted, late, refused, devices.reason AS "
+            "reason, COALESCE(quarantine.reason, '') AS quarantined FROM devices LEFT JOIN quarantine ON device = id "
+            "ORDER BY id"
         )
-        return [DeviceRow(*row) for row in self._database.execute(query)]
+        return self._rows(query, DeviceRow)
+
+    def _rows(self, query: str, kind: type[Kind], *values: object) -> list[Kind]:
+        """The rows that a query finds, by the names of their columns.
+
+        Raises:
+            sqlite3.DatabaseError: They are damaged: SQLite takes any type in any column.
+        """
+        try:
+            cursor = self._database.execute(query, values)
+            names = [column[0] for column in cursor.description]
+            return msgspec.convert([dict(zip(names, row, strict=True)) for row in cursor], list[kind])  # type: ignore[valid-type]
+        except (msgspec.ValidationError, UnicodeDecodeError) as error:  # SQLite's own words quote what is damaged
+            raise sqlite3.DatabaseError(f"a row is damaged: {error}") from error
 
     def _write(self, change: Callable[[], object], *, at_once: bool = False) -> bool:
         """Change something, all of it or nothing; False while there is no room, unless it has to be at once.

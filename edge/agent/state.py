@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fleetune.edge.protocol.codec import Tensors, read_exact
 from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError, MessageError
-from fleetune.edge.protocol.files import FolderLock, read_bytes, write_atomic
+from fleetune.edge.protocol.files import FolderLock, read_bytes, read_rest, write_atomic
 from fleetune.edge.protocol.header import HeaderError, read_header
 from fleetune.edge.protocol.messages import (
     MAX_MESSAGE,
@@ -295,9 +295,9 @@ class State:
         with self._update(manifest.update).open("rb") as file:
             file.readline()
             if not lost:
-                return file.read(size)
-            file.seek(size, os.SEEK_CUR)
-            return file.read(MAX_PAYLOAD)
+                return read_rest(file, min(size, MAX_PAYLOAD))
+            file.seek(min(size, MAX_PAYLOAD), os.SEEK_CUR)
+            return read_rest(file, MAX_PAYLOAD)
 
     def lost(self, run: str, job: str) -> Tensors:
         """What the newest update of a job lacks; nothing if none is here, or its file is damaged."""

@@ -36,6 +36,7 @@ Blocks = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 Side = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 Rows = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+Value = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
 Deviation = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 
 
@@ -73,7 +74,7 @@ class Quantisation(_Struct, frozen=True):
 
     type: QuantisationType
     block_size: Rows
-    code: Annotated[tuple[float, ...], msgspec.Meta(max_length=256)]
+    code: Annotated[tuple[Value, ...], msgspec.Meta(max_length=256)]
 
 
 class Text(_Struct, frozen=True):
@@ -89,7 +90,7 @@ class Image(_Struct, frozen=True):
 
     size: Annotated[int, msgspec.Meta(ge=1, le=MAX_PICTURE)]
     patch: Annotated[int, msgspec.Meta(ge=1, le=MAX_PICTURE)]
-    mean: tuple[float, float, float]
+    mean: tuple[Value, Value, Value]
     std: tuple[Deviation, Deviation, Deviation]
 
 

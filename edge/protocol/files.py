@@ -6,9 +6,13 @@ import errno
 import fcntl
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from fleetune.edge.protocol.errors import RunFolderError
+
+_PIECE = 1 << 18
 
 
 def read_bytes(path: Path, most: int) -> bytes:
@@ -18,10 +22,31 @@ def read_bytes(path: Path, most: int) -> bytes:
         OSError: It cannot be read, or is larger.
     """
     with path.open("rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise OSError(errno.EFBIG, f"more than {most} bytes", str(path))
+        data = read_rest(file, most + 1)
+        if len(data) <= most:  # what is no plain file has no size, and others may grow
+            data += file.read(1)
+    if len(data) > most or not path.is_file():
+        raise OSError(errno.EFBIG, f"more than {most} bytes, or none that can be counted", str(path))
     return data
+
+
+def read_rest(file: BinaryIO, most: int) -> bytes:
+    """What is left of a file, up to so many bytes; Python takes as much memory as is asked for, whatever there is."""
+    return file.read(max(0, min(most, os.fstat(file.fileno()).st_size - file.tell())))
+
+
+def read_pieces(read: Callable[[int], bytes], most: int) -> bytes:
+    """What a stream without a size holds, such as one that is decompressed, up to so many bytes.
+
+    Args:
+        read: Reads the next bytes, as many as it is asked for or fewer; none at the end.
+        most: Bytes.
+    """
+    pieces, left = list[bytes](), most
+    while left and (piece := read(min(left, _PIECE))):
+        pieces.append(piece)
+        left -= len(piece)
+    return b"".join(pieces)
 
 
 def write_atomic(path: Path, data: bytes, *, sync: bool = True, mode: int = 0o666) -> None:

@@ -31,6 +31,9 @@ MAX_CHUNKS = 1 << 16
 MAX_COUNT = 1 << 53
 """Largest whole number: exact in the JSON of every language, and no database's 64 bits overflow."""
 
+MAX_TIME = 250_000_000_000
+"""Latest Unix time: it has a date everywhere."""
+
 MAX_SAMPLES = 1 << 31
 """Most samples that a device may say it trained on."""
 
@@ -57,7 +60,7 @@ Reason = Annotated[str, msgspec.Meta(pattern=r"^[a-z-]{0,64}\Z")]
 Phrase = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 Bitmap = Annotated[bytes, msgspec.Meta(max_length=MAX_CHUNKS // 8)]
-Time = Annotated[float, msgspec.Meta(ge=0, le=MAX_COUNT)]
+Time = Annotated[float, msgspec.Meta(ge=0, le=MAX_TIME)]
 Figure = (
     Annotated[float, msgspec.Meta(ge=-MAX_FIGURE, le=MAX_FIGURE)]
     | Annotated[int, msgspec.Meta(ge=-MAX_COUNT, le=MAX_COUNT)]

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fleetune.edge.protocol.errors import DataError
-from fleetune.edge.protocol.files import write_atomic
+from fleetune.edge.protocol.files import read_pieces, write_atomic
 from fleetune.tools.assets.idx import read_idx
 
 Split = Literal["train", "val", "test"]
@@ -94,7 +94,7 @@ def read_rotten_tomatoes(directory: Path) -> list[Snippet]:
     remedy = "delete the file and fetch the data set again"
     try:
         with bz2.open(path, "rb") as stream:
-            content = stream.read(_MAX_REVIEW_BYTES + 1)
+            content = read_pieces(stream.read, _MAX_REVIEW_BYTES + 1)
         if len(content) > _MAX_REVIEW_BYTES:
             raise DataError(f"{path} is larger than {_MAX_REVIEW_BYTES} bytes", remedy)
         rows = list(csv.DictReader(io.StringIO(content.decode("utf-8"), newline="")))

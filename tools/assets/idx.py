@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fleetune.edge.protocol.errors import DataError
+from fleetune.edge.protocol.files import read_pieces
 
 MAX_BYTES = 256 << 20
 """No file of this kind is larger when decompressed; a header that claims more is refused."""
@@ -47,7 +48,7 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
             size = math.prod(shape)
             if size > MAX_BYTES:
                 raise DataError(f"{path} claims {size} bytes, more than {MAX_BYTES}", _REMEDY)
-            content = stream.read(size + 1)
+            content = read_pieces(stream.read, size + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}", _REMEDY) from error
     if len(content) != size:

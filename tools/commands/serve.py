@@ -179,11 +179,14 @@ def add_job_options(parser: argparse.ArgumentParser, *, jobs: str = "fedms", max
 
 
 def _run(args: argparse.Namespace) -> None:
+    import sqlite3
+
     from fleetune.edge.pack.pack import Pack
-    from fleetune.edge.protocol.errors import ConfigError
+    from fleetune.edge.protocol.errors import ConfigError, RunFolderError
     from fleetune.profiles.fleet import read_fleet
     from fleetune.server.aggregator import Aggregator, AggregatorConfig
     from fleetune.server.leadership import OWN
+    from fleetune.server.store import FILE
     from fleetune.tools.jobs import build_jobs, build_models, check_rule
 
     fleet = read_fleet(args.fleet)
@@ -226,4 +229,9 @@ def _run(args: argparse.Namespace) -> None:
         keep_history=args.keep_history,
         models=build_models(args, jobs, pack),
     )
-    Aggregator(config).run()
+    try:
+        Aggregator(config).run()
+    except sqlite3.DatabaseError as error:  # in a part of the file that a start does not look at
+        raise RunFolderError(
+            f"{args.state / FILE}: {error}", "delete the file and start again: it is made anew from the journal"
+        ) from error

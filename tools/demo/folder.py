@@ -80,7 +80,7 @@ class RunFolder:
         file = self.path / "seconds"
         try:
             return float(read_bytes(file, _MAX_SECONDS)) if file.exists() else 0.0
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise RunFolderError(f"{file}: {error}", "delete the file; the report then counts from now on") from error
 
     def save_seconds(self, seconds: float) -> None:

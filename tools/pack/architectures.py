@@ -42,18 +42,39 @@ class Geometry:
     length: int
 
 
+_MAX_SIZE = 1 << 20
+_MAX_SHOWN = 80
+
+
 def int_field(config: Mapping[str, Any], name: str) -> int:
     """A size from a Hugging Face configuration.
 
     Raises:
-        UnsupportedBackboneError: It is absent, or not a whole number above zero.
+        UnsupportedBackboneError: It is absent, or no whole number that a backbone may have.
     """
     value = config.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SIZE:
         raise UnsupportedBackboneError(
-            f"config.json: field {name}: expected a whole number above zero, found {value!r}", "save the backbone again"
+            f"config.json: field {name}: expected a whole number from 1 to {_MAX_SIZE}, "
+            f"found {repr(value)[:_MAX_SHOWN]}",
+            "save the backbone again",
         )
     return value
+
+
+def _small_field(config: Mapping[str, Any], name: str) -> float:
+    """A number between zero and one from a Hugging Face configuration.
+
+    Raises:
+        UnsupportedBackboneError: It is absent, or something else.
+    """
+    value = config.get(name)
+    if not isinstance(value, float | int) or not 0 < value < 1:
+        raise UnsupportedBackboneError(
+            f"config.json: field {name}: expected a number between 0 and 1, found {repr(value)[:_MAX_SHOWN]}",
+            "save the backbone again",
+        )
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -212,7 +233,7 @@ class Bert:
             width=int_field(config, "hidden_size"),
             heads=int_field(config, "num_attention_heads"),
             hidden=int_field(config, "intermediate_size"),
-            epsilon=float(config["layer_norm_eps"]),
+            epsilon=_small_field(config, "layer_norm_eps"),
             length=int_field(config, "max_position_embeddings"),
         )
 
@@ -314,7 +335,7 @@ class Dinov2:
             width=width,
             heads=int_field(config, "num_attention_heads"),
             hidden=width * int_field(config, "mlp_ratio"),
-            epsilon=float(config["layer_norm_eps"]),
+            epsilon=_small_field(config, "layer_norm_eps"),
             length=side * side + 1,
         )
 

@@ -1,0 +1,13 @@
+"""Every parser of bytes from the network or the disk."""
+
+from __future__ import annotations
+
+from fuzz.target import Target
+from fuzz.targets import aggregator, device, machine, messages, settings, sides
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for module in (messages, sides, device, aggregator, settings, machine)
+    for target in module.TARGETS
+}
+"""Name → target."""
