@@ -68,6 +68,6 @@ class RuleSettings:
 
     name: str = "mean"
     malicious: float = 0.2
-    clip: float = 2.0
+    clip: float = 1.5
     outlier: float = 20.0
-    weight: float = 10.0
+    weight: float = 3.0

@@ -2,8 +2,9 @@
 
 No rule sums up what a device sends as it is. Before any of them an update is bounded (:class:`Bounds`): its L2 norm is
 clipped to a multiple of what is typical, and what it counts to a multiple of what the others claim, because nobody can
-check what a device claims. What is typical are medians of the round before, so that sums stay streams; in the first
-round of a stage there is none, and they are those of the round itself, taken at its closing.
+check what a device claims. What is typical are medians of the round before, so that sums stay streams. Where they say
+nothing, in the first round of a stage, or where devices have come to send so much more that most would be clipped, they
+are those of the round itself, taken at its closing.
 """
 
 from __future__ import annotations
@@ -78,12 +79,17 @@ class Bounds:
     typical: Typical | None = None
 
     def at_closing(self, round_: Iterable[Accepted]) -> Bounds:
-        """The bounds that hold at closing: where nothing was typical before, the round itself says what is."""
-        if self.typical is not None:
-            return self
+        """The bounds that hold at closing: the same, or what follows from the round itself where they say nothing.
+
+        Fewer than half of the devices, if they are malicious, cannot bring that about.
+        """
         sizes = Sizes()
         for accepted in round_:
             sizes.add(accepted)
+        if self.typical is not None:
+            outgrown = len(sizes) >= _ENOUGH and sizes.median > self.settings.clip * self.typical.norm
+            if not outgrown:
+                return self
         return Bounds(self.settings, sizes.typical)
 
     def weight(self, accepted: Accepted) -> float:

@@ -124,10 +124,10 @@ class AtClosing:
 
     def clipped(self, bounds: Bounds) -> list[float]:
         """What each update is multiplied by so that its norm is bounded."""
-        bounds = bounds.at_closing(self.updates)
-        return [bounds.clip(accepted) for accepted in self.updates]
+        at_closing = bounds.at_closing(self.updates)
+        return [at_closing.clip(accepted) for accepted in self.updates]
 
     def scaled(self, bounds: Bounds) -> list[float]:
         """The same, and less the later it comes."""
-        bounds = bounds.at_closing(self.updates)
-        return [bounds.scale(accepted) for accepted in self.updates]
+        at_closing = bounds.at_closing(self.updates)
+        return [at_closing.scale(accepted) for accepted in self.updates]

@@ -2,9 +2,10 @@
 
 Clipping bounds what one device can do in a round (Sun et al., 2019, "Can you really backdoor federated learning?"); it
 does not outvote many. The sum is a stream and a mergeable partial sum: the bounds are known before the first update of
-a round. Only the first round of a stage is summed at its closing, from the journal.
+a round. Where they turn out to say nothing, it is summed once more at its closing, from the journal: in the first round
+of a stage, and in one in which more than half of the updates were clipped.
 
-Memory: one sum, and one update at a time; in the first round of a stage also the records of its updates.
+Memory: one sum, one update at a time, and the records of the round's updates.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Mean:
 
     def __init__(self, bounds: Bounds, load: Load) -> None:
         self._bounds, self._load = bounds, load
-        self._waiting: list[Accepted] = []
+        self._updates: list[Accepted] = []
         self._sum = PartialSum()
 
     @staticmethod
@@ -35,20 +36,19 @@ class Mean:
         return 0
 
     def add(self, accepted: Accepted, tensors: Tensors) -> None:
-        """Sum up an update, or keep in mind that there is one."""
-        if self._bounds.typical is None:
-            self._waiting.append(accepted)
-        else:
-            self._add(self._bounds, accepted, tensors)
+        """Sum up an update, if there are bounds."""
+        self._updates.append(accepted)
+        if self._bounds.typical is not None:
+            self._add(accepted, tensors)
 
     def gain(self) -> Tensors:
         """The mean of every tensor over those who sent it."""
-        if self._waiting:
-            bounds = self._bounds.at_closing(self._waiting)
-            for accepted in self._waiting:
-                self._add(bounds, accepted, self._load(accepted))
-            self._waiting.clear()
+        bounds = self._bounds.at_closing(self._updates)
+        if bounds is not self._bounds:
+            self._bounds, self._sum = bounds, PartialSum()
+            for accepted in self._updates:
+                self._add(accepted, self._load(accepted))
         return self._sum.mean()
 
-    def _add(self, bounds: Bounds, accepted: Accepted, tensors: Tensors) -> None:
-        self._sum.add(tensors, bounds.weight(accepted), scale=bounds.scale(accepted))
+    def _add(self, accepted: Accepted, tensors: Tensors) -> None:
+        self._sum.add(tensors, self._bounds.weight(accepted), scale=self._bounds.scale(accepted))

@@ -262,7 +262,8 @@ def test_a_round_that_closes_on_a_full_disk_takes_no_more_updates(
     announced_before: bool, max_staleness: int, disk: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_LOOK_AGAIN", 0.2)
-    fleet = start(disk / "run", max_staleness)
+    unbounded = replace(JOB, rule=RuleSettings(clip=1e9))
+    fleet = start(disk / "run", max_staleness, job=unbounded)
     fleet.await_round(0)
     for device in "ab":
         fleet.update(device, 0, {}).send()

@@ -74,14 +74,16 @@ def test_the_order_of_the_devices_does_not_show(some: Round, random, known: bool
 @given(rounds(), st.integers(1, 4))
 def test_partial_sums_of_several_workers_make_the_same_mean(some: Round, workers: int) -> None:
     """Each has some of the updates, and the bounds that all have."""
-    bounds = Bounds(MEAN, Typical(2.0, 20))
+    typical = Typical(5.0, 20)
+    bounds = Bounds(MEAN, typical)
     parts = [PartialSum() for _ in range(workers)]
     for place, (accepted, sent) in enumerate(zip(some.records(), some.updates, strict=True)):
         parts[place % workers].add(sent.tensors, bounds.weight(accepted), scale=bounds.scale(accepted))
     merged = PartialSum()
     for part in parts:
         merged.merge(part)
-    gain = some.gain(MEAN, Typical(2.0, 20))
+    gain = some.gain(MEAN, typical)
+    assert some.reads == 0
     for name, tensor in merged.mean().items():
         np.testing.assert_allclose(gain[name], tensor, rtol=1e-6, atol=1e-7)
 
@@ -97,7 +99,7 @@ def test_one_device_moves_the_mean_by_no_more_than_a_clipped_update(power: float
 def test_an_update_is_clipped_to_a_multiple_of_what_was_typical() -> None:
     typical = Typical(norm=3.0, samples=1)
     assert norm_of(Round([Sent(of_norm(60.0))]).gain(MEAN, typical)) == pytest.approx(3 * MEAN.clip)
-    np.testing.assert_array_equal(Round([Sent(of_norm(5.5))]).gain(MEAN, typical)["x"], of_norm(5.5)["x"])
+    np.testing.assert_array_equal(Round([Sent(of_norm(4.4))]).gain(MEAN, typical)["x"], of_norm(4.4)["x"])
 
 
 def test_clipping_keeps_the_direction_over_all_tensors() -> None:
@@ -107,17 +109,39 @@ def test_clipping_keeps_the_direction_over_all_tensors() -> None:
     np.testing.assert_allclose(gain["b"], [-0.8 * MEAN.clip], rtol=1e-6)
 
 
-def test_only_the_first_round_of_a_stage_reads_updates_again() -> None:
-    some = Round([Sent(of_norm(norm)) for norm in (1.0, 2.0, 3.0)])
-    some.gain(MEAN)
-    assert some.reads == 3
-    some.gain(MEAN, Typical(1.0, 1))
-    assert some.reads == 3
+def test_updates_are_read_again_only_where_the_round_before_says_nothing() -> None:
+    some = Round([Sent(of_norm(norm)) for norm in (1.0, 2.0, 100.0)])
+    for typical, reads in ((None, 3), (Typical(2.0, 1), 0), (Typical(2 / MEAN.clip, 1), 0), (Typical(1.0, 1), 3)):
+        before = some.reads
+        gain = some.gain(MEAN, typical)["x"]
+        assert some.reads - before == reads
+        own = reads or typical is None
+        limit = MEAN.clip * (2.0 if own else typical.norm)
+        assert gain[0] == pytest.approx((1 + min(2, limit) + limit) / 3)
 
 
 def test_the_first_round_takes_its_own_median() -> None:
     sent = [Sent(of_norm(norm)) for norm in (1.0, 1.0, 2.0, 100.0, 100.0)]
-    assert Round(sent).gain(MEAN)["x"][0] == pytest.approx((1 + 1 + 2 + 4 + 4) / 5)
+    assert Round(sent).gain(MEAN)["x"][0] == pytest.approx((1 + 1 + 2 + 2 * 2 * MEAN.clip) / 5)
+
+
+def test_devices_that_learn_ever_more_are_not_held_back_by_the_round_before() -> None:
+    """Four honest ones send five times as much as before, and one a hundred times."""
+    honest = [Sent(of_norm(5.0)) for _ in range(4)]
+    gain = Round([*honest, Sent(of_norm(100.0, along=1))]).gain(MEAN, Typical(1.0, 1))["x"]
+    np.testing.assert_allclose(gain[:2], [4.0, MEAN.clip], rtol=1e-6)
+
+
+def test_one_or_two_devices_do_not_set_their_own_bounds() -> None:
+    for count in (1, 2):
+        gain = Round([Sent(of_norm(19.0))] * count).gain(MEAN, Typical(1.0, 1))["x"]
+        assert gain[0] == pytest.approx(MEAN.clip)
+
+
+def test_fewer_than_half_cannot_widen_the_bounds() -> None:
+    honest = [Sent(of_norm(1.0)) for _ in range(4)]
+    gain = Round([*honest, *[Sent(of_norm(19.0, along=1))] * 3]).gain(MEAN, Typical(1.0, 1))["x"]
+    np.testing.assert_allclose(gain[:2], [4 / 7, 3 * MEAN.clip / 7], rtol=1e-6)
 
 
 def test_what_a_device_claims_counts_up_to_a_multiple_of_what_is_typical() -> None:
@@ -132,9 +156,10 @@ def test_what_a_device_claims_counts_up_to_a_multiple_of_what_is_typical() -> No
 
 def test_a_late_update_is_clipped_and_then_made_smaller() -> None:
     (record,) = Round([Sent(of_norm(30.0), staleness=3)]).records()
-    assert Bounds(MEAN, Typical(3.0, 1)).scale(record) == pytest.approx(0.2 * staleness_weight(3))
-    sent = [Sent(of_norm(30.0), staleness=3), Sent(of_norm(0.0))]
-    assert Round(sent).gain(MEAN, Typical(3.0, 1))["x"][0] == pytest.approx(6 * 0.5 / 2)
+    assert Bounds(MEAN, Typical(3.0, 1)).scale(record) == pytest.approx(MEAN.clip / 10 * staleness_weight(3))
+    sent = [Sent(of_norm(30.0), staleness=3), Sent(of_norm(3.0, along=1))]
+    gain = Round(sent).gain(MEAN, Typical(3.0, 1))["x"]
+    np.testing.assert_allclose(gain[:2], [3 * MEAN.clip * 0.5 / 2, 3 / 2], rtol=1e-6)
 
 
 def test_a_round_in_which_nothing_changed_is_no_measure() -> None:
