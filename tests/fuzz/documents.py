@@ -42,11 +42,13 @@ SETTINGS: dict[str, float | int | str | bool] = {
 
 ANNOUNCEMENT = Announcement(
     fleet="lab", run="r", job="fedms", version=3, method="fedms", stage="global", round=2, rounds=11,
-    backbone="cd" * 32, quantisation="nf4", settings=SETTINGS, expires=1.5e9, whole=WHOLE, since="ef" * 32,
+    backbone="cd" * 32, quantisation="nf4", settings=SETTINGS, issued=1.4e9,
+    expires=1.5e9, whole=WHOLE, since="ef" * 32,
     changes=PAYLOAD,
 )  # fmt: skip
 UPDATE = UpdateManifest(
-    fleet="lab", device="nano-1", update="r-fedms-3", run="r", job="fedms", version=3, backbone="cd" * 32, samples=7,
+    fleet="lab", device="nano-1", update="r-fedms-3", run="r", job="fedms", version=3, issued=1.4e9,
+    backbone="cd" * 32, samples=7,
     metrics={"loss": 0.25, "depth": 2, "stopped_early": False, "bound_by": "cpu", "test": 0.5, "cpu_s": 1.5},
     payload=PAYLOAD,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -37,12 +38,13 @@ from fleetune.server.intake import accuracies, in_words
 from fleetune.server.journal import Accepted, Closed
 from fleetune.server.registry import Registry
 from fleetune.server.round import OpenRound
+from fleetune.server.rules.base import Bounds
 from fleetune.server.store import Store
 from fleetune.server.strategies.base import NextRound
 from fleetune.tools.demo.watch import Watch
 from fleetune.tools.text import visible
 from fuzz.choices import Choices
-from fuzz.documents import ANNOUNCEMENT, MANIFEST, PAYLOAD, SHAPES, TENSORS, UPDATE
+from fuzz.documents import ANNOUNCEMENT, JOB, MANIFEST, PAYLOAD, SHAPES, TENSORS, UPDATE
 from fuzz.mutations import compressed, from_seeds, mutate_bytes, mutate_json, mutate_sealed, mutate_tensors
 from fuzz.target import MIB, Target
 
@@ -76,7 +78,7 @@ def update(data: bytes, _folder: Path) -> None:
     manifest = open_envelope(data, UpdateManifest)
     assert decode(encode(manifest), UpdateManifest) == manifest
     visible(accuracies(manifest.metrics) + in_words(manifest.metrics))
-    current = OpenRound(ANNOUNCEMENT, NextRound("global", 2))
+    current = OpenRound(ANNOUNCEMENT, NextRound("global", 2), Bounds(JOB.rule, None), lambda _accepted: dict(TENSORS))
     accepted = Accepted(manifest, 1.0, into=manifest.version)
     for _ in range(3):
         current.add(accepted, TENSORS)
@@ -109,8 +111,9 @@ FLEET = Fleet("lab", tuple(FleetDevice(name, read_profile("x86-64"), Budget(512.
 
 def watched(data: bytes, _folder: Path) -> None:
     watch = Watch(BrokerAddress("127.0.0.1", 1), FLEET)
-    for raw in (encode(LEADS), data.replace(b"aggregator", b"nano-1"), data.replace(b"nano-1", b"aggregator")):
-        watch._link._events.put(Received("ft/1/lab/st/x", raw))
+    for body in (encode(LEADS), data.replace(b"aggregator", b"nano-1"), data.replace(b"nano-1", b"aggregator")):
+        sealed = b'{"body":%b,"sha256":"%b"}' % (body, hashlib.sha256(body).hexdigest().encode())
+        watch._link._events.put(Received("ft/1/lab/st/x", sealed))
     watch.update(0.0)
     out = io.StringIO()
     Console(file=out, width=120, force_terminal=False).print(watch.render(), watch.line())
@@ -138,7 +141,7 @@ TOPICS = Topics("lab")
 SEEN = [
     topic.encode()
     for topic in (
-        *(TOPICS.presence("nano-1"), TOPICS.aggregator_presence, TOPICS.current("fedms"), TOPICS.need("nano-1")),
+        *(TOPICS.presence("nano-1"), TOPICS.aggregator_presence, TOPICS.current("fedms"), TOPICS.up("nano-1", "need")),
         *(TOPICS.broadcast_chunk("fedms", "ab" * 32, 7), TOPICS.repair_chunk("fedms", "ab" * 32, 7)),
         *(TOPICS.upload_manifest("nano-1", "u"), TOPICS.upload_chunk("nano-1", "u", 2), TOPICS.down("nano-1", "ack")),
     )

@@ -22,12 +22,11 @@ from fleetune.edge.protocol.topics import Topics
 from fleetune.server.aggregator import Aggregator, AggregatorConfig
 from fleetune.server.intake import Intake
 from fleetune.server.journal import Announced, Started
-from fleetune.server.round import OpenRound
 from fleetune.server.strategies.base import NextRound
 from fleetune.tools.bench.noop import NoOpAnswer, NoOpWorker
 from fuzz.choices import Choices
 from fuzz.documents import ANNOUNCEMENT, JOB, SHAPES, TENSORS, UPDATE
-from fuzz.mutations import mutate_bytes, mutate_json, mutate_sealed, mutate_tensors
+from fuzz.mutations import mutate_bytes, mutate_sealed, mutate_tensors
 from fuzz.target import MIB, Target
 from fuzz.targets.messages import ACK, PRESENCE
 
@@ -52,7 +51,7 @@ class Leading(Aggregator):
         announced = msgspec.structs.replace(ANNOUNCEMENT, whole=None, since=None, changes=None)
         self._journal.append(Started("r", "lab", (JOB,)), Announced(announced))
         self._run = Started("r", "lab", (JOB,))
-        self._open = OpenRound(announced, NextRound("global", 2, trained=("blocks.", "head.")))
+        self._open = self._opened(JOB, announced, NextRound("global", 2, trained=("blocks.", "head.")))
         self._intake = Intake(
             *(self._link, TOPICS, "r", JOB, self._journal, self._store, self._registry, self._quarantine),
             max_staleness=2,
@@ -98,10 +97,10 @@ def _post(choices: Choices, number: int) -> list[tuple[str, bytes]]:
         return _update(choices, device, number)
     if kind == 4:
         heard = msgspec.structs.replace(PRESENCE, name=device, boot=choices.below(4))
-        return [(TOPICS.presence(device), _odd(choices, encode(heard)))]
+        return [(TOPICS.presence(device), _odd(choices, seal(heard)))]
     if kind == 5:
         wish = Need("fedms", choices.pick(["ab" * 32, chunks.describe(_WHOLE, "f32").sha256]), choices.take(9))
-        return [(TOPICS.need(device), _odd(choices, encode(wish)))]
+        return [(TOPICS.up(device, "need"), _odd(choices, seal(wish)))]
     if kind == 6:
         foreign = msgspec.structs.replace(ANNOUNCEMENT, run=choices.pick(["r", "other"]), version=choices.below(9))
         topic = choices.pick([TOPICS.current("fedms"), TOPICS.current("other")])
@@ -138,7 +137,7 @@ def _update(choices: Choices, device: str, number: int) -> list[tuple[str, bytes
 
 
 def _odd(choices: Choices, raw: bytes) -> bytes:
-    return mutate_json(choices, raw) if choices.below(2) else raw
+    return mutate_sealed(choices, raw) if choices.below(2) else raw
 
 
 # --- the device -------------------------------------------------------------------------------------------------
@@ -198,8 +197,8 @@ def _told(choices: Choices, number: int) -> list[tuple[str, bytes]]:
     if kind == 4:
         reason = choices.pick(["", "no-room", "stale-round", "wrong-run", "not-finite", "quarantined"])
         ack = msgspec.structs.replace(ACK, update=update, accepted=not reason, reason=reason)
-        return [(TOPICS.down("nano-1", "ack"), _odd(choices, encode(ack)))]
-    return [(TOPICS.down("nano-1", "missing"), _odd(choices, encode(Missing(update, choices.take(9)))))]
+        return [(TOPICS.down("nano-1", "ack"), _odd(choices, seal(ack)))]
+    return [(TOPICS.down("nano-1", "missing"), _odd(choices, seal(Missing(update, choices.take(9)))))]
 
 
 def _announced(choices: Choices, number: int) -> list[tuple[str, bytes]]:
@@ -216,6 +215,7 @@ def _announced(choices: Choices, number: int) -> list[tuple[str, bytes]]:
         ANNOUNCEMENT,
         job=job,
         version=number,
+        issued=time.time(),
         expires=time.time() + 60,
         stage=choices.pick(["global", "personal", "finished", "prepare"]),
         whole=payload,
