@@ -1,7 +1,7 @@
 """Read what pip-audit found: ``python .ci/audit.py audit.json``.
 
-Ends with an error if a package has a known vulnerability. Where the index has no advisories to look into, nothing is
-audited; that is said aloud, and fails only with ``FLEETUNE_AUDIT=required``.
+Ends with an error if a package has a known vulnerability. Where no advisories can be had, because the index has none or
+nobody answers, nothing is audited; that is said aloud, and fails only with ``FLEETUNE_AUDIT=required``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 def main(report: Path) -> None:
     """Say what was found."""
-    packages = json.loads(report.read_text())["dependencies"]
+    packages = json.loads(report.read_text())["dependencies"] if report.exists() else []
     skipped = [package["name"] for package in packages if "skip_reason" in package]
     found = [
         f"{package['name']} {package['version']}: {', '.join(one['id'] for one in package['vulns'])}"
@@ -23,8 +23,10 @@ def main(report: Path) -> None:
     ]
     if found:
         sys.exit("known vulnerabilities:\n" + "\n".join(found))
-    if skipped:
-        words = f"NOT AUDITED: the package index has no advisories for {len(skipped)} of {len(packages)} packages"
+    if skipped or not packages:
+        words = (
+            f"NOT AUDITED: no advisories can be had for {len(skipped) or 'any'} of {len(packages) or 'the'} packages"
+        )
         if os.environ.get("FLEETUNE_AUDIT") == "required":
             sys.exit(words)
         print(f"{words}; run .ci/supply where it has")  # noqa: T201
