@@ -459,7 +459,7 @@ class Aggregator:
             self._receive_announcement(event)
         elif levels[:1] == ("st",):
             self._receive_presence(levels[1:], event)
-        elif levels[:1] == ("up",) and levels[2:] == ("need",):
+        elif levels[:1] == ("up",) and levels[2:] == ("need",) and self._registry.knows(levels[1]):
             self._broadcast.need(decode(event.payload, Need))
         elif levels[:1] == ("up",) and len(levels) == 4 and self._intake is not None and taking is not None:
             device, update, last = levels[1:]
