@@ -517,7 +517,7 @@ class Aggregator:
     def _receive_question(self, device: str, verb: str, event: Received) -> None:
         """What a device asks for."""
         sender = Sender("device", device)
-        if verb == "need":
+        if verb == "need" and self._registry.knows(device):
             self._broadcast.need(self._seals.open(event.topic, event.payload, Need, sender))
         elif verb == "time":
             question = self._seals.open(event.topic, event.payload, TimeRequest, sender)

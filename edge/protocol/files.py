@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -21,12 +22,13 @@ def read_bytes(path: Path, most: int) -> bytes:
     Raises:
         OSError: It cannot be read, or is larger.
     """
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe may wait for ever
+        raise OSError(errno.EINVAL, "no plain file", str(path))
     with path.open("rb") as file:
         data = read_rest(file, most + 1)
-        if len(data) <= most:  # what is no plain file has no size, and others may grow
-            data += file.read(1)
-    if len(data) > most or not path.is_file():
-        raise OSError(errno.EFBIG, f"more than {most} bytes, or none that can be counted", str(path))
+        data += read_pieces(file.read, most + 1 - len(data))  # of what has grown, or has no size
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"more than {most} bytes", str(path))
     return data
 
 

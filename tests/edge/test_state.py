@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,18 @@ def test_counters_that_no_agent_wrote_are_refused_and_lead_nowhere(counters: byt
     with pytest.raises(ConfigError, match=r"counters\.json"):
         State(tmp_path / "state", "nano-1")
     assert (tmp_path / "precious").is_dir()
+
+
+def test_an_update_whose_file_is_shorter_than_it_says_takes_no_more_memory_than_it_has(state: State) -> None:
+    large = msgspec.structs.replace(update("u-1", b"x" * 100), payload=chunks.describe(bytes(60 << 20), "f32"))
+    state.put_outbox(large, b"x" * 100)
+    state = again(state)
+    tracemalloc.start()
+    assert state.outbox_data(large) is None
+    assert state.lost("r", "fedms") == {}
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    state.close()
 
 
 def test_an_update_under_another_name_is_refused(state: State) -> None:

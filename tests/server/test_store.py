@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -208,8 +209,6 @@ def shorten(path: Path) -> None:
 
 def age(path: Path) -> None:
     """Of a version with other tables."""
-    import sqlite3
-
     path.unlink()
     database = sqlite3.connect(path)
     database.execute("CREATE TABLE journal (seen INTEGER)")
@@ -220,15 +219,27 @@ def age(path: Path) -> None:
 
 def age_a_little(path: Path) -> None:
     """Of a version that did not know what is typical of a round."""
-    import sqlite3
+    change(path, "ALTER TABLE rounds RENAME COLUMN typical TO something_else")
 
+
+def mistype(path: Path) -> None:
+    """SQLite takes any type in any column."""
+    change(path, "UPDATE journal SET read = 'far'")
+
+
+def misquote(path: Path) -> None:
+    """What SQLite quotes of its schema is no UTF-8."""
+    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE devices", b"CREATE TABLE \xff\xfeevices"))
+
+
+def change(path: Path, statement: str) -> None:
     database = sqlite3.connect(path)
-    database.execute("ALTER TABLE rounds RENAME COLUMN typical TO something_else")
+    database.execute(statement)
     database.commit()
     database.close()
 
 
-@pytest.mark.parametrize("damage", [lose, empty, garble, shorten, age, age_a_little])
+@pytest.mark.parametrize("damage", [lose, empty, garble, shorten, age, age_a_little, mistype, misquote])
 def test_a_file_that_is_lost_or_damaged_is_made_anew_from_the_journal(
     damage: Callable[[Path], None], journal: Journal
 ) -> None:
@@ -272,4 +283,22 @@ def test_what_only_the_file_knows_outlasts_a_restart(journal: Journal) -> None:
     store = open_store(journal)
     row = store.devices()[0]
     assert (row.id, row.state, row.first_seen, row.refused, row.reason) == ("a", "online", 10.0, 1, "no-samples")
+    store.close()
+
+
+@pytest.mark.parametrize("statement", [
+    "UPDATE devices SET boot = 'often'",
+    "UPDATE devices SET last_seen = 1e300",
+    "UPDATE devices SET accepted = x'00'",
+    "UPDATE rounds SET announcement = '{'",
+    "UPDATE rounds SET closed = -5.0",
+    "UPDATE rounds SET means = x'ff'",
+    "UPDATE updates SET record = '[]'",
+])  # fmt: skip
+def test_a_row_that_is_damaged_is_an_error_of_the_database(statement: str, journal: Journal) -> None:
+    written(journal)
+    change(journal.folder / FILE, statement)
+    store = open_store(journal)
+    with pytest.raises(sqlite3.DatabaseError, match="a row is damaged"):
+        contents(store), store.devices()
     store.close()

@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -504,6 +505,7 @@ def test_the_real_images_and_labels_belong_together() -> None:
     ("content", "says"),
     [
         (struct.pack(">4B3I", 0, 0, 8, 3, 60_000, 60_000, 60_000), "claims 216000000000000 bytes"),
+        (struct.pack(">4B3I", 0, 0, 8, 3, 200, 1000, 1000) + b"abc", "holds 3 bytes, expected 200000000"),
         (struct.pack(">4B3I", 0, 0, 8, 3, 1, 2, 2) + b"abc", "holds 3 bytes, expected 4"),
         (struct.pack(">4B3I", 0, 0, 8, 3, 1, 2, 2) + b"abcde", "holds more than 4 bytes"),
         (struct.pack(">4B3I", 0, 0, 13, 3, 1, 1, 1) + b"abcd", "no IDX file"),
@@ -514,8 +516,11 @@ def test_the_real_images_and_labels_belong_together() -> None:
 def test_an_idx_file_that_lies_is_refused_before_memory_is_taken(content: bytes, says: str, tmp_path: Path) -> None:
     file = tmp_path / "a.gz"
     file.write_bytes(gzip.compress(content))
+    tracemalloc.start()
     with pytest.raises(DataError, match=says):
         read_idx(file, 3)
+    assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(bytes(1000))[:-9]])

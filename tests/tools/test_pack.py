@@ -265,6 +265,24 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "a size that is not a number": (
         lambda folder: edit_config(folder, num_attention_heads="two"), "config.json.*num_attention_heads"
     ),
+    "a configuration nested without end": (
+        lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json is not JSON"
+    ),
+    "a configuration that is too large": (
+        lambda folder: (folder / "config.json").write_text(" " * (1 << 21)), "config.json.*more than 1048576 bytes"
+    ),
+    "more blocks than any backbone has": (
+        lambda folder: edit_config(folder, num_hidden_layers=10**12), "config.json: field num_hidden_layers"
+    ),
+    "no epsilon": (
+        lambda folder: edit_config(folder, layer_norm_eps=None), "config.json: field layer_norm_eps.*None"
+    ),
+    "an epsilon that is not a number": (
+        lambda folder: edit_config(folder, layer_norm_eps="small"), "config.json: field layer_norm_eps.*'small'"
+    ),
+    "a vocabulary that is not UTF-8": (
+        lambda folder: (folder / "vocab.txt").write_bytes(b"\xff\n"), "vocab.txt cannot be read"
+    ),
     "tokeniser settings that are not JSON": (
         lambda folder: (folder / "tokenizer_config.json").write_text("{"), "tokenizer_config.json"
     ),

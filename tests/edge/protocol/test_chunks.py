@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import tempfile
+import tracemalloc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,35 @@ def test_more_chunks_than_a_request_for_missing_ones_can_name_are_refused(tmp_pa
 def test_the_largest_payload_is_accepted_in_the_usual_chunks(tmp_path: Path) -> None:
     payload = Payload("f16", "0" * 64, MAX_PAYLOAD, MAX_CHUNK)
     assert len(Assembly(payload, tmp_path).missing) == payload.chunks == 1024
+
+
+def test_chunks_of_a_single_byte_take_little_memory(tmp_path: Path) -> None:
+    payload = Payload("f16", "0" * 64, size=MAX_CHUNKS, chunk_size=1)
+    tracemalloc.start()
+    taken = Assembly(payload, tmp_path)
+    for index in range(MAX_CHUNKS - 1):
+        taken.add(index, b"x")
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.usefixtures("slow_link")
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    outside, data = tmp_path / "outside", bytes(range(200))
+    outside.write_bytes(b"precious")
+    payload = describe(data, "f16", 50)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / f"{payload.sha256}-50").symlink_to(outside)
+    taken = Assembly(payload, tmp_path / "parts")
+    with pytest.raises(OSError, match="symbolic links"):
+        taken.add(0, data[:50])
+    assert outside.read_bytes() == b"precious"
+
+
+def test_a_payload_may_be_limited_to_what_it_is_for() -> None:
+    payload = describe(bytes(1000), "f16")
+    check(payload, 1000)
+    assert reason(check, payload, 999) == "payload-too-large"
 
 
 def test_a_description_fits_its_data() -> None:

@@ -14,7 +14,11 @@ from hypothesis import strategies as st
 from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import ConfigError, MessageError
 from fleetune.edge.protocol.messages import (
+    MAX_CHUNKS,
+    MAX_FIGURES,
     MAX_MESSAGE,
+    MAX_SAMPLES,
+    MAX_TEXT,
     Ack,
     Announcement,
     Envelope,
@@ -27,6 +31,7 @@ from fleetune.edge.protocol.messages import (
     encode,
     open_envelope,
     seal,
+    shortened,
 )
 from fleetune.edge.protocol.topics import Topics, check_name, read_number
 
@@ -132,6 +137,23 @@ def changed(**changes: Any) -> bytes:
     changed(metrics={"loss": None}),
     changed(metrics={"loss": [1]}),
     changed(payload={"codec": "f16"}),
+    changed(samples=-1),
+    changed(samples=MAX_SAMPLES + 1),
+    changed(version=-1),
+    changed(version=1 << 63),
+    changed(version=10**400),
+    changed(backbone="cd\n"),
+    changed(backbone="x" * 65),
+    changed(metrics={"loss": 10**30}),
+    changed(metrics={"loss": 1.1e300}),
+    changed(metrics={"loss": "x" * (MAX_TEXT + 1)}),
+    changed(metrics={"a b": 1}),
+    changed(metrics={"": 1}),
+    changed(metrics={"x" * 65: 1}),
+    changed(metrics={f"m{n}": n for n in range(MAX_FIGURES + 1)}),
+    changed(payload=json.loads(encode(PAYLOAD)) | {"codec": "f16\x1b[2J"}),
+    changed(payload=json.loads(encode(PAYLOAD)) | {"size": -1}),
+    changed(payload=json.loads(encode(PAYLOAD)) | {"chunk_size": 1 << 54}),
 ])  # fmt: skip
 def test_what_is_not_a_message_is_malformed(raw: bytes) -> None:
     assert reason(decode, raw, UpdateManifest) == "malformed"
@@ -183,6 +205,49 @@ def test_a_level_that_is_no_chunks_number_is_none(level: str) -> None:
 @pytest.mark.parametrize(("level", "number"), [("0", 0), ("65535", 65535), ("007", 7)])
 def test_a_chunks_number_is_read(level: str, number: int) -> None:
     assert read_number(level) == number
+
+
+@pytest.mark.parametrize("changes", [
+    {"version": -1}, {"round": -1}, {"rounds": 1 << 54}, {"expires": -1.0}, {"expires": 1e15}, {"method": "fed ms"},
+    {"quantisation": "nf4\n"}, {"settings": {f"s{n}": n for n in range(MAX_FIGURES + 1)}}, {"settings": {"a/b": 1}},
+])  # fmt: skip
+def test_an_announcement_beyond_the_limits_is_malformed(changes: dict[str, Any]) -> None:
+    raw = json.dumps(json.loads(encode(ANNOUNCEMENT)) | changes).encode()
+    assert reason(decode, raw, Announcement) == "malformed"
+
+
+@pytest.mark.parametrize("changes", [
+    {"detail": "x" * (MAX_TEXT + 1)}, {"kit": "0.1\n"}, {"boot": -1}, {"boot": 1 << 60}, {"facts": {"loss": [1]}},
+    {"facts": {f"f{n}": n for n in range(MAX_FIGURES + 1)}},
+])  # fmt: skip
+def test_a_presence_beyond_the_limits_is_malformed(changes: dict[str, Any]) -> None:
+    raw = json.dumps(json.loads(encode(MESSAGES[-1])) | changes).encode()
+    assert reason(decode, raw, Presence) == "malformed"
+
+
+def test_what_a_device_has_to_say_is_cut_to_what_fits() -> None:
+    for text in ("short", "x" * MAX_TEXT, "ä" * (5 * MAX_TEXT)):
+        said = Presence("nano-1", "declined", 1, "0.1.0", shortened(text))
+        assert decode(encode(said), Presence) == said
+        assert said.detail[:100] == text[:100]
+
+
+@pytest.mark.parametrize("reason_given", ["not finite", "no-room\n", "x" * 65, "wrong_shape", "1"])
+def test_an_answer_with_another_reason_than_a_code_is_malformed(reason_given: str) -> None:
+    raw = json.dumps({"update": "u", "accepted": False, "reason": reason_given}).encode()
+    assert reason(decode, raw, Ack) == "malformed"
+
+
+def test_a_request_for_more_chunks_than_a_payload_may_have_is_malformed() -> None:
+    most = Missing("u", bytes(MAX_CHUNKS // 8))
+    assert decode(encode(most), Missing) == most
+    assert reason(decode, encode(Missing("u", bytes(MAX_CHUNKS // 8 + 1))), Missing) == "malformed"
+
+
+def test_what_is_wrong_is_said_briefly_however_much_was_sent() -> None:
+    with pytest.raises(MessageError) as caught:
+        decode(json.dumps({"x" * 60_000: 1}).encode(), Ack)
+    assert len(str(caught.value)) < 500
 
 
 def test_a_bitmap_that_is_not_base64_is_malformed() -> None:
@@ -252,7 +317,11 @@ def test_topics_split_into_what_they_were_made_of() -> None:
     assert topics.split(topics.down("nano-1", "ack")) == ("dn", "nano-1", "ack")
 
 
-@pytest.mark.parametrize("topic", ["ft/1/lab2/st/a", "ft/2/lab/st/a", "lab/st/a", "ft/1/lab", ""])
+@pytest.mark.parametrize("topic", [
+    "ft/1/lab2/st/a", "ft/2/lab/st/a", "lab/st/a", "ft/1/lab", "", "ft/1/lab/st/", "ft/1/lab/st/+", "ft/1/lab/up/#",
+    "ft/1/lab/st/a\n", "ft/1/lab/st/..", "ft/1/lab/st/a\0", "ft/1/lab/st/" + "x" * 97, "ft/1/lab/a/b/c/d/e/f",
+    "ft/1/lab/st/\x1b[2J", "ft/1/lab/st/ä", "ft/1/lab//a",
+])  # fmt: skip
 def test_topics_of_others_are_not_split(topic: str) -> None:
     assert Topics("lab").split(topic) == ()
 
