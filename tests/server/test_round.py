@@ -152,6 +152,13 @@ def test_above_a_multiple_of_what_is_typical_an_update_is_refused() -> None:
     assert current.limit == 5 * SETTINGS.outlier
 
 
+def test_those_who_come_first_with_little_do_not_have_the_others_refused() -> None:
+    current = opened(Typical(norm=3.0, samples=1))
+    for device in "abc":
+        current.add(accepted(device, norm=1e-9), tensors(x=1e-9))
+    assert current.limit == 3 * SETTINGS.outlier
+
+
 def test_in_the_first_round_those_who_come_first_refuse_nobody() -> None:
     current = opened(None)
     for device in "abc":

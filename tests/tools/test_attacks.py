@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("matplotlib", reason="the picture needs fleetune[server]")
+
 from fleetune.edge.pack.pack import Pack
 from fleetune.server.job import RuleSettings
 from fleetune.server.rules.base import norm_of
 from fleetune.tools.assets.datasets import ImageRows
+from fleetune.tools.bench import attacks
 from fleetune.tools.bench.attack_fleet import Case, Outcome, Scale, World, run_case, write_prefix, write_world
+from fleetune.tools.bench.attack_plot import draw
 from fleetune.tools.bench.attackers import ATTACKS, BACKDOOR, TARGET, Attack, Knowledge, with_trigger
 from support.updates import Tensors, tensors
 
@@ -168,3 +172,40 @@ def test_whoever_attacks_among_few_does_so_among_more() -> None:
     assert [len(some) for some in chosen] == [0, 1, 2, 3]
     assert all(some < more for some, more in itertools.pairwise(chosen))
     assert World(7, 1.0).malicious(10, 3) != World(8, 1.0).malicious(10, 3)
+
+
+# --- what is reported -------------------------------------------------------------------------------------------
+
+
+def outcome(case: Case) -> Outcome:
+    """Of rules without bounds little is left; every seed is a point better than the one before."""
+    bounded = case.rule.clip < 1e9
+    accuracy = (0.7 if bounded or not case.attack else 0.1) + case.world.seed / 100
+    refused = case.malicious if bounded and case.attack == "reversed, x 1000" else 0
+    return Outcome(accuracy, 0.9 if case.attack == BACKDOOR else 0.05, refused, 0, (0.8, 1.2))
+
+
+def test_a_full_run_has_every_attack_share_and_rule_in_its_tables() -> None:
+    results = attacks._Results(attacks.FULL, {case: outcome(case) for case in attacks.FULL.cases()})
+    clean, attacked, fooled = attacks._grids(attacks.FULL, results)
+    assert clean.head == ("classes", "mean, no bounds", "mean", "trimmed-mean", "median", "multi-krum")
+    assert len(clean.rows) == 3
+    assert len(attacked.rows) == 3 * len(ATTACKS)
+    rows = {(name, share): cells for name, share, *cells in attacked.rows}
+    assert rows["sign flip", "20 %"] == ["11.0 %", *["71.0 %"] * 4]  # medians over three seeds
+    assert fooled.rows[0] == ["none", "0 %", *["5.0 %"] * 5]
+    assert fooled.rows[-1] == [BACKDOOR, "30 %", *["90.0 %"] * 5]
+    lines = fooled.as_markdown().splitlines()
+    assert lines[-1] == "| backdoor | 30 % | " + " | ".join(["90.0 %"] * 5) + " |"
+    figures = {one.name: one for one in attacks._figures(attacks.FULL, results)}
+    assert figures["sign flip, 30 % malicious, median: accuracy"].spread == (0.7, 0.72)
+    assert figures["backdoor, 10 % malicious, mean: fooled by the trigger"].value == 0.9
+    notes = list(attacks._notes(attacks.FULL, results))
+    assert "norms of honest updates: 0.80 to 1.20 of the median of their round" in notes
+    assert f"reversed, x 1000: {3 * 4 * 6} of {3 * 4 * 6 * 8} updates of attackers were refused as outliers" in notes
+
+
+def test_the_picture_is_a_png(tmp_path: Path) -> None:
+    results = attacks._Results(attacks.QUICK, {case: outcome(case) for case in attacks.QUICK.cases()})
+    draw(tmp_path / "attacks.png", "a run", list(attacks._curves(attacks.QUICK, results)))
+    assert (tmp_path / "attacks.png").read_bytes().startswith(b"\x89PNG")

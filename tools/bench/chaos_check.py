@@ -134,7 +134,10 @@ class _Recount:
         self._compare(f"version {version}: the global tensors", found)
 
     def _add(self) -> None:
-        """The mean over who trained, weighted by samples; being late makes a part smaller, not its weight."""
+        """The mean over who trained, weighted by samples; being late makes a part smaller, not its weight.
+
+        No update here is so large, and no device claims so many samples, that it would reach the rule's bounds.
+        """
         sums = dict[str, np.ndarray]()
         weights = Counter[str]()
         for record in self._open:

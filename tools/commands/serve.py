@@ -163,17 +163,17 @@ def add_job_options(parser: argparse.ArgumentParser, *, jobs: str = "fedms", max
         default="mean",  # server.job.RuleSettings, without NumPy
         metavar="NAME",
         help="how the updates of a round become one: mean clips each and weighs it by its samples, and bounds what one "
-        "device does; median and trimmed-mean outvote up to half of the devices, multi-krum leaves out those that are "
-        "unlike the others; these three count no samples and learn less from devices whose data differ "
-        "(default: %(default)s)",
+        "device does; median and trimmed-mean outvote just under half of the devices, multi-krum leaves out those that "
+        "are unlike the others, and these three count no samples; docs/rules.md says what each withstands (default: "
+        "%(default)s)",
     )
     group.add_argument(
         "--assume-malicious",
         type=float,
         default=0.2,
         metavar="X",
-        help="share of the devices that trimmed-mean and multi-krum are to withstand, below 0.5; more costs accuracy "
-        "where nobody attacks (default: %(default)s)",
+        help="share of the devices that trimmed-mean and multi-krum are to withstand, below 0.5; the more, the more of "
+        "what honest devices send is left out too (default: %(default)s)",
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
 
