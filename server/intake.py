@@ -192,7 +192,7 @@ class Intake:
             self._uploads.drop(device, update)
         if self._registry.knows(device):
             self._store.refuse(device, reason)
-            if self._quarantine.strike(device, reason):
+            if self._quarantine.strike(device, update, reason):
                 self._uploads.drop_all(device)
                 self._whole = {key: whole for key, whole in self._whole.items() if key[0] != device}
         self._answer(device, update, reason)

@@ -20,12 +20,12 @@ REASON = "quarantined"
 
 FOR_CAUSE = frozenset(
     {
-        *("malformed", "message-too-large", "payload-too-large", "chunk-too-large", "too-many-chunks"),
+        *("malformed", "payload-too-large", "chunk-too-large", "too-many-chunks"),
         *("unknown-codec", "too-many-tensors", "duplicate-tensor", "unexpected-tensor", "wrong-dtype", "wrong-shape"),
         *("not-finite", "norm-outlier", "no-samples", "wrong-backbone", "wrong-topic"),
     }
 )
-"""Reasons that no good device gives."""
+"""Reasons that no good device gives, each found in what the device has signed: nobody can give one in its name."""
 
 
 class Quarantine:
@@ -41,6 +41,7 @@ class Quarantine:
     def __init__(self, journal: Journal, store: Store, registry: Registry, after: int) -> None:
         self._journal, self._store, self._registry, self._after = journal, store, registry, after
         self._strikes = store.strikes()
+        self._struck: dict[str, set[str]] = {}  # of each device no more than put it into quarantine
         for device, reason in store.quarantined().items():
             registry.keep_out(device, reason)
 
@@ -48,14 +49,16 @@ class Quarantine:
         """Whether a device is kept out."""
         return device in self._registry.kept_out
 
-    def strike(self, device: str, reason: str) -> bool:
-        """An update of a device was refused.
+    def strike(self, device: str, update: str, reason: str) -> bool:
+        """An update of a device was refused. However often it comes, a repeated one too, it counts once.
 
         Returns:
             Whether that was once too often: from now on the device is kept out.
         """
-        if reason not in FOR_CAUSE or self.holds(device):
+        struck = self._struck.setdefault(device, set())
+        if reason not in FOR_CAUSE or self.holds(device) or update in struck:
             return False
+        struck.add(update)
         self._strikes[device] = self._strikes.get(device, 0) + 1
         enough = self._strikes[device] >= self._after
         now = time.time()
@@ -88,5 +91,6 @@ class Quarantine:
         self._journal.append(record)
         self._store.add([record], self._journal.size)
         self._strikes.pop(device, None)
+        self._struck.pop(device, None)
         self._registry.let_in(device)
         log.info("%s is out of quarantine", device)

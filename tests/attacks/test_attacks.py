@@ -478,9 +478,9 @@ def test_a_device_that_keeps_sending_them(lab: Lab, caplog: Log, monkeypatch: Pa
     with Intruder(lab, lab.identity(MALLORY), TOPICS.down(MALLORY, "+")) as mallory:
         tensors = tensors_of(MALLORY)
         tensors["head.bias"][0] = np.nan
-        for _ in range(4):
-            mallory.send(MALLORY, *lab.update_of(MALLORY, tensors))
-            hears(mallory, "ack")
+        for number in range(4):
+            manifest, data = lab.update_of(MALLORY, tensors)
+            mallory.send(MALLORY, msgspec.structs.replace(manifest, update=f"bad-{number}"), data)
         mallory.send(MALLORY, *lab.update_of(MALLORY, tensors_of(MALLORY)))  # a good one, for once
         assert lab.counts(MALLORY) is not protected
     if protected:

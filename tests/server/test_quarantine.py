@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +27,10 @@ class Bench:
             self.registry.update(Presence(name=name, state="idle", boot=1, kit="1"))
         self.quarantine = Quarantine(self.journal, self.store, self.registry, after)
 
+    _numbers = itertools.count()
+
     def strike(self, device: str, *reasons: str) -> list[bool]:
-        return [self.quarantine.strike(device, reason) for reason in reasons]
+        return [self.quarantine.strike(device, f"u-{next(self._numbers)}", reason) for reason in reasons]
 
     def restart(self, after: int = 3) -> Bench:
         self.close()
@@ -76,6 +79,11 @@ def test_who_is_kept_out_is_counted_no_further_and_the_journal_does_not_grow(ben
     bench.strike("a", *["not-finite"] * 3)
     assert bench.strike("a", *["not-finite"] * 9) == [False] * 9
     assert [type(record) for record in bench.records()] == [Refused, Refused, Refused, Quarantined]
+
+
+def test_one_update_that_comes_again_and_again_counts_once(bench: Bench) -> None:
+    assert not any(bench.quarantine.strike("a", "the same", "not-finite") for _ in range(9))
+    assert not bench.quarantine.holds("a")
 
 
 def test_it_can_be_another_number(tmp_path: Path) -> None:
