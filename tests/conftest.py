@@ -1,11 +1,11 @@
-"""Backbones, packs and data that all tests share: one that people use, and two that are small and quick."""
+"""What all tests share: backbones, packs and data, one that people use and two that are small; fleets with keys."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from fleetune.edge.pack.manifest import FILE, WEIGHTS_FILE
 from fleetune.edge.pack.pack import Pack, file_sha256
 from fleetune.edge.protocol import chunks
 from fleetune.tools.assets import fetch
+from support.guarded import GuardedBroker, GuardedFleet, SoftToken, guarded_fleet, make_soft_token
 
 PIECES = "abcdefghijklmnopqrstuvwxyz0123456789"
 WORDS = [
@@ -244,3 +245,33 @@ def bert_reference(tiny_bert_pack: Pack, tiny_bert: Path) -> TorchReference:
 def dinov2_reference(tiny_dinov2_pack: Pack, tiny_dinov2: Path) -> TorchReference:
     """The random DINOv2 in torch."""
     return TorchReference(tiny_dinov2_pack, tiny_dinov2)
+
+
+# --- fleets with keys ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedFleet]:
+    """A fleet with the devices ``nano-1`` and ``nano-2``, for tests that change nothing of it."""
+    with guarded_fleet(tmp_path_factory.mktemp("lab"), "nano-1", "nano-2") as fleet:
+        yield fleet
+
+
+@pytest.fixture(scope="session")
+def lab_broker(lab: GuardedFleet) -> Iterator[GuardedBroker]:
+    """Its broker, which runs; what tests leave there, other tests find."""
+    with lab.broker() as broker:
+        yield broker
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[GuardedFleet]:
+    """A fleet of a test's own, without devices."""
+    with guarded_fleet(tmp_path / "fleet") as fleet:
+        yield fleet
+
+
+@pytest.fixture(scope="session")
+def soft_token(tmp_path_factory: pytest.TempPathFactory) -> SoftToken:
+    """A hardware token, in software."""
+    return make_soft_token(tmp_path_factory.mktemp("softhsm"))

@@ -127,7 +127,7 @@ class Agent:
         self._hear_again = math.inf
         self._notifier = Notifier()
         me, self._seals = config.device, Seals(config.identity)
-        self._seals.clock.passed(counters.time)
+        self._seals.clock.told(counters.time)
         self._heard = Heard(counters.heard, self._seals.clock)
         who = [self._topics.trust, self._topics.aggregator_introduction] if self._seals.signed else []
         self._link = Link(

@@ -32,6 +32,14 @@ class _Pending(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tls_key: str
     csr: str
 
+    @property
+    def token(self) -> str | None:
+        """Address of the signing key in a token; None for one in memory."""
+        return self.key if self.key.startswith("pkcs11:") else None
+
+    def __repr__(self) -> str:
+        return f"_Pending({self.purpose})"  # never the keys
+
 
 class Application:
     """One application; the same again after a restart, as long as it is for the same purpose.
@@ -50,12 +58,15 @@ class Application:
     def __init__(self, folder: Path, device: str, purpose: str, key: str | None = None) -> None:
         self._folder, self._device = folder, device
         pending = _read(folder / FILE)
-        if pending is None or pending.purpose != purpose:
+        if pending is None or pending.purpose != purpose or pending.token != key:
             tls_key, csr = _make_csr(device)
             pending = _Pending(purpose, key or SeedSigner.generate().text, tls_key, csr)
             write_private(folder / FILE, encode(pending))
         self._pending = pending
-        self._signer = make_signer(pending.key)
+        try:
+            self._signer = make_signer(pending.key)
+        except ValueError as error:
+            raise IdentityError(f"{folder / FILE} is damaged: {error}", "delete it, and apply again") from error
 
     @property
     def request(self) -> CredentialRequest:
@@ -63,23 +74,27 @@ class Application:
         possession = self._signer.sign(signed_bytes(POSSESSION, self._pending.csr.encode()))
         return CredentialRequest(self._device, self._signer.public, possession, self._pending.csr)
 
-    def accept(self, reply: CredentialReply, trust: Trust | None) -> Identity:
+    def accept(self, reply: CredentialReply, before: Identity | None) -> Identity:
         """Take what the authority has granted, and keep it.
 
         Args:
             reply: From the authority, verified.
-            trust: Whom the device believes already; None if it comes into a fleet.
+            before: Who the device is already; None if it comes into a fleet.
 
         Raises:
-            MessageError: The reply is not for this application.
+            MessageError: The reply is not for this application, or older than what the device has.
             OSError: It cannot be kept; then all is as it was.
         """
         raw = bytes(reply.trust)
-        own = decode(bytes(decode(raw, Envelope).body), Trust)
-        newest = read_trust(raw, (trust or own).authorities, (trust or own).fleet)
+        known = decode(bytes(decode(raw, Envelope).body), Trust) if before is None else before.trust
+        newest = read_trust(raw, known.authorities, known.fleet)
+        if before is not None and newest.version < before.trust.version:  # what came since must not be undone
+            newest, raw = before.trust, before.trust_envelope
         credential = read_credential(bytes(reply.credential), newest)
         if credential.sender != Sender("device", self._device) or credential.key != self._signer.public:
             raise MessageError("a credential for somebody else", "apply again", reason="wrong-device")
+        if before is not None and credential.begins <= before.credential.begins:
+            raise MessageError("a credential that is no newer than this device's", "ignore it", reason="old-credential")
         if reply.certificates:
             write_private(self._folder / TLS_FILE, (self._pending.tls_key + reply.certificates).encode())
         identity = Identity(

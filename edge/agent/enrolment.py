@@ -57,13 +57,7 @@ def enrol(token: Token, folder: Path, *, key: str | None = None, timeout: float 
         IdentityError: The folder holds another device's identity, or no key can be made.
         FleetuneError: The broker cannot be reached.
     """
-    if (folder / FILE).exists():
-        held = read_identity(folder).credential
-        if (held.fleet, held.name) != (token.fleet, token.device):
-            raise IdentityError(
-                f"{folder} holds the identity of {held.role} {held.name} of the fleet {held.fleet}",
-                f"name another folder for {token.device} of {token.fleet}",
-            )
+    _check_held(folder, token)
     if key is not None:
         # Not at the top: it needs an extra.
         from fleetune.edge.protocol.identity.pkcs11 import TokenSigner
@@ -95,9 +89,25 @@ def enrol(token: Token, folder: Path, *, key: str | None = None, timeout: float 
     finally:
         link.close()
     raise EnrolmentError(
-        f"nobody answers at {address} within {timeout:.0f} s",
+        f"nobody answers at {address} within {timeout:g} s",
         "see that `fleetune fleet serve` runs, with the authority that has made the token",
     )
+
+
+def _check_held(folder: Path, token: Token) -> None:
+    """See that a folder holds nobody else's identity; one that counts no more is there to be replaced."""
+    if not (folder / FILE).exists():
+        return
+    try:
+        held = read_identity(folder).credential
+    except IdentityError as error:
+        log.warning("%s; it is replaced", error.what)
+        return
+    if (held.fleet, held.name) != (token.fleet, token.device):
+        raise IdentityError(
+            f"{folder} holds the identity of {held.role} {held.name} of the fleet {held.fleet}",
+            f"name another folder for {token.device} of {token.fleet}",
+        )
 
 
 def _read_reply(raw: bytes, token: Token) -> CredentialReply | None:

@@ -81,6 +81,6 @@ class Heard:
         if wrong:
             self._clock.set(reply.now)
         fallen = [job for job, issued in self._newest.items() if issued > reply.now]
-        for job in fallen:  # the aggregator's clock was set back: what it says now counts
-            self._newest[job] = reply.now - MAX_SKEW
+        for job in fallen:  # the aggregator's clock was set back: whatever it has said since counts, as long as it may
+            del self._newest[job]
         return wrong or bool(fallen)

@@ -98,7 +98,10 @@ class Renewal:
                 "see the authority's log, or enrol this device again",
                 reason="renewal-refused",
             )
-        self._link.seals.become(self._application.accept(reply, identity.trust))
+        self._link.seals.become(self._application.accept(reply, identity))
         self._application, self._wanted, self._asked = None, False, 0
+        # One that is due at once again is a wrong clock's doing; it shall not keep the authority busy.
+        life = identity.credential.expires - identity.credential.begins
+        self._ask_at = time.monotonic() + (1 - _DUE_AFTER) * life
         log.info("has a new credential")
         return True

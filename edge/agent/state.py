@@ -66,7 +66,7 @@ class Counters(msgspec.Struct):
         bytes_down: Payload bytes received, by runs before this one.
         runs: The newest runs that this device took part in, oldest first.
         heard: Job → when its newest announcement was issued.
-        time: Unix time that has passed for sure, for boards that wake up in the past.
+        time: Unix time when this was written, for boards that wake up in the past.
     """
 
     boot: Count = 0

@@ -458,10 +458,10 @@ class Link:
         self._first_subscription = client.subscribe(topics)[1]
 
     def _is_out_of_date(self, client: mqtt.Client) -> bool:
-        """Whether the broker's certificate has expired by the fleet's clock; the handshake does not look at time."""
+        """Whether the broker's certificate has expired for sure; the handshake does not look at time."""
         sock = client.socket()
         certificate = sock.getpeercert() if isinstance(sock, ssl.SSLSocket) else None
-        return bool(certificate) and bool(out_of_date(certificate or {}, self.seals.clock.now()))
+        return bool(out_of_date(certificate or {}, self.seals.clock.at_least))
 
     def _on_connect_fail(self, _c: mqtt.Client, _u: Any) -> None:
         self._refused = self.address.tls

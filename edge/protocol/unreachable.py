@@ -21,6 +21,9 @@ _REFUSALS = {
     ),
     "CERTIFICATE_EXPIRED": ("this machine's certificate has expired", "enrol it again"),
     "UNKNOWN_CA": ("this machine's certificate is of another authority", "enrol it with the fleet's authority"),
+    "PROTOCOL_VERSION": ("it does not speak TLS 1.3", "use a broker that does"),
+    "UNSUPPORTED_PROTOCOL": ("it does not speak TLS 1.3", "use a broker that does"),
+    "WRONG_VERSION_NUMBER": ("it does not speak TLS there", "name the port where it does"),
     "CERTIFICATE_REQUIRED": ("it wants a certificate from this machine", "enrol it, and use --identity"),
 }
 """What a broker says, by OpenSSL's name of the alert, what it means, and its remedy."""
@@ -39,8 +42,9 @@ def why_not(address: BrokerAddress, context: Callable[[], ssl.SSLContext], clock
             if not address.tls:
                 return _unreachable(address, "it accepts connections but does not answer")
             with context().wrap_socket(plain, server_hostname=address.host) as secured:
-                if why := out_of_date(secured.getpeercert() or {}, clock.now()):
-                    return IdentityError(f"the certificate of the broker at {address}: {why}", "renew it")
+                if why := out_of_date(secured.getpeercert() or {}, clock.at_least):
+                    what = f"the certificate of the broker at {address}: {why}"
+                    return IdentityError(what, "give the broker a new one: `fleetune fleet rotate broker`")
                 secured.recv(1)  # in TLS 1.3 a certificate that is refused shows only now
     except ssl.SSLCertVerificationError as error:
         return IdentityError(

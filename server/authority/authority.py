@@ -7,6 +7,8 @@ disk; only ``broker/`` and ``members/aggregator/`` are copied elsewhere, where b
 from __future__ import annotations
 
 import fcntl
+import ipaddress
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +52,14 @@ _KIT_MADE = datetime(2026, 11, 1, tzinfo=timezone.utc).timestamp()
 
 _LOCK = "lock"
 _DAY = 86400.0
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?\Z")
+
+_ROTATION = 4096
+"""Bytes that a trust document keeps free for a second key and root, or no rotation could begin."""
+
+_NAMED = 8
+"""Members that are named where there are many."""
+
 _MAX_FILE = 4 * MAX_MESSAGE
 
 
@@ -97,6 +107,9 @@ class _Root(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     certificate: str
     key: str
 
+    def __repr__(self) -> str:
+        return "_Root()"  # never the key
+
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schema: int
@@ -106,6 +119,9 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keys: tuple[str, ...]  # newest first, as in the trust document
     roots: tuple[_Root, ...]
     trust: msgspec.Raw
+
+    def __repr__(self) -> str:
+        return f"_File({self.fleet})"  # never the keys
 
 
 @dataclass(frozen=True)
@@ -161,24 +177,26 @@ class Authority:
 
         Raises:
             AuthorityError: The folder holds one already.
-            ConfigError: The fleet's name cannot stand in a topic.
+            ConfigError: The fleet's name cannot stand in a topic, or the broker cannot be where it is said to be.
             ClockError: The clock was never set.
         """
         check_name("fleet", fleet)
-        if (folder / FILE).exists():
-            raise AuthorityError(
-                f"{folder} holds an authority already: every device would have to enrol again with a new one",
-                "use that one (`fleetune fleet show`), or name another folder with --authority",
-            )
+        _check_site(site)
         now = clock()
         _check_clock(now, _KIT_MADE)
-        signer, (certificate, key) = SeedSigner.generate(), CertificateAuthority.make(fleet, now)
-        trust = Trust(fleet, 1, now, (signer.public,), (certificate.decode(),))
-        root = _Root(certificate.decode(), key.decode())
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        raw = msgspec.Raw(sign_trust(trust, signer))
-        file = _File(1, fleet, site, lives or Lives(), (signer.text,), (root,), raw)
-        write_private(folder / FILE, encode(file))
+        with _alone(folder):
+            if (folder / FILE).exists():
+                raise AuthorityError(
+                    f"{folder} holds an authority already: every device would have to enrol again with a new one",
+                    "use that one (`fleetune fleet show`), or name another folder with --authority",
+                )
+            signer, (certificate, key) = SeedSigner.generate(), CertificateAuthority.make(fleet, now)
+            trust = Trust(fleet, 1, now, (signer.public,), (certificate.decode(),))
+            root = _Root(certificate.decode(), key.decode())
+            raw = msgspec.Raw(sign_trust(trust, signer))
+            file = _File(1, fleet, site, lives or Lives(), (signer.text,), (root,), raw)
+            write_private(folder / FILE, encode(file))
         return cls(folder, clock)
 
     def close(self) -> None:
@@ -201,6 +219,10 @@ class Authority:
         return self._signers[0]
 
     @property
+    def _key_id(self) -> str:
+        return key_id(self.signer.public)
+
+    @property
     def trust_envelope(self) -> bytes:
         """The newest trust document, as it was signed."""
         return bytes(self._file.trust)
@@ -209,13 +231,11 @@ class Authority:
         """Unix time."""
         return self._clock()
 
-    def reload(self) -> bool:
-        """Take what another process has changed; False if nothing was."""
+    def reload(self) -> None:
+        """Take what another process has changed."""
         file = _read(self.folder)
-        if file == self._file:
-            return False
-        self._take(file)
-        return True
+        if file != self._file:
+            self._take(file)
 
     def make_token(self, device: str, hours: float) -> Token:
         """A token that lets a device in, once; earlier ones that were not used count no more.
@@ -246,7 +266,7 @@ class Authority:
         if certificate_key is not None:
             made = self._roots[0].certify(self.fleet, name, certificate_key, begins=begins, expires=credential.expires)
             certificates, serial = made.pem, made.serial
-        self.ledger.add_member(MemberRow(serial, role, name, key_id(key), begins, credential.expires, None))
+        self.ledger.add_member(MemberRow(serial, role, name, key_id(key), begins, credential.expires, self._key_id))
         return Issued(issue(credential, self.signer), certificates)
 
     def make_member(self, role: Role, folder: Path, name: str = "") -> Identity:
@@ -276,7 +296,7 @@ class Authority:
         made = self._roots[-1].certify_broker(
             self.fleet, self.site.hosts, key.public_key(), begins=now, expires=expires
         )
-        self.ledger.add_member(MemberRow(made.serial, BROKER, BROKER, "", now, expires, None))
+        self.ledger.add_member(MemberRow(made.serial, BROKER, BROKER, "", now, expires, self._key_id))
         return key_pem(key), made.pem.encode()
 
     def revocations(self) -> bytes:
@@ -291,14 +311,28 @@ class Authority:
 
         Returns:
             Number of credentials.
+
+        Raises:
+            ConfigError: It is the broker or the authority, whose certificates nobody asks after.
+            MessageError: More are revoked than fit one message; the key of the authority has to be replaced.
         """
-        with self._changing():
+        if name in (AUTHORITY, BROKER):
+            raise ConfigError(
+                f"{name}: devices do not ask whether its certificate is revoked",
+                "give it a new one, with a root of its own: `fleetune fleet rotate authority`, later with --finish",
+            )
+        with self.alone():
             now = self.now()
+            known = {other: when for other, when in self.trust.revoked.items() if now < self._forgotten(other, when)}
+            file = self._signed(self._next(revoked=known | {name: now}), self._file, room=_ROTATION)
             count = self.ledger.revoke(name, now)
-            longest = max(self._file.lives.device, self._file.lives.member) * _DAY
-            known = {other: when for other, when in self.trust.revoked.items() if when > now - longest}
-            self._save(self._next(revoked=known | {name: now}), self._file)
+            self._save(file)
         return count
+
+    def _forgotten(self, name: str, revoked: float) -> float:
+        """When all that a member had until its revocation has expired, for whoever has heard that time."""
+        lives = self._file.lives
+        return revoked + (lives.member if name in RESERVED else lives.device) * _DAY + MAX_SKEW
 
     def rotate(self) -> None:
         """Make a new key and a new root; the old ones count too, until :meth:`finish_rotation`.
@@ -306,7 +340,7 @@ class Authority:
         Raises:
             AuthorityError: A rotation has begun already.
         """
-        with self._changing():
+        with self.alone():
             if len(self._signers) > 1:
                 raise AuthorityError(
                     "a rotation of the authority's keys has begun already",
@@ -319,38 +353,84 @@ class Authority:
             )
             file = self._file
             changed = msgspec.structs.replace(file, keys=(signer.text, *file.keys), roots=(root, *file.roots))
-            self._save(trust, changed)  # signed by the old key: nobody knows the new one yet
+            self._save(self._signed(trust, changed))  # by the old key: nobody knows the new one yet
 
-    def finish_rotation(self) -> None:
+    def finish_rotation(self, *, force: bool = False) -> None:
         """Let go of the old key and root.
 
+        Args:
+            force: Whether those who have nothing of the new ones are left behind; they have to enrol again.
+
         Raises:
-            AuthorityError: No rotation has begun.
+            AuthorityError: No rotation has begun, or somebody would be left behind.
         """
-        with self._changing():
+        with self.alone():
             if len(self._signers) < 2:
                 raise AuthorityError("no rotation has begun", "begin one: `fleetune fleet rotate authority`")
-            trust = self._next(authorities=self.trust.authorities[:1], roots=self.trust.roots[:1])
+            behind = self._behind()
+            if behind and not force:
+                more = f" and {len(behind) - _NAMED} more" if len(behind) > _NAMED else ""
+                raise AuthorityError(
+                    f"{', '.join(behind[:_NAMED])}{more}: what they have is of the old keys, and would count no more",
+                    "have them renew (`fleetune fleet rotate NAME …`), or wait until they have; or leave them behind "
+                    "with --force",
+                )
+            # What was revoked before the new key was there is of the old one, too.
+            revoked = {name: when for name, when in self.trust.revoked.items() if when > self._roots[0].begins}
+            trust = self._next(authorities=self.trust.authorities[:1], roots=self.trust.roots[:1], revoked=revoked)
             self._signers = self._signers[:1]
             changed = msgspec.structs.replace(self._file, keys=self._file.keys[:1], roots=self._file.roots[:1])
-            self._save(trust, changed)
+            self._save(self._signed(trust, changed))
+
+    def _behind(self) -> list[str]:
+        """Members that have nothing of the newest key; what the broker and the authority have is made anew with it."""
+        rows = [row for row in self.ledger.members() if row.revoked is None and row.expires > self.now()]
+        newest = {row.name: row.authority for row in rows if row.name not in (AUTHORITY, BROKER)}
+        return sorted(name for name, authority in newest.items() if authority != self._key_id)
 
     @contextmanager
-    def _changing(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
         """One process changes the folder at a time, and begins with what the others have left."""
-        with (self.folder / _LOCK).open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _alone(self.folder):
             self.reload()
             yield
 
     def _next(self, **changes: object) -> Trust:
         return msgspec.structs.replace(self.trust, version=self.trust.version + 1, issued=self.now(), **changes)
 
-    def _save(self, trust: Trust, file: _File) -> None:
-        """Sign a trust document with a key that the one before it names, and keep it."""
-        file = msgspec.structs.replace(file, trust=msgspec.Raw(sign_trust(trust, self._signers[-1])))
+    def _signed(self, trust: Trust, file: _File, *, room: int = 0) -> _File:
+        """The file with a trust document that is signed with a key that the one before it names."""
+        return msgspec.structs.replace(file, trust=msgspec.Raw(sign_trust(trust, self._signers[-1], room=room)))
+
+    def _save(self, file: _File) -> None:
         write_private(self.folder / FILE, encode(file))
         self._take(file)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with (folder / _LOCK).open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _check_site(site: Site) -> None:
+    """See that a broker can be there.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    for host in site.hosts:
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            if not _HOST.match(host):
+                raise ConfigError(
+                    f"host: {host!r} is neither a name nor an address",
+                    "write a name as DNS has it, in ASCII, or an IP address",
+                ) from None
+    if site.port == site.enrolment_port:
+        raise ConfigError(f"port: {site.port} cannot be for members and for enrolment", "choose two ports")
 
 
 def _check_device(name: str) -> None:

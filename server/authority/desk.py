@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 
 from fleetune.edge.protocol.address import BrokerAddress
@@ -37,7 +36,7 @@ class Desk:
         self._authority, self._admission = authority, Admission(authority)
         self._topics = Topics(authority.fleet)
         self._seals, self._complaints = Seals(identity), Complaints()
-        self._looked = 0.0
+        self._said = 0  # version of the trust document
         self._link = Link(
             broker,
             f"{authority.fleet}-authority",
@@ -61,7 +60,8 @@ class Desk:
             while not until():
                 for event in self._link.events(_LOOK_EVERY):
                     self._handle(event)
-                self._look()
+                self._authority.reload()
+                self._say_news()
         finally:
             self._link.close()
 
@@ -87,14 +87,16 @@ class Desk:
         if isinstance(event, Connected):
             self._say_trust()
         elif isinstance(event, Received) and event.payload:
+            levels = self._topics.split(event.topic)
             try:
-                self._receive(event)
+                with self._authority.alone():  # nobody is revoked between the check and what is issued
+                    self._say_news()
+                    self._receive(levels, event)
             except MessageError as error:
-                self._complaints.about(event.topic, error)
+                # Anybody can send requests with a token, under as many names of a token as they like.
+                self._complaints.about("enrolment" if levels[:1] == ("enroll",) else event.topic, error)
 
-    def _receive(self, event: Received) -> None:
-        levels = self._topics.split(event.topic)
-        self._look(at_once=True)  # whoever was revoked a moment ago gets nothing
+    def _receive(self, levels: tuple[str, ...], event: Received) -> None:
         if levels[:1] == ("st",):
             self._seals.meet(event.payload, Sender("device", levels[1]))
         elif levels[:1] == ("enroll",):
@@ -106,14 +108,13 @@ class Desk:
             topic = self._topics.down(device, "renewed")
             self._link.publish(topic, self._admission.renew(topic, device, request))
 
-    def _look(self, *, at_once: bool = False) -> None:
-        now = time.monotonic()
-        if at_once or now - self._looked > _LOOK_EVERY:
-            self._looked = now
-            if self._authority.reload():
-                self._say_trust()
+    def _say_news(self) -> None:
+        """Say whom to trust, if that has changed since it was said."""
+        if self._authority.trust.version != self._said:
+            self._say_trust()
 
     def _say_trust(self) -> None:
+        self._said = self._authority.trust.version
         self._seals.hear_trust(self._authority.trust_envelope)
         self._link.publish(self._topics.trust, self._authority.trust_envelope, retain=True)
-        log.info("says version %d of the trust document", self._authority.trust.version)
+        log.info("says version %d of the trust document", self._said)

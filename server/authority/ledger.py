@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fleetune.edge.protocol.errors import AuthorityError
 from fleetune.edge.protocol.identity.enrolment import Token
+from fleetune.edge.protocol.identity.folder import check_private
 from fleetune.edge.protocol.messages import encode
 
 FILE = "ledger.sqlite3"
@@ -21,7 +22,7 @@ CREATE TABLE IF NOT EXISTS tokens (
 );
 CREATE TABLE IF NOT EXISTS members (
     serial TEXT PRIMARY KEY, role TEXT NOT NULL, name TEXT NOT NULL, key TEXT NOT NULL,
-    begins REAL NOT NULL, expires REAL NOT NULL, revoked REAL
+    begins REAL NOT NULL, expires REAL NOT NULL, authority TEXT NOT NULL, revoked REAL
 );
 """
 
@@ -37,6 +38,7 @@ class MemberRow:
         key: Id of its signing key.
         begins: Unix time of issue.
         expires: Unix time until which it counts.
+        authority: Id of the authority's key that has signed it.
         revoked: Unix time of its revocation, if it is revoked.
     """
 
@@ -46,7 +48,8 @@ class MemberRow:
     key: str
     begins: float
     expires: float
-    revoked: float | None
+    authority: str
+    revoked: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,12 @@ class Ledger:
 
     Raises:
         AuthorityError: It is damaged.
+        KeyExposedError: Others may read it, and the tokens in it.
     """
 
     def __init__(self, path: Path) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        check_private(path)
         self._database = sqlite3.connect(path, isolation_level=None, timeout=10.0)
         try:
             self._database.executescript(_SCHEMA)
@@ -110,9 +115,9 @@ class Ledger:
     # --- tokens -------------------------------------------------------------------------------------------------
 
     def add_token(self, token: Token) -> None:
-        """Remember a token; those for the same device that were not used count no more."""
+        """Remember a token, in place of those for the same device."""
         with self._change() as database:
-            database.execute("DELETE FROM tokens WHERE device = ? AND used IS NULL", (token.device,))
+            database.execute("DELETE FROM tokens WHERE device = ?", (token.device,))
             row = (token.id, token.device, encode(token), token.expires)
             database.execute("INSERT INTO tokens (id, device, token, expires) VALUES (?, ?, ?, ?)", row)
 
@@ -141,18 +146,19 @@ class Ledger:
         with self._change() as database:
             database.execute("DELETE FROM members WHERE expires < ?", (row.begins - 30 * 86400,))
             database.execute(
-                "INSERT INTO members (serial, role, name, key, begins, expires) VALUES (?, ?, ?, ?, ?, ?)",
-                (row.serial, row.role, row.name, row.key, row.begins, row.expires),
+                "INSERT INTO members VALUES (?, ?, ?, ?, ?, ?, ?, NULL)",
+                (row.serial, row.role, row.name, row.key, row.begins, row.expires, row.authority),
             )
 
     def members(self) -> list[MemberRow]:
         """All of them, the oldest of each name first."""
-        query = "SELECT serial, role, name, key, begins, expires, revoked FROM members ORDER BY role, name, begins"
+        query = "SELECT * FROM members ORDER BY role, name, begins"
         return [MemberRow(*row) for row in self._database.execute(query)]
 
     def revoke(self, name: str, now: float) -> int:
         """Revoke all that was issued to a member, and its tokens; returns how many credentials that were."""
         with self._change() as database:
-            database.execute("DELETE FROM tokens WHERE device = ? AND used IS NULL", (name,))
+            # A used one, too: whoever has the key that it was used for would be let in with it again.
+            database.execute("DELETE FROM tokens WHERE device = ?", (name,))
             query = "UPDATE members SET revoked = ? WHERE name = ? AND revoked IS NULL"
             return database.execute(query, (now, name)).rowcount

@@ -123,11 +123,13 @@ def write_broker(authority: Authority, folder: Path) -> None:
 def write_revocations(authority: Authority, folder: Path) -> None:
     """Write who is revoked, for certificates that come (the list) and for connections that are there (the ACL).
 
+    Whoever got something since, or a token for it, has its rights again.
+
     Raises:
         OSError: It cannot be written.
     """
     rows = authority.ledger.members()
-    current = {row.name for row in rows if row.revoked is None}
+    current = {row.name for row in rows if row.revoked is None} | {token.device for token in authority.ledger.tokens()}
     denied = sorted({row.name for row in rows if row.revoked is not None} - current)
     acl = _ACL.format(root=_root(authority)) + "".join(_DENIED.format(name=name) for name in denied)
     write_atomic(folder / ROOTS, "".join(authority.trust.roots).encode())

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -75,9 +74,8 @@ class CertificateAuthority:
     @classmethod
     def make(cls, fleet: str, now: float) -> tuple[bytes, bytes]:
         """A new root: its certificate and its key, in PEM."""
-        key = make_key()
-        # Two roots of one fleet must not be taken for each other by who looks for an issuer by its name.
-        name = _name(fleet, f"{fleet} authority {secrets.token_hex(4)}")
+        # No two roots share a name: where two count, whoever looks for a list of revocations finds the right one by it.
+        key, name = make_key(), _name(fleet, f"authority since {_time(now):%Y-%m-%d %H:%M:%S.%f}")
         begins = _time(now) - _EARLIER
         builder = (
             _builder(name, name, key.public_key(), begins, _time(now) + _ROOT_LIFE)
@@ -87,9 +85,9 @@ class CertificateAuthority:
         return builder.sign(key, hashes.SHA256()).public_bytes(_PEM), key_pem(key)
 
     @property
-    def pem(self) -> str:
-        """The root's certificate."""
-        return self._certificate.public_bytes(_PEM).decode()
+    def begins(self) -> float:
+        """Unix time at which it was made, in whole seconds."""
+        return (self._certificate.not_valid_before_utc + _EARLIER).timestamp()
 
     def certify(self, fleet: str, name: str, public: CertificateKey, *, begins: float, expires: float) -> Certificate:
         """A certificate for a member: its common name is the member's name, and it may only connect."""
@@ -138,7 +136,7 @@ class CertificateAuthority:
             .last_update(_time(now) - _EARLIER)
             .next_update(_time(now) + _ROOT_LIFE)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
-            .add_extension(x509.CRLNumber(int(now)), critical=False)
+            .add_extension(x509.CRLNumber(int(now * 1000)), critical=False)
         )
         for serial, when in serials:
             builder = builder.add_revoked_certificate(
@@ -153,16 +151,17 @@ def read_csr(pem: str) -> CertificateKey:
     Raises:
         ValueError: It is none, its signature is wrong, or the key is of another kind.
     """
-    csr = x509.load_pem_x509_csr(pem.encode())
-    public = csr.public_key()
     try:
-        valid = csr.is_signature_valid
-    except InvalidSignature as error:
+        csr = x509.load_pem_x509_csr(pem.encode())
+        public, valid = csr.public_key(), csr.is_signature_valid
+    except (InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise ValueError(str(error)) from error
     if not valid:
         raise ValueError("the request is not signed with its own key")
     if isinstance(public, rsa.RSAPublicKey) and public.key_size < 2048:
         raise ValueError(f"an RSA key of {public.key_size} bits is too short")
+    if isinstance(public, ec.EllipticCurvePublicKey) and not isinstance(public.curve, ec.SECP256R1):
+        raise ValueError(f"the curve {public.curve.name} is not P-256")  # noqa: TRY004 - as below
     if not isinstance(public, ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublicKey):
         raise ValueError("the key is of another kind than P-256, Ed25519 and RSA")  # noqa: TRY004 - who asks may send any
     return public

@@ -54,7 +54,8 @@ class Broker:
         psutil.wait_procs(self.processes)
 
 
-def _listens(address: BrokerAddress) -> bool:
+def listens(address: BrokerAddress) -> bool:
+    """Whether somebody accepts connections there."""
     try:
         socket.create_connection((address.host, address.port), timeout=1).close()
     except OSError:
@@ -69,7 +70,7 @@ def _process(arguments: list[str], address: BrokerAddress, env: dict[str, str] |
     )
     try:
         deadline = time.monotonic() + 30
-        while not _listens(address):
+        while not listens(address):
             assert process.poll() is None, f"{arguments[0]} ended with {process.returncode}"
             assert time.monotonic() < deadline, f"{arguments[0]} does not listen at {address}"
             time.sleep(0.02)

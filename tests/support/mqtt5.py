@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ class Peer:
         will: Topic and payload of a retained Will.
         holds_acks: Acknowledge nothing before :meth:`receive` waits for it.
         clean_start: Forget an earlier session.
+        context: Makes it a connection with TLS.
         properties: Of CONNECT, by paho's names.
     """
 
@@ -40,6 +42,7 @@ class Peer:
         will: tuple[str, bytes] | None = None,
         holds_acks: bool = False,
         clean_start: bool = True,
+        context: ssl.SSLContext | None = None,
         **properties: int,
     ) -> None:
         self.messages: list[mqtt.MQTTMessage] = []
@@ -59,6 +62,8 @@ class Peer:
         )
         if broker.username is not None:
             client.username_pw_set(broker.username, broker.password)
+        if context is not None:
+            client.tls_set_context(context)
         if will is not None:
             client.will_set(*will, qos=1, retain=True)
         client.max_inflight_messages_set(8)

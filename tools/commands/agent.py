@@ -106,10 +106,10 @@ def _run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--costs: {error.what}", "leave the option out to measure again") from error
     check_codec(args.codec)
     broker, identity = check_identity(args, Sender("device", device.id), fleet.name)
-    check_pack(args, identity)
     if args.unit:
         print(systemd_unit(device.id, _command(args), args.state.resolve()), end="")  # noqa: T201
         return
+    check_pack(args, identity)
     config = AgentConfig(
         device=device.id,
         fleet=fleet.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from fleetune.tools.commands.options import add_command
 
 if TYPE_CHECKING:
     from fleetune.server.authority.authority import Authority
+
+log = logging.getLogger(__name__)
 
 AGGREGATOR_FOLDER, AUTHORITY_FOLDER, PUBLISHER_FOLDER = "members/aggregator", "members/authority", "members/publisher"
 BROKER_FOLDER = "broker"
@@ -174,6 +177,9 @@ def _enroll(args: argparse.Namespace) -> None:
         raise ConfigError(f"--hours: {args.hours} is out of range", "choose from above 0 to 8760")
     with _opened(args.authority) as authority:
         tokens = [authority.make_token(device, args.hours) for device in devices]
+        revoked = {row.name for row in authority.ledger.members() if row.revoked is not None}
+        if again := sorted(revoked.intersection(devices)):
+            _give_back_rights(authority, args.authority / BROKER_FOLDER, again)
     if args.out is not None:
         for token in tokens:
             write_private(args.out / f"{token.device}.token", f"{token.text}\n".encode())
@@ -183,6 +189,18 @@ def _enroll(args: argparse.Namespace) -> None:
         _say(json.dumps(rows, indent=1))
     else:
         _say(*(token.text if len(tokens) == 1 else f"{token.device} {token.text}" for token in tokens))
+
+
+def _give_back_rights(authority: Authority, folder: Path, names: list[str]) -> None:
+    from fleetune.server.authority.mosquitto import reload_broker, write_revocations
+
+    write_revocations(authority, folder)
+    if not reload_broker(folder):
+        # Not on standard output, which holds the tokens.
+        log.warning(
+            "%s: revoked before; copy %s/acl to the broker, and reload it (kill -HUP), or it still denies everything",
+            *(", ".join(names), folder),
+        )
 
 
 # --- serve ------------------------------------------------------------------------------------------------------
@@ -332,34 +350,44 @@ def _register_rotate(actions: Any) -> None:
         summary="replace keys: of the authority, the aggregator, the broker, or a device",
         description=(
             "Give a member new keys. `authority` takes two steps: after the first both keys count, so that devices\n"
-            "that are away have time to hear of the new one; `--finish` lets go of the old one, and a device that was\n"
-            "away all the time has to enrol again. A device makes its new keys itself, as soon as it is told."
+            "that are away have time to hear of the new one, and to renew; then `--finish` lets go of the old one. A\n"
+            "device that was away all the time has to enrol again. A device makes its new keys itself, as soon as it\n"
+            "is told."
         ),
         examples=(
             "  fleetune fleet rotate aggregator            then start `fleetune serve` again\n"
             "  fleetune fleet rotate broker                then copy broker/ and reload the broker\n"
             "  fleetune fleet rotate nano-1\n"
-            "  fleetune fleet rotate authority; … some weeks later … fleetune fleet rotate authority --finish\n"
+            "  fleetune fleet rotate authority aggregator publisher\n"
+            "  fleetune fleet rotate authority --finish      some weeks later, when all devices have renewed\n"
         ),
     )
     parser.add_argument("names", nargs="+", metavar="NAME", help="authority, aggregator, publisher, broker, or devices")
     _add_broker(parser)
     parser.add_argument("--finish", action="store_true", help="of the authority: the old key counts no more")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="finish, even if some have nothing of the new key: they have to enrol again",
+    )
     parser.add_argument("--offline", action="store_true", help="do not connect; a device is not told then")
     parser.set_defaults(run=_rotate)
 
 
 def _rotate(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.errors import ConfigError
-    from fleetune.server.authority.mosquitto import reload_broker, write_broker
+    from fleetune.server.authority.mosquitto import reload_broker, write_broker, write_revocations
 
     folders = {"aggregator": AGGREGATOR_FOLDER, "publisher": PUBLISHER_FOLDER}
+    broker_folder = args.authority / BROKER_FOLDER
     with _opened(args.authority) as authority:
         rows = [row for row in authority.ledger.members() if row.role == "device" and row.revoked is None]
         devices = {row.name: row.key for row in rows}  # the newest of each comes last
+        if strange := sorted(set(args.names) - devices.keys() - folders.keys() - {"authority", "broker"}):
+            raise ConfigError(f"{', '.join(strange)}: is not a member", "see `fleetune fleet show`")
         for name in args.names:
             if name == "authority" and args.finish:
-                authority.finish_rotation()
+                authority.finish_rotation(force=args.force)
                 _say("only the authority's new keys count from now on")
             elif name == "authority":
                 authority.rotate()
@@ -371,13 +399,15 @@ def _rotate(args: argparse.Namespace) -> None:
                 )
             elif name in devices:
                 _say(f"{name}: is told to renew")
-            elif name != "broker":
-                raise ConfigError(f"{name}: is not a member", "see `fleetune fleet show`")
-        if {"broker", "authority"} & set(args.names):
+        anew = {"broker", "authority"} & set(args.names)
+        if "broker" in anew or args.finish:  # when a rotation begins the broker does not know its new root yet
             authority.make_member("authority", args.authority / AUTHORITY_FOLDER)
-            write_broker(authority, args.authority / BROKER_FOLDER)
-            if not reload_broker(args.authority / BROKER_FOLDER):
-                _say(f"copy {args.authority / BROKER_FOLDER} to the broker, and reload it (kill -HUP)")
+        if anew:
+            write_broker(authority, broker_folder)
+        elif folders.keys() & set(args.names):
+            write_revocations(authority, broker_folder)  # one that was revoked has its rights again
+        if (anew or folders.keys() & set(args.names)) and not reload_broker(broker_folder):
+            _say(f"copy {broker_folder} to the broker, and reload it (kill -HUP)")
         if not args.offline:
             _tell(authority, args, {name: key for name, key in devices.items() if name in args.names})
 

@@ -1,9 +1,9 @@
 """The time that certificates and messages are judged by, on boards that wake up in the past.
 
-A board without a battery-backed clock begins in 1970, or where it was switched off. What it has once seen signed cannot
-have been in the future: below that its clock never falls. And where a message seems to have expired, or to come from
-the future, the board asks the aggregator, whose signed answer carries the question's nonce: nobody can answer with an
-earlier time.
+A board without a battery-backed clock begins in 1970, or where it was switched off. What the authority has signed
+cannot have been in the future: below that the clock never falls. What the aggregator says in passing moves it ahead,
+too, but may be taken back: an aggregator's clock may be wrong. Where a message seems to have expired, or to come from
+the future, the board asks, and the signed answer carries the question's nonce: nobody can answer with an earlier time.
 """
 
 from __future__ import annotations
@@ -23,24 +23,31 @@ class Clock:
 
     def __init__(self, floor: float = 0.0) -> None:
         self._floor, self._since = floor, time.monotonic()
-        self._offset = 0.0
+        # Once somebody has told the time the system's clock does not count: it may be set right at any moment.
+        self._told: tuple[float, float] | None = None
 
     def now(self) -> float:
         """Unix time in seconds."""
-        return max(time.time() + self._offset, self._floor + time.monotonic() - self._since)
+        if self._told is None:
+            return max(time.time(), self.at_least)
+        when, since = self._told
+        return max(when + time.monotonic() - since, self.at_least)
 
     @property
-    def doubtful(self) -> bool:
-        """Whether this machine's clock shows a time that has passed for sure."""
-        return time.time() + self._offset < self._floor - MAX_SKEW
+    def at_least(self) -> float:
+        """Unix time in seconds that has passed for sure."""
+        return self._floor + time.monotonic() - self._since
 
     def passed(self, when: float) -> None:
-        """Something was signed at this time by somebody who is believed."""
-        if when > self.now():
+        """The authority has signed something at this time."""
+        if when > self.at_least:
             self._floor, self._since = when, time.monotonic()
 
+    def told(self, when: float) -> None:
+        """It was this time when somebody who is believed said something, who may be wrong."""
+        if when > self.now():
+            self.set(when)
+
     def set(self, when: float) -> None:
-        """It is now this time, as somebody who is believed has just said; no earlier than what has passed for sure."""
-        when = max(when, self._floor)
-        self._offset = when - time.time()
-        self._floor, self._since = when, time.monotonic()
+        """It is now this time, as somebody who is believed has answered just now."""
+        self._told = when, time.monotonic()

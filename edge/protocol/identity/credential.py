@@ -114,16 +114,21 @@ def issue(credential: Credential, signer: Signer) -> bytes:
     return sign(_CREDENTIAL, credential, signer)
 
 
-def sign_trust(trust: Trust, signer: Signer) -> bytes:
+def sign_trust(trust: Trust, signer: Signer, *, room: int = 0) -> bytes:
     """Sign a trust document with a key of the authority.
+
+    Args:
+        trust: The document.
+        signer: The key.
+        room: Bytes that it must leave free for what comes next.
 
     Raises:
         MessageError: It names too many for one message.
     """
     raw = sign(_TRUST, trust, signer)
-    if len(raw) > MAX_MESSAGE:
+    if len(raw) > MAX_MESSAGE - room:
         raise MessageError(
-            f"a trust document of {len(raw)} bytes exceeds {MAX_MESSAGE}",
+            f"a trust document of {len(raw)} bytes exceeds {MAX_MESSAGE - room}",
             "replace the authority's key: credentials that it signed need not be revoked one by one",
             reason="message-too-large",
         )
@@ -178,7 +183,7 @@ def read_signed(context: str, raw: bytes, kind: type[Message], authorities: tupl
     key = next((key for key in authorities if key_id(key) == envelope.key), None)
     if key is None:
         raise MessageError(
-            f"a {context} that no authority of the fleet signed",
+            f"{context}: no authority of the fleet signed it",
             "enrol it with this fleet's authority",
             reason="unknown-authority",
         )

@@ -8,7 +8,7 @@ certificates come from somewhere else has the same two files from there.
 from __future__ import annotations
 
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -38,6 +38,9 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     credential: msgspec.Raw
     trust: msgspec.Raw
 
+    def __repr__(self) -> str:
+        return "_File()"  # never the key
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -64,16 +67,6 @@ class Identity:
     def __repr__(self) -> str:
         return f"Identity({self.credential.role} {self.credential.name} of {self.credential.fleet}, {self.folder})"
 
-    def trusting(self, trust: Trust, raw: bytes) -> Identity:
-        """The same with a newer trust document, kept on disk.
-
-        Raises:
-            OSError: It cannot be written; then nothing has changed.
-        """
-        changed = replace(self, trust=trust, trust_envelope=raw)
-        changed.save()
-        return changed
-
     def save(self) -> None:
         """Write ``identity.json``, and ``roots.pem`` where the trust document names any.
 
@@ -81,9 +74,9 @@ class Identity:
             OSError: One cannot be written.
         """
         file = _File(1, self.key, msgspec.Raw(self.envelope), msgspec.Raw(self.trust_envelope))
-        write_private(self.folder / FILE, encode(file))
-        if self.trust.roots:
+        if self.trust.roots:  # first: once the document is kept, it is not taken again
             write_atomic(self.folder / ROOTS_FILE, "".join(self.trust.roots).encode())
+        write_private(self.folder / FILE, encode(file))
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -156,7 +149,9 @@ def read_identity(folder: Path) -> Identity:
         raise IdentityError(
             f"{path} is damaged: {f'field {field}: ' if field else ''}{reason}", "enrol this machine again"
         ) from error
-    except (ValueError, MessageError) as error:
+    except MessageError as error:
+        raise IdentityError(f"{path}: {error.what}", "enrol this machine again") from error
+    except ValueError as error:
         raise IdentityError(f"{path}: {error}", "enrol this machine again") from error
     if signer.public != credential.key:
         raise IdentityError(f"{path}: the credential is for another key", "enrol this machine again")

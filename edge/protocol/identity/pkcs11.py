@@ -32,6 +32,7 @@ _REMEDY = (
     "write pkcs11:token=NAME;object=NAME?module-path=/path/to/module.so&pin-source=file:/path, "
     "and look with `pkcs11-tool --module … --list-objects`"
 )
+_PIN_REMEDY = "write it into a file that only its owner can read, and name that: pin-source=file:/path"
 _MAX_PIN_FILE = 256
 
 
@@ -62,13 +63,15 @@ class TokenKey:
         """Parse a URI.
 
         Raises:
-            ConfigError: It is not such a URI, or lacks token, object or module-path.
+            ConfigError: It is not such a URI, lacks token, object or module-path, or names the PIN itself.
         """
         parts = urlsplit(uri)
         pairs = [pair.partition("=") for pair in parts.path.split(";")]
         path = {name: unquote(value) for name, _, value in pairs}
         query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
         source = query.get("pin-source", "")
+        if "pin-value" in query:
+            raise ConfigError(f"the address of the key {path.get('object', '')!r} names a PIN", _PIN_REMEDY)
         if parts.scheme != "pkcs11" or not {"token", "object"} <= path.keys() or "module-path" not in query:
             raise ConfigError(f"{uri!r} does not name a key in a token", _REMEDY)
         return cls(
@@ -97,7 +100,7 @@ class TokenSigner:
         self._uri = uri
         try:
             token = pkcs11.lib(str(where.module)).get_token(token_label=where.token)
-            self._session = token.open(rw=create, user_pin=_read_pin(where.pin))
+            self._session = _open(token, where, create=create)
             key = self._find(where.label)
             if key is None and create:
                 self._create(token, where.label)
@@ -147,6 +150,17 @@ class TokenSigner:
             raise IdentityError(
                 f"{self._uri} does not sign: {type(error).__name__}", "see that the token is there, then start again"
             ) from error
+
+
+_logged_in: dict[tuple[Path, str], pkcs11.Session] = {}
+"""The session of each module and token that has logged in. A second one could not, and its end would log out all."""
+
+
+def _open(token: pkcs11.Token, where: TokenKey, *, create: bool) -> pkcs11.Session:
+    pin, key = _read_pin(where.pin), (where.module, where.token)
+    if key not in _logged_in:
+        _logged_in[key] = token.open(user_pin=pin)
+    return token.open(rw=True) if create else _logged_in[key]
 
 
 def _read_pin(path: Path | None) -> str | None:

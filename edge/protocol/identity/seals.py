@@ -6,7 +6,8 @@ backbone by what it says. A side without an identity signs nothing and verifies 
 
 from __future__ import annotations
 
-import logging
+from dataclasses import replace
+from typing import NamedTuple
 
 import msgspec
 
@@ -26,7 +27,12 @@ from fleetune.edge.protocol.identity.folder import Identity
 from fleetune.edge.protocol.identity.keys import key_id
 from fleetune.edge.protocol.messages import Message, decode, open_envelope, read_envelope, seal
 
-log = logging.getLogger(__name__)
+
+class _Known(NamedTuple):
+    """A credential, and the id of the authority's key that has signed it."""
+
+    credential: Credential
+    authority: str
 
 
 class Seals:
@@ -36,17 +42,17 @@ class Seals:
         identity: Who this is; None to do neither.
 
     Attributes:
-        clock: What the others' credentials are judged by.
+        clock: The time, as this side knows it.
     """
 
     def __init__(self, identity: Identity | None = None) -> None:
         self._identity = identity
         self.clock = Clock(identity.credential.begins if identity is not None else 0.0)
-        self._known: dict[str, Credential] = {}  # key id → whose it is
+        self._known: dict[str, _Known] = {}  # by key id
         self._keys: dict[Sender, tuple[str, ...]] = {}  # of each member the newest two, oldest first
         if identity is not None:
             self.clock.passed(identity.trust.issued)
-            self._learn(identity.credential)  # what this side has said comes back to it
+            self._learn(identity.credential, identity.envelope)  # what this side has said comes back to it
 
     @property
     def signed(self) -> bool:
@@ -61,7 +67,7 @@ class Seals:
     def become(self, identity: Identity) -> None:
         """Go on with a renewed credential."""
         self._identity = identity
-        self._learn(identity.credential)
+        self._learn(identity.credential, identity.envelope)
 
     # --- out ----------------------------------------------------------------------------------------------------
 
@@ -95,9 +101,10 @@ class Seals:
         envelope = read_envelope(raw)
         if envelope.key is None or envelope.signature is None:
             raise MessageError("the message is not signed", "give the sender an identity", reason="unsigned")
-        credential = self._known.get(envelope.key)
-        if credential is None:
+        known = self._known.get(envelope.key)
+        if known is None:
             raise MessageError("signed with a key that is not known", "introduce it again", reason="unknown-key")
+        credential = known.credential
         if credential.sender != sender:
             raise MessageError(
                 f"signed by {credential.role} {credential.name}, who may not speak for {sender.role} {sender.name}",
@@ -105,7 +112,7 @@ class Seals:
                 reason="wrong-sender",
             )
         check_signature(topic, envelope, credential.key)
-        check_current(credential, self._identity.trust, self.clock.now())
+        check_current(credential, self._identity.trust, self._judged_at(self._identity))
         return decode(bytes(envelope.body), kind)
 
     def meet(self, raw: bytes, sender: Sender) -> bool:
@@ -124,20 +131,27 @@ class Seals:
                 reason="wrong-sender",
             )
         self.clock.passed(credential.begins)  # no authority signs for the future
-        check_current(credential, self._identity.trust, self.clock.now())
-        key, known = key_id(credential.key), self._keys.get(sender, ())
-        if self._known.get(key) == credential:
+        check_current(credential, self._identity.trust, self._judged_at(self._identity))
+        key, keys = key_id(credential.key), self._keys.get(sender, ())
+        if key in self._known and self._known[key].credential == credential:
             return False
-        if known and credential.begins < self._known[known[-1]].begins:
+        if keys and credential.begins < self._known[keys[-1]].credential.begins:
             raise MessageError(
                 f"{sender.name} has a newer credential than this", "introduce the newest", reason="old-credential"
             )
-        self._learn(credential)
+        self._learn(credential, raw)
         return True
 
-    def _learn(self, credential: Credential) -> None:
+    def _judged_at(self, identity: Identity) -> float:
+        """The time that the others' credentials are judged by.
+
+        A device's clock may be wrong, and only the aggregator, whom it would then refuse, can say so.
+        """
+        return self.clock.at_least if identity.credential.role == "device" else self.clock.now()
+
+    def _learn(self, credential: Credential, envelope: bytes) -> None:
         key, known = key_id(credential.key), self._keys.get(credential.sender, ())
-        self._known[key] = credential
+        self._known[key] = _Known(credential, read_envelope(envelope).key or "")
         keys = [other for other in known if other != key]
         for old in keys[:-1]:  # the one before still counts, for what is on its way
             del self._known[old]
@@ -146,21 +160,29 @@ class Seals:
     def told(self, sender: Sender, when: float) -> None:
         """A member has said the time. It is believed as far as its credential reaches: a clock cannot be set to any."""
         for key in self._keys.get(sender, ())[-1:]:
-            if when <= self._known[key].expires:
-                self.clock.passed(when)
+            if when <= self._known[key].credential.expires:
+                self.clock.told(when)
 
     def hear_trust(self, raw: bytes) -> Trust | None:
         """Take a newer trust document, and keep it; None if this one was known, or is older.
 
         Raises:
             MessageError: It is not one of this fleet.
-            OSError: It cannot be kept.
+            OSError: It cannot be kept; until the end of this process it counts all the same.
         """
         if self._identity is None:
             return None
         trust = read_trust(raw, self._identity.trust.authorities, self._identity.trust.fleet)
         if trust.version <= self._identity.trust.version:
             return None
-        self._identity = self._identity.trusting(trust, raw)
+        self._identity = replace(self._identity, trust=trust, trust_envelope=raw)
         self.clock.passed(trust.issued)
+        self._forget_others({key_id(authority) for authority in trust.authorities})
+        self._identity.save()
         return trust
+
+    def _forget_others(self, authorities: set[str]) -> None:
+        """Whoever was introduced by an authority that counts no more has to be introduced again."""
+        self._known = {key: known for key, known in self._known.items() if known.authority in authorities}
+        of_each = {sender: tuple(key for key in keys if key in self._known) for sender, keys in self._keys.items()}
+        self._keys = {sender: keys for sender, keys in of_each.items() if keys}

@@ -38,7 +38,7 @@ def client_context(folder: Path) -> ssl.SSLContext:
     context.verify_flags |= _NO_CHECK_TIME
     try:
         context.load_verify_locations(roots)
-        context.load_cert_chain(own)
+        context.load_cert_chain(own, password="")  # or OpenSSL would ask on the terminal
     except (ssl.SSLError, ValueError) as error:
         raise IdentityError(
             f"{own}, {roots}: {error}", "write them in PEM: the key first, then its certificate and those above it"
@@ -58,15 +58,17 @@ def enrolment_context() -> ssl.SSLContext:
     return context
 
 
-def out_of_date(certificate: Mapping[str, Any], now: float) -> str:
-    """Why a certificate does not count at a time; empty if it does.
+def out_of_date(certificate: Mapping[str, Any], passed: float) -> str:
+    """Why a certificate does not count any more; empty if it does, or if there is none.
 
     Args:
-        certificate: What ``ssl.SSLSocket.getpeercert`` returns.
-        now: Unix time.
+        certificate: What ``ssl.SSLSocket.getpeercert`` returns: nothing where nobody is authenticated.
+        passed: Unix time that has passed for sure. A clock that is merely wrong must not keep a device from asking.
     """
+    if not certificate:
+        return ""
     expires = ssl.cert_time_to_seconds(str(certificate["notAfter"]))
-    if now > expires + MAX_SKEW:
-        end, today = (datetime.fromtimestamp(when, timezone.utc) for when in (expires, now))
-        return f"it has expired on {end:%Y-%m-%d}; by this machine's clock it is {today:%Y-%m-%d}"
+    if passed > expires + MAX_SKEW:
+        end, today = (datetime.fromtimestamp(when, timezone.utc) for when in (expires, passed))
+        return f"it has expired on {end:%Y-%m-%d}, and {today:%Y-%m-%d} has passed for sure"
     return ""
