@@ -377,7 +377,8 @@ class Agent:
             self._broadcasts.forget(announced.job)
             self._worker.forget()
             log.warning(
-                "%s: declined: %s; waits for another job, and needs a start after a change here", announced.job, error
+                "%s: declined: %s; waits for another round or job, and needs a start after a change here",
+                *(announced.job, error),
             )
             self._publish("declined", error.public)
 
