@@ -173,7 +173,7 @@ def test_a_vocabulary_takes_little_memory(minilm: Path) -> None:
     """
     command = [sys.executable, "-c", script, str(minilm / "vocab.txt")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert int(done.stdout) < 2.5 * 2**20
+    assert int(done.stdout) < 2.75 * 2**20
 
 
 @pytest.mark.parametrize("missing", ["[UNK]", "[CLS]", "[SEP]", "[PAD]"])

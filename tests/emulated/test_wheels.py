@@ -12,6 +12,18 @@ from emulated.device import Device
 pytestmark = [pytest.mark.emulated, pytest.mark.slow]
 
 USES = {
+    "cffi": """
+import cffi
+ffi = cffi.FFI()
+ffi.cdef("size_t strlen(const char *text);")
+assert ffi.dlopen(None).strlen(b"fleet") == 5
+""",
+    "cryptography": """
+from cryptography import x509
+from fleetune.edge.agent.csr import make_csr
+key, csr = make_csr("nano-1")
+assert x509.load_pem_x509_csr(csr.encode()).is_signature_valid
+""",
     "iotcore": """
 import iotcore, socket
 with socket.create_server(("127.0.0.1", 0)) as free:
@@ -56,6 +68,11 @@ import psutil
 assert psutil.Process().memory_info().rss > 0
 assert psutil.virtual_memory().total > 0
 """,
+    "pynacl": """
+from nacl.signing import SigningKey
+key = SigningKey.generate()
+key.verify_key.verify(b"fleet", key.sign(b"fleet").signature)
+""",
     "pyyaml": """
 import yaml
 assert yaml.load("a: [1, 2.5, x]", yaml.CSafeLoader) == {"a": [1, 2.5, "x"]}
@@ -91,7 +108,7 @@ def files(distribution: importlib.metadata.Distribution) -> list[importlib.metad
 def test_the_device_has_the_pinned_versions_and_nothing_else(device: Device) -> None:
     found = {name: distribution.version for name, distribution in distributions(device).items()}
     assert found == {name: device.pinned[name.replace("_", "-")] for name in found}
-    assert {"onnxruntime", "numpy", "msgspec", "paho-mqtt", "psutil", "pyyaml", "safetensors"} <= found.keys()
+    assert {"onnxruntime", "numpy", "msgspec", "paho-mqtt", "psutil", "pynacl", "pyyaml", "safetensors"} <= found.keys()
 
 
 def test_every_package_imports(device: Device) -> None:
