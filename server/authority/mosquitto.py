@@ -138,10 +138,10 @@ def write_revocations(authority: Authority, folder: Path) -> None:
 
 
 def reload_broker(folder: Path) -> bool:
-    """Have a Mosquitto of this machine that was started from this folder read the files again; False if there is none.
+    """Have a Mosquitto of this machine that was started from this folder read the files again.
 
-    Raises:
-        PermissionError: It runs as somebody else.
+    Returns:
+        Whether it was told; not if there is none, or if it is somebody else's.
     """
     try:
         process = int((folder / PID).read_text(encoding="utf-8"))
@@ -150,7 +150,10 @@ def reload_broker(folder: Path) -> bool:
         return False
     if name != "mosquitto":
         return False
-    os.kill(process, signal.SIGHUP)
+    try:
+        os.kill(process, signal.SIGHUP)
+    except PermissionError:
+        return False
     return True
 
 

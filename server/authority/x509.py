@@ -18,6 +18,9 @@ from fleetune.edge.protocol.errors import AuthorityError
 _EARLIER = timedelta(minutes=10)
 """A certificate counts from a bit before it was made, for machines whose clocks are slow."""
 
+_LIST_EARLIER = timedelta(days=1)
+"""So does a list of revocations, and much earlier: a broker whose clock is slow would let nobody in."""
+
 _ROOT_LIFE = timedelta(days=3650)
 _PEM = serialization.Encoding.PEM
 
@@ -133,7 +136,7 @@ class CertificateAuthority:
         builder = (
             x509.CertificateRevocationListBuilder()
             .issuer_name(self._certificate.subject)
-            .last_update(_time(now) - _EARLIER)
+            .last_update(_time(now) - _LIST_EARLIER)
             .next_update(_time(now) + _ROOT_LIFE)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
             .add_extension(x509.CRLNumber(int(now * 1000)), critical=False)

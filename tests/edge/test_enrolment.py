@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from fleetune.edge.protocol.errors import (
     IdentityError,
     KeyExposedError,
 )
+from fleetune.edge.protocol.identity.credential import sign
 from fleetune.edge.protocol.identity.enrolment import CredentialReply, Token, authenticate
 from fleetune.edge.protocol.identity.folder import FILE, TLS_FILE, read_identity
 from fleetune.server.authority import desk
@@ -123,25 +123,21 @@ def test_a_newer_token_makes_the_one_before_worthless_used_or_not(door: GuardedF
             enrol(token, folder, timeout=0.5)
 
 
-def test_a_reply_of_somebody_who_does_not_know_the_secret_is_passed_over(door: GuardedFleet, tmp_path: Path) -> None:
-    """The broker, say: it can neither refuse a device nor let it into another fleet."""
-    token = door.authority.make_token("patient", 1)
-    guessed = msgspec.structs.replace(token, secret=bytes(32))
-    topic, stop = door.topics.enrolment(token.id, "reply"), threading.Event()
-
-    def shout() -> None:
-        with door.peer("authority") as peer:
-            while not stop.wait(0.005):
-                peer.publish(topic, authenticate(CredentialReply("used-token"), guessed, "reply"))
-                peer.publish(topic, b"nonsense")
-
-    thread = threading.Thread(target=shout, daemon=True)
-    thread.start()
-    try:
-        assert enrol(token, tmp_path / "x").credential.name == "patient"
-    finally:
-        stop.set()
-        thread.join(10)
+@pytest.mark.parametrize("forged", ["guessed", "nonsense", "own"])
+def test_a_reply_of_somebody_who_does_not_know_the_secret_is_passed_over(
+    door: GuardedFleet, tmp_path: Path, forged: str
+) -> None:
+    """The broker, say, which is first: it can neither refuse a device nor let it into another fleet."""
+    token = door.authority.make_token(f"patient-{forged}", 1)
+    refusal = CredentialReply("used-token")
+    raw = {
+        "guessed": authenticate(refusal, msgspec.structs.replace(token, secret=bytes(32)), "reply"),
+        "nonsense": b"nonsense",
+        "own": sign(door.topics.enrolment(token.id, "reply"), refusal, door.authority.signer),
+    }[forged]
+    with door.peer("authority") as peer:
+        peer.publish(door.topics.enrolment(token.id, "reply"), raw, retain=True)
+    assert enrol(token, tmp_path / "x").credential.name == token.device
 
 
 def test_nobody_serves(fleet: GuardedFleet, tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from fleetune.edge.agent import heard as module
 from fleetune.edge.agent.heard import Heard
 from fleetune.edge.protocol.errors import MessageError
 from fleetune.edge.protocol.identity.clock import MAX_SKEW, Clock
-from fleetune.edge.protocol.messages import Announcement, TimeReply
+from fleetune.edge.protocol.identity.credential import Sender
+from fleetune.edge.protocol.link import Received
+from fleetune.edge.protocol.messages import Announcement, TimeReply, TimeRequest, UpdateManifest
+from support.guarded import DAY, GuardedFleet
 
-DAY = 86400.0
 LIFE = DAY
 """Of an announcement."""
 
@@ -182,6 +184,39 @@ def test_a_flood_of_old_announcements_makes_no_flood_of_questions(
         refused(heard, announcement(now - 5))
         asked += heard.question() is not None
     assert asked == 1
+
+
+@pytest.mark.parametrize("years", [-30, 14])
+def test_a_board_takes_part_whatever_its_clock_shows(fleet: GuardedFleet, years: float) -> None:
+    """The whole agent: it reaches the broker, believes the aggregator, asks it for the time, and does its round."""
+    fleet.enrol("nano-1")
+    nano_1, topics = Sender("device", "nano-1"), fleet.topics
+    with (
+        fleet.broker(),
+        fleet.link(
+            "aggregator", topics.introduction("+"), topics.up("+", "+"), topics.upload_manifest("+", "+")
+        ) as link,
+        fleet.agent("nano-1", ahead=years * 365 * DAY) as agent,
+    ):
+        link.publish(topics.aggregator_introduction, link.seals.introduction, retain=True)
+        link.say(topics.current("fedms"), announcement(time.time()), retain=True)
+        done: list[UpdateManifest] = []
+
+        def serve() -> bool:
+            for event in link.events(0.05):
+                if not isinstance(event, Received):
+                    continue
+                if event.topic == topics.introduction("nano-1"):
+                    link.seals.meet(event.payload, nano_1)
+                elif event.topic == topics.up("nano-1", "time"):
+                    question = link.seals.open(event.topic, event.payload, TimeRequest, nano_1)
+                    link.say(topics.down("nano-1", "time"), TimeReply(question.nonce, time.time()))
+                elif event.topic.endswith("/m"):
+                    done.append(link.seals.open(event.topic, event.payload, UpdateManifest, nano_1))
+            return bool(done)
+
+        agent.wait_until(serve)
+    assert done[0].version == 1
 
 
 def test_jobs_that_are_long_over_are_forgotten(heard: Heard, newest: dict[str, float], now: float) -> None:

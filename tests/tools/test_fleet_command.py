@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,13 @@ class Site:
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 
+    def quick(self, action: str, *arguments: str | Path) -> str:
+        """The same in this process."""
+        said = io.StringIO()
+        with redirect_stdout(said):
+            assert call("fleet", action, "--authority", self.authority, *arguments) == (0, "")
+        return said.getvalue()
+
     def address(self, port: int) -> BrokerAddress:
         return BrokerAddress("localhost", port, tls=True)
 
@@ -121,7 +129,7 @@ class Site:
                 assert process.wait(20) == 0, log.read_text()
 
     def token(self, device: str) -> Path:
-        self.does("enroll", device, "--out", self.folder / "tokens")
+        self.quick("enroll", device, "--out", self.folder / "tokens")
         return self.folder / "tokens" / f"{device}.token"
 
     def enroll(self, token: Path, state: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -145,7 +153,7 @@ class Site:
 
 
 def state_of(site: Site) -> dict[str, str]:
-    members = json.loads(site.does("show", "--json"))["members"]
+    members = json.loads(site.quick("show", "--json"))["members"]
     return {member["name"]: member["state"] for member in members}
 
 
@@ -314,7 +322,7 @@ def test_a_token_is_one_word_on_standard_output(made: Site) -> None:
 
 
 def test_tokens_of_a_whole_fleet_come_in_files_of_their_owner(made: Site, tmp_path: Path) -> None:
-    assert "2 tokens are in" in made.does("enroll", "--fleet", made.fleet, "--out", tmp_path / "tokens")
+    assert "2 tokens are in" in made.quick("enroll", "--fleet", made.fleet, "--out", tmp_path / "tokens")
     files = sorted((tmp_path / "tokens").iterdir())
     assert [path.name for path in files] == ["nano-1.token", "nano-2.token"]
     assert [stat.S_IMODE(path.stat().st_mode) for path in files] == [0o600, 0o600]
@@ -322,15 +330,14 @@ def test_tokens_of_a_whole_fleet_come_in_files_of_their_owner(made: Site, tmp_pa
 
 
 def test_tokens_come_as_json(made: Site) -> None:
-    rows = json.loads(made.does("enroll", "nano-1", "nano-2", "--json"))
+    rows = json.loads(made.quick("enroll", "nano-1", "nano-2", "--json"))
     assert [row["device"] for row in rows] == [Token.parse(row["token"]).device for row in rows] == ["nano-1", "nano-2"]
 
 
 def test_a_device_that_comes_back_is_told_of_where_the_broker_does_not_run_here(tmp_path: Path) -> None:
     """The token alone is on standard output."""
     site = Site(tmp_path)
-    site.does("rotate", "publisher", "--offline")
-    site.does("revoke", "publisher", "--offline")
+    site.quick("revoke", "publisher", "--offline")
     enroll_offline(site, "nano-1")
     said = site.does("revoke", "nano-1", "--offline")
     assert f"copy {site.authority}/broker/acl" in said
@@ -356,12 +363,12 @@ def enroll_offline(site: Site, device: str) -> None:
     (("nano-9", "--fleet", "FLEET"), "nano-9"),
 ])  # fmt: skip
 def test_a_token_that_nobody_could_use_is_not_made(made: Site, arguments: tuple[str, ...], words: str) -> None:
-    before = made.does("show", "--json")
+    before = made.quick("show", "--json")
     given = [made.fleet if argument == "FLEET" else argument for argument in arguments]
     code, what = call("fleet", "enroll", "--authority", made.authority, *given)
     assert code == 10
     assert words in what
-    assert made.does("show", "--json") == before
+    assert made.quick("show", "--json") == before
 
 
 # --- enroll -------------------------------------------------------------------------------------------------------
@@ -372,7 +379,7 @@ def test_a_token_comes_over_standard_input(made: Site, tmp_path: Path) -> None:
     ended = fleetune("enroll", "--token", "-", "--state", tmp_path / "state", stdin="fleetune1.garbled")
     assert "copy all of it" in refused(ended, 24, "the token cannot be read")
     assert not (tmp_path / "state").exists()
-    word = made.does("enroll", "nano-2")
+    word = made.quick("enroll", "nano-2")
     ended = fleetune("enroll", "--token", "-", "--state", tmp_path / "state", stdin=word)
     refused(ended, 15, "no broker answers")
     assert word.strip() not in ended.stderr
@@ -392,8 +399,8 @@ def test_a_token_stays_until_it_was_used(made: Site, tmp_path: Path) -> None:
 
 
 def test_show_names_everybody_and_no_secret(made: Site) -> None:
-    token = Token.parse(made.does("enroll", "nano-2"))
-    said, document = made.does("show"), made.does("show", "--json")
+    token = Token.parse(made.quick("enroll", "nano-2"))
+    said, document = made.quick("show"), made.quick("show", "--json")
     assert {row["name"] for row in json.loads(document)["members"]} >= {"aggregator", "authority", "broker"}
     row = next(row for row in json.loads(document)["tokens"] if row["device"] == "nano-2")
     assert (row["state"], row["id"]) == ("waits", token.id)
@@ -425,7 +432,6 @@ def test_no_broker_is_said_after_the_revocation_is_kept(tmp_path: Path) -> None:
     site = Site(tmp_path)
     refused(site.run("revoke", "aggregator"), 15, "no broker answers")
     assert state_of(site)["aggregator"] == "revoked"
-    assert "REVOKED" not in site.does("show")
 
 
 @pytest.mark.parametrize("action", ["show", "enroll", "serve", "revoke", "rotate"])
@@ -439,8 +445,10 @@ def test_no_authority_is_said_by_every_command(tmp_path: Path, action: str) -> N
 
 def test_keys_that_others_may_read_are_refused(tmp_path: Path) -> None:
     site = Site(tmp_path)
-    (site.authority / "authority.json").chmod(0o644)
-    assert "chmod 600" in refused(site.run("show"), 25, "authority.json holds a private key")
+    for file in ("authority.json", "ledger.sqlite3"):
+        (site.authority / file).chmod(0o644)
+        assert "chmod 600" in refused(site.run("show"), 25, f"{file} holds a private key")
+        (site.authority / file).chmod(0o600)
 
 
 def test_an_authority_without_a_broker_does_not_wait_for_one(made: Site) -> None:

@@ -398,18 +398,20 @@ def _rotate(args: argparse.Namespace) -> None:
                     f"{args.authority / folders[name]} has new keys: copy it to where it is used, and start that again"
                 )
             elif name in devices:
-                _say(f"{name}: is told to renew")
+                _say(f"{name}: is {'not ' if args.offline else ''}told to renew")
         anew = {"broker", "authority"} & set(args.names)
-        if "broker" in anew or args.finish:  # when a rotation begins the broker does not know its new root yet
-            authority.make_member("authority", args.authority / AUTHORITY_FOLDER)
         if anew:
             write_broker(authority, broker_folder)
         elif folders.keys() & set(args.names):
             write_revocations(authority, broker_folder)  # one that was revoked has its rights again
         if (anew or folders.keys() & set(args.names)) and not reload_broker(broker_folder):
             _say(f"copy {broker_folder} to the broker, and reload it (kill -HUP)")
-        if not args.offline:
-            _tell(authority, args, {name: key for name, key in devices.items() if name in args.names})
+        try:
+            if not args.offline:
+                _tell(authority, args, {name: key for name, key in devices.items() if name in args.names})
+        finally:
+            if anew:  # last: what the authority had counts for the broker before and after it has read its files
+                authority.make_member("authority", args.authority / AUTHORITY_FOLDER)
 
 
 def _tell(authority: Authority, args: argparse.Namespace, renew: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ backbone by what it says. A side without an identity signs nothing and verifies 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from fleetune.edge.protocol.identity.credential import (
 from fleetune.edge.protocol.identity.folder import Identity
 from fleetune.edge.protocol.identity.keys import key_id
 from fleetune.edge.protocol.messages import Message, decode, open_envelope, read_envelope, seal
+
+log = logging.getLogger(__name__)
 
 
 class _Known(NamedTuple):
@@ -166,9 +169,10 @@ class Seals:
     def hear_trust(self, raw: bytes) -> Trust | None:
         """Take a newer trust document, and keep it; None if this one was known, or is older.
 
+        Where there is no room to keep it, it counts until the end of this process; the next one hears it again.
+
         Raises:
             MessageError: It is not one of this fleet.
-            OSError: It cannot be kept; until the end of this process it counts all the same.
         """
         if self._identity is None:
             return None
@@ -178,7 +182,10 @@ class Seals:
         self._identity = replace(self._identity, trust=trust, trust_envelope=raw)
         self.clock.passed(trust.issued)
         self._forget_others({key_id(authority) for authority in trust.authorities})
-        self._identity.save()
+        try:
+            self._identity.save()
+        except OSError as error:
+            log.error("version %d of the trust document cannot be kept: %s", trust.version, error)  # noqa: TRY400 - the disk
         return trust
 
     def _forget_others(self, authorities: set[str]) -> None:

@@ -20,7 +20,7 @@ from fleetune.edge.protocol.identity.folder import ROOTS_FILE, TLS_FILE
 from fleetune.edge.protocol.identity.tls import client_context, enrolment_context
 from fleetune.edge.protocol.link import Link
 from fleetune.edge.protocol.unreachable import why_not
-from fleetune.server.authority.mosquitto import CERTIFICATE, KEY, write_revocations
+from fleetune.server.authority.mosquitto import CERTIFICATE, KEY, write_broker, write_revocations
 from fleetune.server.broker import free_port
 from support.guarded import DAY, GuardedFleet, TestClock, guarded_fleet
 
@@ -150,6 +150,19 @@ def test_a_clock_that_is_years_ahead_does_not_keep_a_device_from_its_broker(wall
     link = Link(walls.address, "good", subscriptions=["t"], seals=seals)
     link.connect()
     link.close()
+    assert "expired" not in why(walls.address, lambda: walls.fleet.context("good"), seals.clock).what
+
+
+def test_neither_does_a_clock_that_stands_in_the_past(tmp_path: Path) -> None:
+    """By it the broker's certificate does not count yet; OpenSSL would look at the system's clock."""
+    clock = TestClock()
+    with guarded_fleet(tmp_path / "fleet", "nano-1", clock=clock) as fleet:
+        clock.ahead = 30 * DAY
+        write_broker(fleet.authority, fleet.broker_folder)
+        clock.ahead = 0.0
+        write_revocations(fleet.authority, fleet.broker_folder)
+        with fleet.broker(), fleet.link("nano-1"):
+            pass
 
 
 def test_the_brokers_own_certificate_does_not_let_anybody_in(walls: Walls, tmp_path: Path) -> None:

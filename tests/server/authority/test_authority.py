@@ -226,10 +226,10 @@ def test_nobody_believes_that_a_broker_was_revoked(fleet: GuardedFleet, name: st
 
 
 _REVOKE = """
-import sys
+import sys, time
 from pathlib import Path
 from fleetune.server.authority.authority import Authority
-authority = Authority(Path(sys.argv[1]))
+authority = Authority(Path(sys.argv[1]), clock=lambda: time.sleep(0.1) or time.time())  # it takes its time
 print("ready", flush=True)
 sys.stdin.readline()
 for name in sys.argv[2:]:
@@ -238,7 +238,7 @@ for name in sys.argv[2:]:
 
 
 def test_of_processes_that_revoke_at_once_none_undoes_what_another_did(fleet: GuardedFleet) -> None:
-    names = [[f"{process}-{i}" for i in range(5)] for process in range(2)]
+    names = [[f"{process}-{i}" for i in range(2)] for process in range(2)]
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", _REVOKE, str(fleet.authority_folder), *some],
@@ -256,7 +256,7 @@ def test_of_processes_that_revoke_at_once_none_undoes_what_another_did(fleet: Gu
         assert process.returncode == 0
     fleet.authority.reload()
     assert set(fleet.authority.trust.revoked) == {name for some in names for name in some}
-    assert fleet.authority.trust.version == 11
+    assert fleet.authority.trust.version == 5
 
 
 def test_a_revocation_is_remembered_as_long_as_what_it_is_about_could_count(tmp_path: Path) -> None:

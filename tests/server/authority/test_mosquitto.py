@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import ssl
 import subprocess
@@ -359,3 +360,16 @@ def test_only_a_mosquitto_is_told_to_reload(fleet: GuardedFleet) -> None:
         time.sleep(0.05)
         assert process.poll() is None
         process.kill()
+
+
+def test_a_mosquitto_of_somebody_else_is_left_to_them(fleet: GuardedFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may do anything, so this is the system's word."""
+
+    def kill(_process: int, _signal: int) -> None:
+        raise PermissionError
+
+    with fleet.broker():
+        assert reload_broker(fleet.broker_folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "kill", kill)
+            assert not reload_broker(fleet.broker_folder)

@@ -206,6 +206,15 @@ def test_a_list_on_which_nobody_stands_lets_all_in_for_years(bench: Bench) -> No
     assert verify(bench.root, device, "-crl_check", "-CRLfile", nobody, at=NOW + 2900 * DAY) == ""
 
 
+def test_a_broker_whose_clock_is_slow_takes_a_new_list(bench: Bench) -> None:
+    """Or it lets nobody in until it is that late there, too."""
+    key = make_key().public_key()
+    made = bench.authority.certify("lab", "old", key, begins=NOW + 5 * DAY, expires=NOW + 9 * DAY)
+    later = bench.write("crl.pem", bench.authority.revocations([], NOW + 6 * DAY))
+    device = bench.write("old.pem", made.pem)
+    assert verify(bench.root, device, "-crl_check", "-CRLfile", later, at=NOW + 6 * DAY - 20 * 3600) == ""
+
+
 def test_a_list_of_somebody_else_does_not_count(bench: Bench, tmp_path: Path) -> None:
     theirs = bench.write("crl.pem", Bench(tmp_path).authority.revocations([], NOW))
     assert "unable to get certificate CRL" in verify(bench.root, bench.device(), "-crl_check", "-CRLfile", theirs)

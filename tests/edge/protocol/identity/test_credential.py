@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fleetune.edge.protocol.errors import MessageError
@@ -192,6 +192,7 @@ def test_whatever_is_signed_is_not_parsed_before_the_signature_is_verified() -> 
     assert reason(check_signature, "t", decode(raw, Envelope), AUTHORITY.public) == "wrong-signature"
 
 
+@example("trust", b"credential{}", "trustcredential", b"{}")
 @given(st.text("ab/\n"), st.binary(max_size=6), st.text("ab/\n"), st.binary(max_size=6))
 def test_no_two_contexts_and_bodies_are_signed_alike(one: str, body: bytes, other: str, another: bytes) -> None:
     """Topics and kinds have no line breaks."""
