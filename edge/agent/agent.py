@@ -157,8 +157,8 @@ class Agent:
             self._link.connect(timeout=math.inf)
             self._say_who()
             self._worker.prepare(self._state, self._show_preparation)
-            if self._said[0] != "declined":  # what came meanwhile
-                self._publish("online", "waits for a round")
+            declined = [why for job, (round_, why) in self._declined.items() if round_ == self._newest_round(job)]
+            self._publish(*(("declined", declined[-1]) if declined else ("online", "waits for a round")))
             log.info("%s of the fleet %s waits for a round", self._config.device, self._config.fleet)
             self._notifier.ready()
             while True:
@@ -351,6 +351,10 @@ class Agent:
         else:
             with self._declining(announced):
                 self._broadcasts.want(announced, under_way=not event.retained and not again)
+
+    def _newest_round(self, job: str) -> _Round | None:
+        announced = self._newest.get(job)
+        return None if announced is None else _round(announced)
 
     def _forget(self, job: str) -> None:
         """The newest announcement of a job does not count any more."""

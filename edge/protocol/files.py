@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from fleetune.edge.protocol.errors import RunFolderError
 
-_PIECE = 1 << 18
+_PIECE = 1 << 16
 
 
 def read_bytes(path: Path, most: int) -> bytes:

@@ -80,8 +80,8 @@ def _read(target: Target, inputs: int, seed: int) -> dict[str, object]:
     with Sandbox() as sandbox:
         check(target, b"", sandbox)
         before = _size()
-        limit = before + ROOM + target.memory
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (before + ROOM + target.memory, most))
         for _ in range(inputs):
             entropy = rng.randbytes(rng.randrange(64))
             try:
@@ -92,6 +92,7 @@ def _read(target: Target, inputs: int, seed: int) -> dict[str, object]:
                 place = traceback.extract_tb(error.__traceback__)[-1]
                 kind = f"{type(error).__name__} {place.filename}:{place.lineno}"
                 failures.setdefault(kind, {"entropy": entropy.hex(), "trace": traceback.format_exc()})
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     return {"counts": counts, "failures": list(failures.values()), "grew_mib": (_size() - before) // MIB}
 
 

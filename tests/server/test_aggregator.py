@@ -27,6 +27,7 @@ from fleetune.edge.protocol.messages import (
     Ack,
     Announcement,
     Missing,
+    Need,
     Presence,
     PresenceState,
     UpdateManifest,
@@ -585,3 +586,24 @@ def test_a_topic_that_no_device_has_is_nobodys(
     for device in "ab":
         assert fleet.await_answer(fleet.update(device, 0, {}).send()).accepted
     fleet.await_round(1)
+
+
+def test_only_the_fleets_devices_have_a_broadcast_sent_again(
+    broker: BrokerAddress, tmp_path: Path, start: Start
+) -> None:
+    fleet = start(tmp_path / "run")
+    begin(fleet)
+    for device in "ab":
+        fleet.update(device, 1, {"head.bias": BIAS}).send()
+    fleet.await_round(2)
+    whole = fleet.announced[-1].whole
+    assert whole is not None
+    listener = Link(broker, "listener", subscriptions=[TOPICS.repair_chunk("fedms", whole.sha256, "+")], will=None)
+    listener.connect()
+    need = encode(Need("fedms", whole.sha256, b"\1"))
+    for device, heard in (("stranger", 0), ("a", 1)):
+        fleet.link.publish(TOPICS.need(device), need)
+        until = time.monotonic() + 1.5
+        fleet.wait(lambda until=until: time.monotonic() > until)  # type: ignore[misc]
+        assert sum(isinstance(event, Received) for event in listener.events(0.5)) == heard
+    listener.close()

@@ -37,4 +37,4 @@ def test_no_message_makes_a_second_line_in_a_log() -> None:
     assert lines[0] == r"WARNING nano-1\nINFO nano-1: accepted: refused"
     assert lines[1] == "ERROR unforeseen"
     assert lines[2].startswith("Traceback")
-    assert lines[-1] == r"ValueError: invalid literal for int() with base 10: 'bad\\x1b[1A'"
+    assert lines[-1] == r"ValueError: invalid literal for int() with base 10: 'bad\x1b[1A'"
