@@ -19,6 +19,7 @@ import safetensors.numpy
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.address import BrokerAddress
+from fleetune.edge.protocol.codec import Shapes
 from fleetune.edge.protocol.codec.entropy import decompress
 from fleetune.edge.protocol.link import Link, Received
 from fleetune.edge.protocol.messages import MAX_PAYLOAD
@@ -29,7 +30,7 @@ from fleetune.edge.resources.limits import TIME_MARGIN
 from fleetune.edge.resources.planner import candidates
 from fleetune.edge.resources.workload import Workload
 from fleetune.server.broker import free_port
-from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal, read_records
+from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal, Started, read_records
 
 ROUNDS = ("--global-rounds", "2", "--personal-rounds", "1", "--sal-start", "3")
 STAGES = ["prepare", "global", "global", "prepare", "personal", "evaluate"]
@@ -41,6 +42,12 @@ def stages(records: list[Any]) -> list[str]:
 
 def answers(records: list[Any]) -> list[tuple[str, int]]:
     return sorted((r.manifest.device, r.manifest.version) for r in records if isinstance(r, Accepted))
+
+
+def shapes_of(fleet: Any) -> Shapes:
+    """Of every tensor of the run's job."""
+    (started,) = [r for r in fleet.records() if isinstance(r, Started)]
+    return started.jobs[0].shapes  # type: ignore[no-any-return]
 
 
 def final_globals(folder: Path) -> dict[str, Any]:
@@ -111,9 +118,9 @@ def test_a_device_sends_only_the_blocks_that_its_budget_lets_it_train(make_fleet
     run_to_the_end(fleet, "--epochs", "20")
     updates = [r for r in fleet.records() if isinstance(r, Accepted)]
     first = {update.manifest.device: update for update in updates if update.into == 1}
-    journal = Journal(fleet.folder / "aggregator")
+    journal, shapes = Journal(fleet.folder / "aggregator"), shapes_of(fleet)
     blocks = {
-        device: {name.split(".")[1] for name in journal.load_update(update) if name.startswith("blocks.")}
+        device: {name.split(".")[1] for name in journal.load_update(update, shapes) if name.startswith("blocks.")}
         for device, update in first.items()
     }
     journal.close()
@@ -126,10 +133,10 @@ def test_a_block_is_the_mean_over_the_devices_that_trained_it_weighted_by_sample
 ) -> None:
     fleet = make_fleet(embedded)
     run_to_the_end(fleet)
-    journal = Journal(fleet.folder / "aggregator")
+    journal, shapes = Journal(fleet.folder / "aggregator"), shapes_of(fleet)
     first = [r for r in fleet.records() if isinstance(r, Accepted) and r.into == 1]
     result = journal.load_globals("fedms", 1)
-    tensors = [journal.load_update(update) for update in first]
+    tensors = [journal.load_update(update, shapes) for update in first]
     journal.close()
     weights = [update.manifest.samples for update in first]
     assert sorted(weights) == [10, 12]
@@ -141,10 +148,10 @@ def test_a_block_is_the_mean_over_the_devices_that_trained_it_weighted_by_sample
 def test_only_the_gates_adapter_goes_up_in_the_second_stage(make_fleet: Any, embedded: str) -> None:
     fleet = make_fleet(embedded)
     run_to_the_end(fleet)
-    journal = Journal(fleet.folder / "aggregator")
+    journal, shapes = Journal(fleet.folder / "aggregator"), shapes_of(fleet)
     personal = [r.announcement.version for r in fleet.records() if isinstance(r, Announced)][4]
     sent = [r for r in fleet.records() if isinstance(r, Accepted) and r.into == personal]
-    names = {name for update in sent for name in journal.load_update(update)}
+    names = {name for update in sent for name in journal.load_update(update, shapes)}
     journal.close()
     assert len(sent) == 2
     assert names == {"gate.A", "gate.B"}

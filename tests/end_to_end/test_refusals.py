@@ -152,8 +152,14 @@ def test_a_device_that_sends_nothing_but_bad_updates_is_kept_out_until_it_is_let
         assert small.send(small.answer(prepare)).accepted
         assert big.send(big.answer(prepare)).accepted
         trains = small.round(run)
-        for reason in ("not-finite", "not-finite", "quarantined"):
-            assert refusal(small.send(small.answer(trains, bad), Codec.named("f16").encode(bad))) == reason
+        for update, reason in (
+            ("one", "not-finite"),
+            ("one", "not-finite"),  # once more, and counts no more than once
+            ("two", "not-finite"),
+            ("three", "quarantined"),
+        ):
+            answer = msgspec.structs.replace(small.answer(trains, bad), update=update)
+            assert refusal(small.send(answer, Codec.named("f16").encode(bad))) == reason
         assert big.send(big.answer(trains, good), Codec.named("f16").encode(good)).accepted
         assert small.round(run).version == trains.version + 1  # which waited for nobody
         shown = fleet.start("status", "--state", str(fleet.folder / "aggregator"))

@@ -13,7 +13,7 @@ import pytest
 
 from fleetune.edge.pack.pack import Pack
 from fleetune.server.broker import embedded_broker, free_port
-from fleetune.tools.doctor import broker, clock, disk, host, memory, pack, wheels
+from fleetune.tools.doctor import broker, clock, disk, host, identity, memory, pack, wheels
 from fleetune.tools.doctor.examination import Subject, examine
 from support.trees import plant, sample
 
@@ -141,11 +141,14 @@ def test_every_code_and_every_check_has_its_line_in_the_documents() -> None:
         broker.PUBLISH_DENIED,
         broker.NOTHING_BACK,
         broker.PACKET_TOO_SMALL,
+        identity.IDENTITY,
+        broker.NO_ENTRY,
+        broker.RIGHTS_TOO_WIDE,
     ]
-    assert codes == list(range(30, 43))
+    assert codes == list(range(30, 46))
     table, page = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("exit-codes.md", "doctor.md"))
     assert re.findall(r"^\| (\d+) \| `fleetune doctor`", table, re.MULTILINE) == [str(code) for code in codes]
-    for name, code in zip([*ORDER[:4], "pack", *ORDER[4:7]], codes, strict=False):
+    for name, code in [*zip([*ORDER[:4], "pack", *ORDER[4:7]], codes, strict=False), ("identity", identity.IDENTITY)]:
         assert f"| `{name}` | {code} |" in page
     for code in codes[8:]:
         assert f"| {code} |" in page

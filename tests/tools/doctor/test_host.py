@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.metadata
 import json
 import os
 import platform
@@ -215,14 +214,6 @@ def oldest_glibc(tags: list[str]) -> tuple[int, int]:
         if match is not None:
             found.append(legacy[match[3]] if match[3] else (int(match[1]), int(match[2])))
     return min(found, default=(0, 0))
-
-
-def test_the_glibc_that_is_asked_for_is_the_one_that_the_installed_wheels_are_tagged_with() -> None:
-    tags = {}
-    for name in plain_install():
-        wheel = importlib.metadata.distribution(name).read_text("WHEEL") or ""
-        tags[name] = re.findall(r"^Tag: (.+)$", wheel, re.MULTILINE)
-    assert max(map(oldest_glibc, tags.values())) == host.needed_glibc(sys.version_info[:2])
 
 
 @pytest.mark.slow
