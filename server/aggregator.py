@@ -39,8 +39,9 @@ from fleetune.server.broadcast import Broadcast
 from fleetune.server.globals import MAX_CHECKPOINT, Globals
 from fleetune.server.intake import Intake, accuracies
 from fleetune.server.job import Job
-from fleetune.server.journal import Announced, Closed, Finished, Journal, Typical
+from fleetune.server.journal import Announced, Closed, Finished, Journal, Typical, read_records
 from fleetune.server.leadership import OWN, Facts, Leadership
+from fleetune.server.privacy import Account, Guarantee
 from fleetune.server.quarantine import Quarantine
 from fleetune.server.registry import Registry
 from fleetune.server.round import OpenRound
@@ -152,6 +153,7 @@ class Aggregator:
         self._open: OpenRound | None = None
         self._intake: Intake | None = None
         self._globals = Globals("f32")
+        self._account: Account | None = None
         self._checkpointed = -1
         self._version = self._closed_version = -1
         self._cut: float | None = None  # since when the link is down
@@ -219,6 +221,8 @@ class Aggregator:
             max_staleness=self._config.max_staleness,
         )
         globals_ = self._globals = self._recover(job, strategy, intake)
+        self._account = self._recover_account(job)
+        self._with_room(partial(self._save_guarantee, job))
         self._registry.expect_anew()
         self._wait_for_devices()
         while (plan := strategy.next(self._closed)) is not None:
@@ -230,6 +234,7 @@ class Aggregator:
             self._open.deadline = time.monotonic() + self._config.deadline_s
             self._collect(job)
             self._with_room(partial(self._close, job, globals_, intake))
+            self._with_room(partial(self._save_guarantee, job))
             if self._is_due(job):
                 self._with_room(partial(self._checkpoint, job, globals_))
         self._with_room(partial(self._checkpoint, job, globals_))
@@ -264,6 +269,8 @@ class Aggregator:
             log.info("%s: %s%s", job.id, device, accuracies(metrics))
         if self._closed:
             log.info("%s: mean%s", job.id, accuracies(self._closed[-1].means))
+        if self._guarantee is not None:
+            log.info("%s: %s; see %s", job.id, self._guarantee.in_words(), self._journal.privacy_path(job.id))
         if job.id in self._config.models:
             log.info("%s: the global expert is in %s", job.id, self._journal.model_path(job.id))
 
@@ -313,6 +320,25 @@ class Aggregator:
         if not shapes_of(globals_.tensors).items() <= job.shapes.items():
             raise RunFolderError(f"{where} holds tensors of another job", remedy)
         return version, globals_
+
+    def _recover_account(self, job: Job) -> Account | None:
+        """What the rounds in the journal have given away, if the job is private."""
+        if job.privacy is None:
+            return None
+        account = Account(job.privacy)
+        for record in read_records(self._journal.path) if self._closed else ():
+            if isinstance(record, Closed) and record.job == job.id and record.privacy is not None:
+                account.add(record.privacy)
+        return account
+
+    @property
+    def _guarantee(self) -> Guarantee | None:
+        """What the privacy of the job's devices has come to, if there is any."""
+        return None if self._account is None else self._account.guarantee()
+
+    def _save_guarantee(self, job: Job) -> None:
+        if (guarantee := self._guarantee) is not None:
+            self._journal.save_guarantee(job.id, guarantee)
 
     def _checkpoint(self, job: Job, globals_: Globals) -> None:
         """Keep what followed from the rounds so far, so that a restart need not repeat them."""
@@ -368,6 +394,7 @@ class Aggregator:
             settings={**job.settings, "depth": plan.depth},
             issued=0.0,
             expires=0.0,
+            privacy=None if job.privacy is None else job.privacy.of(plan.stage),
         )
 
     def _announce(self, job: Job, plan: NextRound, rounds: int, globals_: Globals) -> None:
@@ -394,7 +421,11 @@ class Aggregator:
         self._broadcast.announce(announcement, globals_.payloads, fresh=True)
 
     def _opened(self, job: Job, announcement: Announcement, plan: NextRound) -> OpenRound:
-        bounds = Bounds(job.rule, self._typical.get(announcement.stage))
+        if announcement.privacy is None:
+            bounds = Bounds(job.rule, self._typical.get(announcement.stage))
+        else:
+            shapes = (shape for name, shape in job.shapes.items() if name.startswith(plan.trained))
+            bounds = Bounds.of_noise(job.rule, announcement.privacy, shapes)
         return OpenRound(announcement, plan, bounds, partial(self._journal.load_update, shapes=job.shapes))
 
     # --- collecting ---------------------------------------------------------------------------------------------
@@ -564,7 +595,8 @@ class Aggregator:
             done.closing = True
         self._journal.keep_globals(job.id, number, globals_.tensors)
         self._save_model(job, done, globals_)
-        record = Closed(job.id, number, sorted(done.answers), time.time(), done.late, means, done.typical)
+        privacy = done.privacy
+        record = Closed(job.id, number, sorted(done.answers), time.time(), done.late, means, done.typical, privacy)
         self._journal.append(record, sync=False)  # the next record is; until then the round counts as open
         self._store.add([record], self._journal.size)
         self._closed_version = number
@@ -572,6 +604,8 @@ class Aggregator:
         self._last = done.answers
         intake.close_round(number)
         self._open = None
+        if self._account is not None and privacy is not None:
+            self._account.add(privacy)
 
     def _remember(self, closed: ClosedRound, typical: Typical | None) -> None:
         """What the next rounds follow from."""
@@ -590,7 +624,11 @@ class Aggregator:
         model = self._config.models.get(job.id)
         if model is not None and closing.announcement.stage == "global":
             expert = {name: t for name, t in globals_.tensors.items() if name.startswith(closing.plan.trained)}
-            values = {name: model.initial[name] + gained for name, gained in expert.items()}
+            values = {
+                name: initial + expert[name] if name in expert else initial
+                for name, initial in model.initial.items()
+                if name in expert or f"{name[:-1]}B" in expert  # an A that stayed as it began
+            }
             self._journal.save_model(job.id, msgspec.structs.replace(model.card, run=self._run.run), values)
 
     def _facts(self) -> Facts:

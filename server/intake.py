@@ -115,6 +115,9 @@ class Intake:
             raise MessageError("the update is of another run", "answer the newest announcement", reason="wrong-run")
         if manifest.samples < 1:
             raise MessageError("the update has no samples", "train on at least one", reason="no-samples")
+        private = self._job.privacy
+        if private is not None and (manifest.noise < private.noise or manifest.samples != 1):
+            raise MessageError("the update is not private", "add the job's noise", reason="not-private")
 
     def _shapes(self, current: OpenRound, *, late: bool) -> Shapes:
         """What an update may hold: what the round trains, or, where it comes late, what any round of the job does."""

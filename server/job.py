@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fleetune.edge.protocol.codec import DEFAULT
+from fleetune.edge.protocol.messages import Privacy, Stage
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Job:
         schedule: When SAL deepens.
         codec: How what is broadcast becomes bytes.
         rule: How updates become one.
+        privacy: What devices do to their updates before these leave; None for nothing.
     """
 
     id: str
@@ -35,6 +37,30 @@ class Job:
     schedule: ScheduleSettings = field(default_factory=lambda: ScheduleSettings())
     codec: str = DEFAULT
     rule: RuleSettings = field(default_factory=lambda: RuleSettings())
+    privacy: JobPrivacy | None = None
+
+
+@dataclass(frozen=True)
+class JobPrivacy:
+    """Differential privacy of each device as a whole.
+
+    Attributes:
+        noise: Standard deviation of a device's noise, over the clip: z.
+        clip: L2 norm that an update of the expert is cut to.
+        gate_clip: L2 norm that an update of the gate's adapter is cut to: it is far smaller.
+        delta: δ that ε is said for.
+        accuracy: Whether devices tell accuracies when the job ends, which nothing covers.
+    """
+
+    noise: float
+    clip: float
+    gate_clip: float
+    delta: float
+    accuracy: bool = False
+
+    def of(self, stage: Stage) -> Privacy:
+        """What is asked of a device in a round of this stage."""
+        return Privacy(self.gate_clip if stage == "personal" else self.clip, self.noise, self.accuracy)
 
 
 @dataclass(frozen=True)

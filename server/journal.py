@@ -24,6 +24,8 @@ from fleetune.edge.protocol.messages import MAX_PAYLOAD, Announcement, Count, Na
 from fleetune.edge.protocol.modelfile import FILE as MODEL_FILE
 from fleetune.edge.protocol.modelfile import GLOBAL, Card, write_model_file
 from fleetune.server.job import Job
+from fleetune.server.privacy import FILE as PRIVACY_FILE
+from fleetune.server.privacy import Guarantee, RoundPrivacy
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +92,7 @@ class Closed(msgspec.Struct, frozen=True, tag="closed"):
         closed: Unix time.
         means: Mean of every figure over the devices that answered it.
         typical: What was typical of the updates that it took in; absent if none changed anything.
+        privacy: What its sums hide behind, if updates were private.
     """
 
     job: Name
@@ -99,6 +102,7 @@ class Closed(msgspec.Struct, frozen=True, tag="closed"):
     late: Count = 0
     means: dict[str, float] = {}
     typical: Typical | None = None
+    privacy: RoundPrivacy | None = None
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
@@ -333,6 +337,14 @@ class Journal:
     def save_model(self, job: str, card: Card, expert: Mapping[str, NDArray[np.float32]]) -> None:
         """Replace the model file of a job by its newest global expert."""
         write_model_file(self.model_path(job), card, {f"{GLOBAL}{name}": tensor for name, tensor in expert.items()})
+
+    def save_guarantee(self, job: str, guarantee: Guarantee) -> None:
+        """Replace what is said of the privacy that a job's devices had."""
+        write_atomic(self.privacy_path(job), msgspec.json.format(msgspec.json.encode(guarantee)), sync=False)
+
+    def privacy_path(self, job: str) -> Path:
+        """Where that is."""
+        return self.folder / job / PRIVACY_FILE
 
     def model_path(self, job: str) -> Path:
         """Where a job's global expert is, to take home."""

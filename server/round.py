@@ -10,8 +10,9 @@ from statistics import fmean
 from fleetune.edge.protocol.codec import Tensors
 from fleetune.edge.protocol.messages import Announcement
 from fleetune.server.journal import Accepted, Typical
+from fleetune.server.privacy import SUMS, RoundPrivacy, Shares
 from fleetune.server.rules import RULES
-from fleetune.server.rules.base import Bounds, Load, Rule, Sizes
+from fleetune.server.rules.base import Bounds, Load, Rule, Sizes, staleness_weight
 from fleetune.server.strategies.base import Metrics, NextRound
 
 
@@ -40,6 +41,7 @@ class OpenRound:
     closing: bool = False
     rule: Rule = field(init=False)
     _sizes: Sizes = field(default_factory=Sizes)
+    _shares: Shares = field(default_factory=Shares)
 
     def __post_init__(self) -> None:
         self.rule = RULES[self.bounds.settings.name](self.bounds, self.load)
@@ -54,6 +56,8 @@ class OpenRound:
         if tensors:
             self._sizes.add(accepted)
             self.rule.add(accepted, tensors)
+            if self.announcement.privacy is not None:
+                self._shares.add(manifest.device, tensors, staleness_weight(accepted.staleness))
 
     @property
     def updates(self) -> int:
@@ -69,6 +73,11 @@ class OpenRound:
     def typical(self) -> Typical | None:
         """What is typical of the updates so far."""
         return self._sizes.typical
+
+    @property
+    def privacy(self) -> RoundPrivacy | None:
+        """What the updates so far hide behind, if they are private."""
+        return self._shares.close(is_sum=self.bounds.settings.name in SUMS)
 
     def gain(self) -> Tensors:
         """What the round adds to each global tensor: what the rule makes of those who trained it."""

@@ -375,6 +375,14 @@ def test_a_state_folder_that_cannot_be_made_exits_21(bench: Bench, command: str)
     ("serve", "--learning-rate", "-0.5"),
     ("serve", "--gate-learning-rate", "nan"),
     ("serve", "--gate-learning-rate", "0"),
+    ("agent", "--dp-min-noise", "0.0"),
+    ("agent", "--dp-min-noise", "nan"),
+    ("agent", "--dp-max-updates", "-1"),
+    ("serve", "--dp-epsilon", "0.0"),
+    ("serve", "--dp-noise", "-1.0"),
+    ("serve", "--dp-delta", "1.0"),
+    ("serve", "--dp-clip", "nan"),
+    ("serve", "--dp-gate-clip", "inf"),
 ])  # fmt: skip
 def test_an_option_out_of_range_is_named_with_its_value(bench: Bench, command: str, option: str, value: str) -> None:
     bench.assert_refuses(10, command, f"{option}={value}", named=(f"{option}: {value}",))

@@ -15,7 +15,7 @@ from fleetune.edge.protocol.codec import DEFAULT
 from fleetune.edge.protocol.errors import ConfigError
 from fleetune.edge.protocol.modelfile import MAX_CLASSES
 from fleetune.server.aggregator import Model
-from fleetune.server.job import Job, RuleSettings, ScheduleSettings
+from fleetune.server.job import Job, JobPrivacy, RuleSettings, ScheduleSettings
 from fleetune.server.rules import RULES
 from fleetune.server.rules.base import assumed
 
@@ -76,8 +76,18 @@ def check_rule(rule: RuleSettings, *, updates: int) -> None:
         )
 
 
-def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int, codec: str = DEFAULT) -> tuple[Job, ...]:
+def build_jobs(
+    args: argparse.Namespace,
+    manifest: Manifest,
+    *,
+    classes: int,
+    codec: str = DEFAULT,
+    privacy: JobPrivacy | None = None,
+) -> tuple[Job, ...]:
     """The jobs that ``--job`` and its companions ask for.
+
+    Where updates get noise only one factor of the adapters is trained together: with noise in both, their product has
+    it squared (FFA-LoRA, Sun et al. 2024).
 
     Raises:
         ConfigError: An option is out of range.
@@ -102,6 +112,8 @@ def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int, co
         "learning_rate": args.learning_rate,
         "weight_decay": args.weight_decay,
     }
+    if privacy is not None:
+        common["factors"] = "B"
     gate: dict[str, float | int | str | bool] = {
         "gate_rank": args.gate_rank,
         "gate_learning_rate": args.gate_learning_rate,
@@ -111,6 +123,8 @@ def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int, co
     }
     schedule = ScheduleSettings(args.sal_start, args.sal_step, args.sal_window, args.sal_threshold)
     shapes = Layout.of(manifest, classes).shapes | adapter_shapes(manifest.width, args.gate_rank)
+    if privacy is not None:
+        shapes = {name: shape for name, shape in shapes.items() if not name.endswith(".A")}
     rounds = {
         "fedms": {"global": args.global_rounds, "personal": args.personal_rounds},
         "standalone": {"train": args.global_rounds + args.personal_rounds},
@@ -128,6 +142,7 @@ def build_jobs(args: argparse.Namespace, manifest: Manifest, *, classes: int, co
             schedule=schedule,
             codec=codec,
             rule=rule_of(args),
+            privacy=privacy,
         )
         for method in dict.fromkeys(args.jobs or ["fedms"])
     )

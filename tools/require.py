@@ -28,6 +28,15 @@ def require_server_extra() -> None:
     _require(_SERVER, "all")
 
 
+def require_accountant() -> None:
+    """Check that privacy can be accounted for.
+
+    Raises:
+        ConfigError: A package is missing.
+    """
+    _require(("dp_accounting",), "server")
+
+
 def require_all_extras() -> None:
     """Check that both are installed.
 

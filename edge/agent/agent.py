@@ -19,6 +19,7 @@ from fleetune.edge.agent.feedback import encode_with_feedback
 from fleetune.edge.agent.heard import Heard
 from fleetune.edge.agent.notify import Notifier
 from fleetune.edge.agent.outbox import Outbox
+from fleetune.edge.agent.privacy import Ledger, discreet, make_private
 from fleetune.edge.agent.renewal import Renewal
 from fleetune.edge.agent.state import State
 from fleetune.edge.agent.worker import Answer, Worker
@@ -121,6 +122,8 @@ class Agent:
         self._unsaved: tuple[Announcement, Answer] | None = None
         self._repairs: set[str] = set()
         self._facts: dict[str, float | int | str | bool] = {}
+        self._ledger = Ledger(self._state, config.privacy)
+        self._is_private = config.privacy.min_noise is not None  # or the newest round is: no word of the samples
         self._said: tuple[PresenceState, str] = ("online", "starts")
         self._shown = 0.0
         self._look_again = self._looked = 0.0
@@ -165,7 +168,7 @@ class Agent:
                 self._look_at_post(timeout=0.1 if self._broadcasts.waits else 1.0)
                 self._work()
         except FleetuneError as error:
-            self._publish("failed", error.public)
+            self._publish("failed", self._public(error))
             raise
         finally:
             self._notifier.stopping()
@@ -190,6 +193,9 @@ class Agent:
             detail=shortened(detail),
             facts=dict(self._facts),
         )
+
+    def _public(self, error: FleetuneError) -> str:
+        return discreet(error) if self._is_private else error.public
 
     def _publish(self, state: PresenceState, detail: str) -> None:
         self._said = state, detail
@@ -374,17 +380,17 @@ class Agent:
         except BrokerProtocolError:
             raise
         except FleetuneError as error:
-            self._declined[announced.job] = _round(announced), error.public
+            self._declined[announced.job] = _round(announced), self._public(error)
             _forget_oldest(self._declined, _MAX_RUNS)
             if self._doing == _round(announced):
-                self._doing = None
+                self._doing = self._unsaved = None
             self._broadcasts.forget(announced.job)
             self._worker.forget()
             log.warning(
                 "%s: declined: %s; waits for another round or job, and needs a start after a change here",
                 *(announced.job, error),
             )
-            self._publish("declined", error.public)
+            self._publish("declined", self._public(error))
 
     def _receive_ack(self, ack: Ack) -> None:
         manifest = self._state.waiting(ack.update)
@@ -421,6 +427,8 @@ class Agent:
             self._wait(f"no room in {self._config.state}: {error.strerror}")
 
     def _begin(self, announced: Announcement) -> None:
+        self._is_private = announced.privacy is not None or self._config.privacy.min_noise is not None
+        self._ledger.check(announced)
         self._worker.check_fit(announced)
         if hindrance := self._worker.hindrance(announced):
             self._wait(hindrance)
@@ -439,7 +447,9 @@ class Agent:
         self._said = "working", f"{announced.job}: {announced.stage}, round {announced.round} of {announced.rounds}"
         self._shown = time.monotonic()
         self._doing = _round(announced)
-        answer = self._worker.answer(announced, tensors, self._show_progress, self._pulse)
+        answer: Answer = self._worker.answer(announced, tensors, self._show_progress, self._pulse)
+        if announced.privacy is not None:  # before anything else is done with it: all that follows sees noise
+            answer = make_private(answer, announced, announced.privacy, self._config.privacy)
         self._unsaved = announced, answer
         self._queue_update(announced, answer)
 
@@ -448,8 +458,9 @@ class Agent:
         self._look_again = time.monotonic() + _LOOK_EVERY
         if not self._said[1].startswith(_WAITS):
             log.warning("waits: %s", hindrance)
-        if self._said[1] != _WAITS + hindrance:
-            self._publish("idle", _WAITS + hindrance)
+        said = _WAITS + ("the device's own log says for what" if self._is_private else hindrance)
+        if self._said[1] != said:
+            self._publish("idle", said)
 
     def _show_preparation(self, what: str) -> None:
         self._publish("working", what)
@@ -457,7 +468,8 @@ class Agent:
 
     def _show_progress(self, share: float, loss: float) -> None:
         """Between two steps of a round: say how far it is, and look at the post."""
-        self._facts |= {"progress": round(share, 3), "loss": round(loss, 4)}
+        if not self._is_private:
+            self._facts |= {"progress": round(share, 3), "loss": round(loss, 4)}
         self._pulse()
 
     def _pulse(self) -> None:
@@ -469,10 +481,12 @@ class Agent:
 
     def _queue_update(self, announced: Announcement, answer: Answer) -> None:
         """Put an update into the outbox; from then on the round is answered."""
+        self._ledger.count(announced, answer)
         self._count_bytes()
         counters = self._state.counters
         record = self._state.enter(announced.run)
-        data, lost = b"", self._state.lost(announced.run, announced.job)
+        noise = 0.0 if announced.privacy is None else announced.privacy.noise
+        data, lost = b"", self._state.lost(announced.run, announced.job, private=noise > 0)
         if answer.tensors:
             data, lost = encode_with_feedback(answer.tensors, lost, self._codec)
         manifest = UpdateManifest(
@@ -484,7 +498,8 @@ class Agent:
             version=announced.version,
             issued=announced.issued,
             backbone=announced.backbone,
-            samples=self._worker.samples,
+            samples=1 if noise else self._worker.samples,  # how many they are is private too
+            noise=noise,
             metrics={
                 **answer.metrics,
                 "bytes_up": counters.bytes_up,

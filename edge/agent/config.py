@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from fleetune.edge.agent.privacy import PrivacyLimits
 from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.codec import DEFAULT
 from fleetune.edge.protocol.identity.folder import Identity
@@ -21,6 +22,7 @@ class AgentConfig:
         state: Its state folder.
         codec: How tensors become bytes on their way up.
         identity: Who it is; without one nothing is signed.
+        privacy: What the device's owner asks of a job.
     """
 
     device: str
@@ -29,3 +31,4 @@ class AgentConfig:
     state: Path
     codec: str = DEFAULT
     identity: Identity | None = None
+    privacy: PrivacyLimits = field(default_factory=PrivacyLimits)

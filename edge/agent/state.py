@@ -299,9 +299,17 @@ class State:
             file.seek(min(size, MAX_PAYLOAD), os.SEEK_CUR)
             return read_rest(file, MAX_PAYLOAD)
 
-    def lost(self, run: str, job: str) -> Tensors:
-        """What the newest update of a job lacks; nothing if none is here, or its file is damaged."""
+    def lost(self, run: str, job: str, *, private: bool = False) -> Tensors:
+        """What the newest update of a job lacks; nothing if none is here, or its file is damaged.
+
+        Args:
+            run: The run.
+            job: The job.
+            private: Whether it is to be added to a private update: what one without noise lacks may not leave then.
+        """
         for manifest in self._of_job(run, job)[-1:]:
+            if private and not manifest.noise:
+                return {}
             lost = self._read_update(manifest, lost=True)
             try:
                 return read_exact(lost) if lost else {}

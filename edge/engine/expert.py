@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from fleetune.edge.pack.manifest import Manifest
 from fleetune.edge.protocol.errors import DataError
 
 FloatArray = NDArray[np.float32]
+
+Factors = Literal["AB", "B"]
+"""Which matrices of adapters are trained: both, or B alone while A stays as it began (FFA-LoRA, Sun et al. 2024)."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,21 @@ class Layout:
         """Full names of one block's adapter tensors, in their order in the vector."""
         return [f"blocks.{block}.{target}.{side}" for target in self.targets for side in "AB"]
 
-    def names(self, depth: int) -> list[str]:
+    def names(self, depth: int, factors: Factors = "AB") -> list[str]:
         """Full names of what depth ``depth`` trains, in order."""
-        lower = range(self.blocks - depth, self.blocks)
-        return [name for block in lower for name in self.block_names(block)] + ["head.weight", "head.bias"]
+        active = range(self.blocks - depth, self.blocks)
+        adapters = [name for block in active for name in self.block_names(block) if name[-1] in factors]
+        return [*adapters, "head.weight", "head.bias"]
+
+    def trained(self, depth: int, factors: Factors) -> slice | NDArray[np.intp]:
+        """Where what depth ``depth`` trains lies in the vector, in order: with both factors the :meth:`tail`."""
+        if factors == "AB":
+            return self.tail(depth)
+        marks = np.zeros(self.size, dtype=np.float32)
+        tensors = self.views(marks)
+        for name in self.names(depth, factors):
+            tensors[name][...] = 1
+        return np.flatnonzero(marks)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -122,13 +136,13 @@ class Expert:
         stem = f"blocks.{block}."
         return {name.removeprefix(stem): self.tensors[name] for name in self.layout.block_names(block)}
 
-    def active(self, depth: int) -> dict[str, FloatArray]:
+    def active(self, depth: int, factors: Factors = "AB") -> dict[str, FloatArray]:
         """What depth ``depth`` trains: full name → tensor."""
-        return {name: self.tensors[name] for name in self.layout.names(depth)}
+        return {name: self.tensors[name] for name in self.layout.names(depth, factors)}
 
-    def gained(self, start: Expert, depth: int) -> dict[str, FloatArray]:
+    def gained(self, start: Expert, depth: int, factors: Factors = "AB") -> dict[str, FloatArray]:
         """What depth ``depth`` has trained since ``start``: full name → difference."""
-        return Expert(self.layout, self.vector - start.vector).active(depth)
+        return Expert(self.layout, self.vector - start.vector).active(depth, factors)
 
     def load(self, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Overwrite the named tensors.

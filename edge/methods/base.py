@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.cache import PrefixCache
 from fleetune.edge.engine.dataset import Dataset
-from fleetune.edge.engine.expert import Layout
+from fleetune.edge.engine.expert import Factors, Layout
 from fleetune.edge.engine.gate import adapter_shapes
 from fleetune.edge.engine.optimiser import OptimiserName
 from fleetune.edge.pack.manifest import Manifest
@@ -50,6 +50,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         optimiser: What takes the steps; its state lasts for one round.
         learning_rate: Its step size.
         weight_decay: Its decoupled weight decay.
+        factors: Matrices of the adapters that are trained where they go up; what stays private trains both.
     """
 
     rank: Count
@@ -63,6 +64,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     optimiser: OptimiserName
     learning_rate: Rate
     weight_decay: Annotated[float, msgspec.Meta(ge=0)]
+    factors: Factors = "AB"
 
 
 class TensorStore(Protocol):

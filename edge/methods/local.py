@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fleetune.edge.engine.batch import batch_gradient
 from fleetune.edge.engine.dataset import Dataset
-from fleetune.edge.engine.expert import Expert
+from fleetune.edge.engine.expert import Expert, Factors
 from fleetune.edge.engine.optimiser import OPTIMISERS
 from fleetune.edge.engine.prefix import CHUNK, ComputedPrefix, Prefix, split
 from fleetune.edge.engine.suffix import Suffix
@@ -50,6 +50,7 @@ class LocalRun:
         rng: np.random.Generator,
         *,
         evaluated: int,
+        factors: Factors = "AB",
         on_batch: Callable[[Indices, FloatArray], None] = lambda _indices, _features: None,
     ) -> float:
         """Train the active blocks and the head in place.
@@ -63,6 +64,7 @@ class LocalRun:
             announced: The round, with its guard.
             rng: Order of the samples.
             evaluated: Samples still to be evaluated in this round, for which time is kept back.
+            factors: Matrices of the adapters that are trained.
             on_batch: Sees the sample numbers and features of each batch after its optimiser step.
 
         Returns:
@@ -74,9 +76,9 @@ class LocalRun:
         """
         settings, dataset = self.settings, self.device.dataset
         train = dataset.indices("train")
-        tail = expert.layout.tail(self._active)
+        trained = expert.layout.trained(self._active, factors)
         optimiser = OPTIMISERS[settings.optimiser](
-            tail.stop - tail.start, settings.learning_rate, weight_decay=settings.weight_decay
+            expert.vector[trained].size, settings.learning_rate, weight_decay=settings.weight_decay
         )
         gradient = Expert(expert.layout)
         unfinished = Unfinished(self.device.store, announced.number)
@@ -92,16 +94,18 @@ class LocalRun:
                 if not self._ease(expert, announced.guard.wanted_mib):
                     announced.guard.give_up()
                     break
-                tail = expert.layout.tail(self._active)
-                optimiser.narrow(tail.stop - tail.start)
+                trained = expert.layout.trained(self._active, factors)
+                optimiser.narrow(expert.vector[trained].size)
             elif verdict is Verdict.STOP:
                 break
             loss, features = batch_gradient(
                 self.suffix, self.prefix, dataset.labels, batch, self._micro_batch, expert, gradient
             )
-            if not is_finite(loss, gradient.vector[tail]):
+            if not is_finite(loss, gradient.vector[trained]):
                 raise diverged(dataset, "the loss", step, batch, lambda one: self._is_sound(one, expert))
-            optimiser.step(expert.vector[tail], gradient.vector[tail])
+            parameters = expert.vector[trained]  # a view of them if they lie together, and else a copy
+            optimiser.step(parameters, gradient.vector[trained])
+            expert.vector[trained] = parameters
             on_batch(batch, features)
             total += loss
             seen += len(batch)

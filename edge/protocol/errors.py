@@ -179,6 +179,12 @@ class SignatureError(FleetuneError):
     exit_code = 29
 
 
+class PrivacyError(FleetuneError):
+    """A job would tell more of a device's data than the device's owner allows."""
+
+    exit_code = 46
+
+
 class MessageError(FleetuneError):
     """Bytes from the network are not a message of this protocol, or exceed its limits.
 

@@ -120,6 +120,20 @@ class Payload(_Struct, frozen=True):
         return -(-self.size // self.chunk_size)
 
 
+class Privacy(_Struct, frozen=True):
+    """What a device does to its update before it leaves: differential privacy of the device as a whole.
+
+    Attributes:
+        clip: L2 norm that the update, all tensors together, is cut to: C.
+        noise: Standard deviation of the Gaussian noise on each value, over C: z.
+        accuracy: Whether accuracies on test samples are asked for when the job ends. Nothing covers these.
+    """
+
+    clip: Annotated[float, msgspec.Meta(gt=0)]
+    noise: Annotated[float, msgspec.Meta(gt=0)]
+    accuracy: bool = False
+
+
 class Announcement(_Struct, frozen=True):
     """The aggregator announces a round, and the global tensors that it starts from.
 
@@ -144,6 +158,7 @@ class Announcement(_Struct, frozen=True):
             nobody has trained any.
         since: Hash of the global tensors that ``changes`` are added to; absent for the initial ones.
         changes: What was added since then; absent if nothing was.
+        privacy: What protects the devices' data; absent if nothing but that they stay where they are.
     """
 
     fleet: Name
@@ -162,6 +177,7 @@ class Announcement(_Struct, frozen=True):
     whole: Payload | None = None
     since: Sha256 | None = None
     changes: Payload | None = None
+    privacy: Privacy | None = None
 
 
 class UpdateManifest(_Struct, frozen=True):
@@ -176,9 +192,10 @@ class UpdateManifest(_Struct, frozen=True):
         version: The announcement that it answers.
         issued: When that was issued.
         backbone: Hash of the backbone's weights.
-        samples: Weight of the update in the mean.
+        samples: Weight of the update in the mean; 1 where it is private.
         metrics: What the device measured in the round.
         payload: What the round added to the tensors that it started from; absent if nothing goes up.
+        noise: Noise that made the update private, over the clip; 0 if it is not.
     """
 
     fleet: Name
@@ -192,6 +209,7 @@ class UpdateManifest(_Struct, frozen=True):
     samples: Annotated[int, msgspec.Meta(ge=0, le=MAX_SAMPLES)]
     metrics: Figures
     payload: Payload | None = None
+    noise: float = 0.0
 
 
 class Ack(_Struct, frozen=True):

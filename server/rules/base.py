@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetune.edge.protocol.codec import Tensors
+from fleetune.edge.protocol.messages import Privacy
 from fleetune.server.job import RuleSettings
 from fleetune.server.journal import Accepted, Typical
 
@@ -77,6 +78,21 @@ class Bounds:
 
     settings: RuleSettings
     typical: Typical | None = None
+
+    @classmethod
+    def of_noise(cls, settings: RuleSettings, privacy: Privacy, shapes: Iterable[tuple[int, ...]]) -> Bounds:
+        """The bounds of private updates, which all are about as long as their noise.
+
+        They follow from nothing that any device sent: a clip that did would carry something of its updates into a sum
+        whose noise is not accounted for. No update with the noise that it should have reaches them.
+
+        Args:
+            settings: In multiples of what is typical.
+            privacy: What was asked of the devices: the norm of an update of d values is C √(1 + z² d), or little more.
+            shapes: Of the tensors of an update, at most.
+        """
+        values = sum(map(math.prod, shapes))
+        return cls(settings, Typical(privacy.clip * math.sqrt(1 + privacy.noise**2 * values), 1))
 
     def at_closing(self, round_: Iterable[Accepted]) -> Bounds:
         """The bounds that hold at closing: the same, or what follows from the round itself where they say nothing.

@@ -20,7 +20,10 @@ from fleetune.edge.pack.pack import Pack
 from fleetune.edge.resources.trial import Request, Trial
 from fleetune.profiles.profile import profile_names
 
-FORBIDDEN = ("torch", "transformers", "optimum", "bitsandbytes", "onnx", "matplotlib", "rich", "jinja2", "iotcore")
+FORBIDDEN = (
+    *("torch", "transformers", "optimum", "bitsandbytes", "onnx"),
+    *("matplotlib", "rich", "jinja2", "iotcore", "dp_accounting", "scipy"),
+)
 
 BLOCKER = f"""\
 import json, sys

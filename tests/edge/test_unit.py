@@ -66,3 +66,15 @@ def test_the_agent_prints_it_with_absolute_paths(tmp_path: Path) -> None:
     ):
         assert word in done.stdout
     assert not (tmp_path / "state").exists()
+
+
+def test_the_agent_keeps_its_owners_limits_there(tmp_path: Path) -> None:
+    """A device that starts again without them would take any job."""
+    fleet = tmp_path / "fleet.yaml"
+    fleet.write_text("schema: 1\nfleet: lab\ndevices:\n  - {id: n, profile: raspberry-pi-5, budget: {memory: 1GiB}}\n")
+    command = [sys.executable, "-m", "fleetune.tools.cli", "agent", "--fleet", str(fleet), "--id", "n"]
+    command += ["--pack", "pack", "--data", "data.jsonl", "--state", "state", "--unit"]
+    command += ["--dp-min-noise", "0.75", "--dp-max-updates", "40"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--dp-min-noise 0.75 --dp-max-updates 40" in done.stdout

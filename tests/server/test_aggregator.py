@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import threading
 import time
@@ -39,7 +40,7 @@ from fleetune.edge.protocol.topics import Topics
 from fleetune.server import aggregator as module
 from fleetune.server.aggregator import Aggregator, AggregatorConfig
 from fleetune.server.broker import embedded_broker, free_port
-from fleetune.server.job import Job, RuleSettings
+from fleetune.server.job import Job, JobPrivacy, RuleSettings
 from fleetune.server.journal import FILE, Accepted, Closed, Journal, read_records
 from fleetune.server.rules import RULES
 from support.smalldisk import fill, small_disk
@@ -115,14 +116,22 @@ class Fleet:
     def say(self, device: str, state: PresenceState) -> None:
         self.link.publish(TOPICS.presence(device), seal(Presence(device, state, boot=1, kit="1")), retain=True)
 
-    def update(self, device: str, version: int, tensors: Tensors, chunk_size: int = 65536, samples: int = 3) -> Update:
+    def update(
+        self,
+        device: str,
+        version: int,
+        tensors: Tensors,
+        chunk_size: int = 65536,
+        samples: int = 3,
+        noise: float = 0.0,
+    ) -> Update:
         data = Codec.named("f16").encode(tensors) if tensors else b""
         run = self.announced[0].run
         manifest = UpdateManifest(
             fleet="lab", device=device, update=f"{run}-fedms-{version}", run=run, job="fedms", version=version,
             issued=0.0,
             backbone="b", samples=samples, metrics={},
-            payload=chunks.describe(data, "f16", chunk_size) if data else None,
+            payload=chunks.describe(data, "f16", chunk_size) if data else None, noise=noise,
         )  # fmt: skip
         return Update(self, manifest, data)
 
@@ -607,3 +616,55 @@ def test_only_the_fleets_devices_have_a_broadcast_sent_again(
         fleet.wait(lambda until=until: time.monotonic() > until)  # type: ignore[misc]
         assert sum(isinstance(event, Received) for event in listener.events(0.5)) == heard
     listener.close()
+
+
+# --- private jobs -----------------------------------------------------------------------------------------------
+
+PRIVACY = JobPrivacy(noise=1.0, clip=1.0, gate_clip=0.01, delta=1e-5)
+SILENT = {"head.bias": np.array([1e-3, 1e-3], np.float32)}
+NOISY = {"head.weight": WEIGHT, "head.bias": BIAS}
+
+
+def lead_privately(state: Path, rule: str, *, crashes: bool = False) -> list[dict[str, Any]]:
+    """A private job to its end, and what is said after each of its two rounds of training.
+
+    The updates of the second are a thousand times as long as those of the first.
+    """
+    pytest.importorskip("dp_accounting", reason="needs dp-accounting: pip install 'fleetune[server]'")
+    job, said = replace(JOB, privacy=PRIVACY, rule=RuleSettings(rule)), list[dict[str, Any]]()
+    rounds = list(enumerate(({}, SILENT, NOISY, {})))
+    for some in (rounds[:2], rounds[2:]) if crashes else (rounds,):
+        with embedded_broker(free_port()) as broker:
+            fleet = Fleet(broker, state, job=job)
+            for version, tensors in some:
+                fleet.await_round(version)
+                if version in (2, 3):  # the file is there before the next round is announced
+                    said.append(json.loads((state / "fedms" / "privacy.json").read_text()))
+                for device in "ab":
+                    sent = fleet.update(device, version, tensors, samples=1, noise=1.0).send()
+                    assert fleet.await_answer(sent).accepted
+            assert fleet.announced[-1].privacy == PRIVACY.of(fleet.announced[-1].stage)
+            if some[-1] is rounds[-1]:
+                fleet.end()
+                fleet.close()
+            else:
+                fleet.await_round(2)
+                fleet.crash()
+    return said
+
+
+@pytest.mark.parametrize("crashes", [False, True])
+def test_nothing_that_a_device_sent_before_decides_how_a_private_update_counts(crashes: bool, tmp_path: Path) -> None:
+    """Bounds that follow from updates would carry something of them into a sum that has no noise for it."""
+    said = lead_privately(tmp_path / "run", "mean", crashes=crashes)
+    journal = Journal(tmp_path / "run")
+    np.testing.assert_allclose(journal.load_globals("fedms", 2)["head.weight"], WEIGHT, rtol=1e-6)
+    journal.close()
+    assert [(one["rounds"], one["most_updates"], one["fewest_devices"]) for one in said] == [(1, 1, 2), (2, 2, 2)]
+    assert said[1]["epsilon"]["model"] < said[1]["epsilon"]["device"] == said[1]["epsilon"]["aggregator"]
+
+
+def test_under_another_rule_than_the_mean_nobody_hides_behind_others(tmp_path: Path) -> None:
+    said = lead_privately(tmp_path / "run", "median")
+    assert said[1]["epsilon"]["model"] == said[1]["epsilon"]["aggregator"]
+    assert said[1]["fewest_devices"] == 1

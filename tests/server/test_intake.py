@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from fleetune.edge.protocol.messages import (
 from fleetune.edge.protocol.topics import Topics
 from fleetune.server.broker import embedded_broker, free_port
 from fleetune.server.intake import Intake
-from fleetune.server.job import Job
+from fleetune.server.job import Job, JobPrivacy
 from fleetune.server.journal import Accepted, Announced, Journal, Record, Typical, read_records
 from fleetune.server.quarantine import Quarantine
 from fleetune.server.registry import Registry
@@ -70,9 +71,9 @@ class Bench:
         self.current = self.announce(0)
         self.intake = self.new_intake()
 
-    def new_intake(self, max_staleness: int = 2) -> Intake:
+    def new_intake(self, max_staleness: int = 2, job: Job = JOB) -> Intake:
         return Intake(
-            *(self.link, TOPICS, "r", JOB, self.journal, self.store, self.registry),
+            *(self.link, TOPICS, "r", job, self.journal, self.store, self.registry),
             Quarantine(self.journal, self.store, self.registry, after=3),
             max_staleness=max_staleness,
         )
@@ -183,6 +184,17 @@ def test_an_update_is_journaled_counted_and_acknowledged(bench: Bench) -> None:
     assert bench.current.answers == {"a": {"loss": 0.5}}
     np.testing.assert_array_equal(bench.current.gain()["head.bias"], SMALL["head.bias"])
     assert not bench.intake.commit(bench.current)
+
+
+def test_a_private_job_takes_updates_with_its_noise_alone_and_all_count_the_same(bench: Bench) -> None:
+    job = dataclasses.replace(JOB, privacy=JobPrivacy(0.6, clip=0.5, gate_clip=0.02, delta=1e-5))
+    bench.intake = bench.new_intake(job=job)
+    for changes in ({}, {"noise": 0.59, "samples": 1}, {"noise": 0.6}, {"noise": 0.6, "samples": 40}):
+        manifest, data = update(SMALL, **changes)
+        assert bench.refused(bench.send, manifest, data) == "not-private"
+    bench.send(*update(SMALL, noise=0.6, samples=1))
+    bench.intake.commit(bench.current)
+    assert bench.accepted() == [("a", 0, 0, 0)]
 
 
 def test_an_update_in_many_chunks_is_asked_for(bench: Bench) -> None:

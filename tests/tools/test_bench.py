@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from contextlib import closing
@@ -145,3 +146,21 @@ def test_two_benchmarks_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == RunFolderError.exit_code
     assert "would measure each other" in done.stderr
+
+
+def test_privacy_is_measured_with_the_devices_own_mechanism(tiny_dinov2_pack: Pack, tmp_path: Path) -> None:
+    pytest.importorskip("dp_accounting", reason="needs dp-accounting: pip install 'fleetune[server]'")
+    from fleetune.tools.bench import privacy
+
+    extent = privacy.Extent((0,), fleets=(2, 4), both=4, epsilons=(math.inf, 0.01), rounds=(1, 1), train=16, test=8)
+    document = privacy.run(extent, tiny_dinov2_pack, tmp_path, 1, lambda _what: None)
+    found = {item.name: item for item in document.figures}
+    for fleet in ("2 devices, one factor", "4 devices, one factor", "4 devices, both factors"):
+        for expert in ("global expert", "mixture"):
+            assert 0 <= found[f"{fleet}, no noise: {expert}"].value <= 1
+            assert found[f"{fleet}, ε 0.01: {expert}"].peer_value == found[f"{fleet}, no noise: {expert}"].value
+    for devices in (2, 4):
+        assert 0 <= found[f"{devices} devices, each alone: head on the frozen backbone"].value <= 1
+    seen = [found[f"{devices} devices, one factor, ε 0.01: ε against the aggregator"].value for devices in (2, 4)]
+    assert 0.01 < seen[0] < seen[1]  # the more share the noise, the less of it each has
+    assert (tmp_path / "privacy.png").stat().st_size > 10_000

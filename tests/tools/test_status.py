@@ -11,6 +11,7 @@ import pytest
 
 from fleetune.edge.protocol.messages import Announcement, Presence, UpdateManifest
 from fleetune.server.journal import Accepted, Announced, Closed, Journal, Quarantined, Record, Refused
+from fleetune.server.privacy import Guarantee
 from fleetune.server.store import FILE, open_store
 
 
@@ -100,3 +101,18 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, state: Path) -> N
     done = status(state)
     assert done.returncode == 10
     assert "Traceback" not in done.stderr
+
+
+def test_how_private_the_devices_were_is_shown(state: Path) -> None:
+    assert "ε" not in status(state).stdout
+    assert json.loads(status(state, "--json").stdout)["privacy"] == {}
+    guarantee = Guarantee({"model": 3.5, "device": 3.75, "aggregator": 41.0}, 1e-5, 0.5, 0.5, 0.02, 9, 9, 20.0)
+    journal = Journal(state)
+    journal.save_guarantee("fedms", guarantee)
+    journal.close()
+    assert f"fedms: {guarantee.in_words()}" in status(state).stdout
+    assert json.loads(status(state, "--json").stdout)["privacy"]["fedms"]["epsilon"]["device"] == 3.75
+    (state / "fedms" / "privacy.json").write_bytes(b"{")
+    done = status(state)
+    assert done.returncode == 10
+    assert "privacy.json" in done.stderr

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fleetune.tools.commands.options import (
     add_broker,
@@ -24,6 +25,9 @@ from fleetune.tools.commands.options import (
     check_state,
     check_threads,
 )
+
+if TYPE_CHECKING:
+    from fleetune.edge.agent.privacy import PrivacyLimits
 
 
 def register(subparsers: Any) -> None:
@@ -68,6 +72,18 @@ def register(subparsers: Any) -> None:
         help="folder whose sys/class/thermal says how hot it is, to rehearse heat (default: the board's own, /)",
     )
     parser.add_argument(
+        "--dp-min-noise",
+        type=float,
+        metavar="Z",
+        help="take no job that adds less noise to an update than this, over its clip (default: any job)",
+    )
+    parser.add_argument(
+        "--dp-max-updates",
+        type=int,
+        metavar="N",
+        help="with --dp-min-noise: let this many updates leave the device, in all jobs together, and no more",
+    )
+    parser.add_argument(
         "--unit", action="store_true", help="print a systemd unit that runs this command, and do nothing else"
     )
     parser.set_defaults(run=_run)
@@ -105,6 +121,7 @@ def _run(args: argparse.Namespace) -> None:
         except ConfigError as error:
             raise ConfigError(f"--costs: {error.what}", "leave the option out to measure again") from error
     check_codec(args.codec)
+    privacy = _privacy_limits(args)
     broker, identity = check_identity(args, Sender("device", device.id), fleet.name)
     if args.unit:
         print(systemd_unit(device.id, _command(args), args.state.resolve()), end="")  # noqa: T201
@@ -117,6 +134,7 @@ def _run(args: argparse.Namespace) -> None:
         identity=identity,
         state=args.state,
         codec=args.codec,
+        privacy=privacy,
     )
     rounds = RoundsConfig(
         pack=args.pack,
@@ -131,6 +149,27 @@ def _run(args: argparse.Namespace) -> None:
     Agent(config, Rounds(rounds, device.id)).run()
 
 
+def _privacy_limits(args: argparse.Namespace) -> PrivacyLimits:
+    """What the device's owner asks of a job.
+
+    Raises:
+        ConfigError: An option is out of range, or says nothing without the other.
+    """
+    from fleetune.edge.agent.privacy import PrivacyLimits
+    from fleetune.edge.protocol.errors import ConfigError
+
+    least, most = args.dp_min_noise, args.dp_max_updates
+    if least is not None and not 0 < least < math.inf:
+        raise ConfigError(f"--dp-min-noise: {least} is out of range", "use a finite number above zero")
+    if most is not None and most < 0:
+        raise ConfigError(f"--dp-max-updates: {most} is out of range", "use 0 or more")
+    if most is not None and least is None:
+        raise ConfigError(
+            "--dp-max-updates: updates without noise are not counted", "say with --dp-min-noise how much they need"
+        )
+    return PrivacyLimits(least, most)
+
+
 def _command(args: argparse.Namespace) -> list[str]:
     """The same command again, wherever it is started from."""
     program = shutil.which("fleetune")
@@ -140,4 +179,7 @@ def _command(args: argparse.Namespace) -> list[str]:
         if (path := getattr(args, name)) is not None:
             words += [f"--{name}", str(path.resolve())]
     words += ["--insecure"] if args.insecure else []
+    for name in ("dp_min_noise", "dp_max_updates"):
+        if (value := getattr(args, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
     return [*words, "--threads", str(args.threads), "--codec", args.codec]

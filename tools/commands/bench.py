@@ -24,7 +24,8 @@ def register(subparsers: Any) -> None:
             "`round` is a round in which nobody trains, beside Flower; `fleet` hundreds of agents and thousands of\n"
             "updates on one aggregator; `bytes` what each codec puts on the link, and at which accuracy; `chaos`\n"
             "kills, cuts off, fills up and garbles small fleets, and looks at what is left on disk (as root);\n"
-            "`attacks` has malicious devices lie to every rule, and says what each costs where nobody lies.\n"
+            "`attacks` has malicious devices lie to every rule, and says what each costs where nobody lies; `privacy`\n"
+            "what noise costs in accuracy, by ε and by the number of devices.\n"
             "Peers are installed into an environment of their own in the cache (1.3 GB), never into Fleetune's.\n"
             "Needs the `all` extra."
         ),
@@ -43,9 +44,9 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "name",
         metavar="NAME",
-        choices=("step", "infer", "plan", "round", "fleet", "bytes", "chaos", "attacks"),
+        choices=("step", "infer", "plan", "round", "fleet", "bytes", "chaos", "attacks", "privacy"),
         help="step: a training step; infer: an answer; plan: predictions, and rounds under hard limits; round, fleet, "
-        "bytes: what travels; chaos: faults; attacks: devices that lie",
+        "bytes: what travels; chaos: faults; attacks: devices that lie; privacy: accuracy under noise",
     )
     parser.add_argument("--quick", action="store_true", help="fewer models, samples and repeats: under two minutes")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to this file")
@@ -73,7 +74,7 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.edge.protocol.files import FolderLock, write_atomic
     from fleetune.tools.assets import cache_root
-    from fleetune.tools.bench import attacks, chaos, fleet, infer, plan, rounds, step
+    from fleetune.tools.bench import attacks, chaos, fleet, infer, plan, privacy, rounds, step
     from fleetune.tools.bench import bytes as bytes_
     from fleetune.tools.terminal import open_console, show_steps
 
@@ -86,6 +87,7 @@ def _run(args: argparse.Namespace) -> None:
         "bytes": (bytes_.bench_bytes, bytes_.PEERS),
         "chaos": (chaos.bench_chaos, chaos.PEERS),
         "attacks": (attacks.bench_attacks, attacks.PEERS),
+        "privacy": (privacy.bench_privacy, privacy.PEERS),
     }[args.name]
     peers = list(known) if args.peers is None else [] if args.peers == "none" else args.peers.split(",")
     if unknown := [peer for peer in peers if peer not in known]:

@@ -19,6 +19,7 @@ from fleetune.tools.commands.options import (
     check_pack,
     check_state,
 )
+from fleetune.tools.privacy import add_privacy_options
 
 
 def register(subparsers: Any) -> None:
@@ -39,6 +40,7 @@ def register(subparsers: Any) -> None:
             "                 --quorum 8 --deadline 900      after 15 minutes, 8 updates close a round\n"
             "  fleetune serve --fleet fleet.yaml --pack packs/minilm --classes 2 --state aggregator \\\n"
             "                 --rule trimmed-mean --assume-malicious 0.3      devices may lie\n"
+            "                 --dp-epsilon 4                 little can be learned of any one device\n"
         ),
     )
     add_fleet(parser)
@@ -47,6 +49,7 @@ def register(subparsers: Any) -> None:
     add_identity(parser)
     add_state(parser)
     add_job_options(parser)
+    add_privacy_options(parser)
     parser.add_argument("--classes", type=int, required=True, metavar="N", help="classes of the task")
     parser.add_argument(
         "--quorum",
@@ -186,8 +189,10 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.profiles.fleet import read_fleet
     from fleetune.server.aggregator import Aggregator, AggregatorConfig
     from fleetune.server.leadership import OWN
+    from fleetune.server.privacy import SUMS
     from fleetune.server.store import FILE
-    from fleetune.tools.jobs import build_jobs, build_models, check_rule
+    from fleetune.tools.jobs import build_jobs, build_models, check_options, check_rule
+    from fleetune.tools.privacy import read_privacy
 
     fleet = read_fleet(args.fleet)
     quorum = args.quorum if args.quorum is not None else len(fleet.devices)
@@ -211,8 +216,12 @@ def _run(args: argparse.Namespace) -> None:
     broker, identity = check_identity(args, OWN, fleet.name)
     check_pack(args, identity)
     pack = Pack.open(args.pack)
-    jobs = build_jobs(args, pack.manifest, classes=args.classes, codec=args.codec)
-    check_rule(jobs[0].rule, updates=min(quorum, args.buffer or quorum))
+    check_options(args)
+    rounds = {"global": args.global_rounds, "personal": args.personal_rounds}
+    updates = min(quorum, args.buffer or quorum)
+    privacy = read_privacy(args, rounds, updates if args.rule in SUMS else 1)
+    jobs = build_jobs(args, pack.manifest, classes=args.classes, codec=args.codec, privacy=privacy)
+    check_rule(jobs[0].rule, updates=updates)
     config = AggregatorConfig(
         fleet=fleet.name,
         broker=broker,

@@ -11,6 +11,7 @@ from fleetune.tools.commands.options import add_command
 from fleetune.tools.text import visible
 
 if TYPE_CHECKING:
+    from fleetune.server.privacy import Guarantee
     from fleetune.server.store import DeviceRow, RoundRow
 
 
@@ -23,7 +24,8 @@ def register(subparsers: Any) -> None:
         description=(
             "Show the devices and the rounds of an aggregator, from its state folder, while it runs or afterwards:\n"
             "where each device stands, how many of its updates counted, came late or were refused and why, and who is\n"
-            "in quarantine; how many answers each round had. It changes nothing and needs no broker."
+            "in quarantine; how many answers each round had, and how private the devices were, if they were. It\n"
+            "changes nothing and needs no broker."
         ),
         examples="  fleetune status --state aggregator\n  fleetune status --state aggregator --json | jq .devices\n",
     )
@@ -43,6 +45,8 @@ def _run(args: argparse.Namespace) -> None:
     from contextlib import closing
     from dataclasses import asdict
 
+    from msgspec import to_builtins
+
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.server.store import FILE, Store
     from fleetune.tools.text import columns
@@ -55,11 +59,17 @@ def _run(args: argparse.Namespace) -> None:
     try:
         with closing(Store(path, only_look=True)) as store:
             devices = store.devices()
-            rounds = [row for job in store.jobs() for row in store.rounds(job)]
+            jobs = store.jobs()
+            rounds = [row for job in jobs for row in store.rounds(job)]
     except sqlite3.DatabaseError as error:
         raise ConfigError(f"{path}: {error}", "start `fleetune serve` again: it makes the file anew") from error
+    private = {job: found for job in jobs if (found := _guarantee(args.state, job)) is not None}
     if args.json:
-        document = {"devices": [asdict(row) for row in devices], "rounds": [_as_json(row) for row in rounds]}
+        document = {
+            "devices": [asdict(row) for row in devices],
+            "rounds": [_as_json(row) for row in rounds],
+            "privacy": {job: to_builtins(guarantee) for job, guarantee in private.items()},
+        }
         print(json.dumps(document, indent=1))  # noqa: T201
         return
     head = ["device", "state", "last heard", "starts", "updates", "late", "refused", "last reason", "says"]
@@ -67,6 +77,28 @@ def _run(args: argparse.Namespace) -> None:
     head = ["job", "stage", "round", "depth", "answers", "late", "closed", "accuracy"]
     print()  # noqa: T201
     print(columns([head, *map(_round, rounds[-args.rounds :])]))  # noqa: T201
+    for job, guarantee in private.items():
+        print(f"\n{job}: {guarantee.in_words()}")  # noqa: T201
+
+
+def _guarantee(state: Path, job: str) -> Guarantee | None:
+    """What is said of a job's privacy, if it has any.
+
+    Raises:
+        ConfigError: The file is damaged.
+    """
+    import msgspec
+
+    from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError
+    from fleetune.server.privacy import FILE, Guarantee
+
+    path = state / job / FILE
+    if not path.is_file():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Guarantee)
+    except UNDECODABLE as error:
+        raise ConfigError(f"{path}: {error}", "start `fleetune serve` again: it makes the file anew") from error
 
 
 def _device(row: DeviceRow) -> list[str]:

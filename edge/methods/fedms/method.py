@@ -102,16 +102,18 @@ class FedMS:
             part: accuracy(shared.logits(run.features(shared, indices)), dataset.labels[indices])
             for part, indices in (("val", val), ("test", test))
         }
-        loss = run.train(shared, announced, random_for(self._device, settings, announced), evaluated=0)
+        rng = random_for(self._device, settings, announced)
+        loss = run.train(shared, announced, rng, evaluated=0, factors=settings.factors)
         metrics: Metrics = {"loss": loss, "val": scores["val"], "test": scores["test"]}
-        return Outcome(metrics, shared.gained(start, run.depth), run.depth)
+        return Outcome(metrics, shared.gained(start, run.depth, settings.factors), run.depth)
 
     def _personal(self, announced: Round, settings: FedMSSettings, shared: Expert) -> Outcome:
         device = self._device
         local = shared.copy()
         gate = Gate(shared.layout.width, settings.gate_rank, settings.seed)
         gate.add(announced.tensors)
-        start = {name: gate.tensors[name].copy() for name in ADAPTER}
+        shared_part = [name for name in ADAPTER if name[-1] in settings.factors]
+        start = {name: gate.tensors[name].copy() for name in shared_part}
         file = device.store.folder / FILE
         if file.is_file():
             kept = Model.read(file, device.backbone.pack).mixture
@@ -130,7 +132,7 @@ class FedMS:
         self._keep(settings, mixture)  # after the scores: they refuse what is not finite, and what was stored stays
         if loss is not None:
             metrics["loss"] = loss
-        tensors = {name: gate.tensors[name] - start[name] for name in ADAPTER} if trains else {}
+        tensors = {name: gate.tensors[name] - start[name] for name in shared_part} if trains else {}
         return Outcome(metrics, tensors, run.depth)
 
     def _keep(self, settings: FedMSSettings, mixture: Mixture) -> None:
@@ -166,7 +168,8 @@ class FedMS:
         device, settings, mixture = self._device, stage.settings, stage.mixture
         dataset, gate = device.dataset, mixture.gate
         rng = random_for(device, settings, announced)
-        optimisers = {name: Adam(t.size, settings.gate_learning_rate) for name, t in gate.tensors.items()}
+        trained = {name: t for name, t in gate.tensors.items() if name in HEAD or name[-1] in settings.factors}
+        optimisers = {name: Adam(tensor.size, settings.gate_learning_rate) for name, tensor in trained.items()}
         steps = itertools.count()
 
         def gradients(indices: Indices, local_features: FloatArray) -> tuple[float, dict[str, FloatArray]]:
@@ -182,7 +185,7 @@ class FedMS:
             number = next(steps)
             if not is_finite(loss, *found.values()):
                 raise diverged(dataset, "the gate's loss", number, indices, is_sound)
-            for name, tensor in gate.tensors.items():
+            for name, tensor in trained.items():
                 optimisers[name].step(tensor.reshape(-1), found[name].reshape(-1))
 
         evaluated = len(dataset.indices("val")) + len(dataset.indices("test"))
