@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median_low
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +23,12 @@ from fleetune.edge.protocol.messages import Privacy
 from fleetune.server.job import RuleSettings
 from fleetune.server.journal import Accepted, Typical
 
+_Size = TypeVar("_Size", float, int)
 Load = Callable[[Accepted], Tensors]
 """Reads an update of the round once more, from the journal."""
 
 _ENOUGH = 3
-"""Norms from which on a median counts: of fewer, one device alone could be half."""
+"""Updates from which on a median outvotes somebody."""
 
 
 class Rule(Protocol):
@@ -139,8 +139,8 @@ class Bounds:
 class Sizes:
     """Norms and samples of some updates; of those alone that change something.
 
-    Of an even number the lower of the two in the middle is the median, so that of two devices none sets the bounds
-    alone by sending much.
+    Of an even number the lower of the two in the middle is the median. Of fewer than three the largest counts: two that
+    train to different depths may differ twentyfold, and nothing says which of them is right.
     """
 
     def __init__(self) -> None:
@@ -159,12 +159,16 @@ class Sizes:
     @property
     def median(self) -> float:
         """Of the norms; there must be one."""
-        return self._norms[(len(self._norms) - 1) // 2]
+        return _middle(self._norms)
 
     @property
     def typical(self) -> Typical | None:
         """What is typical of them; None if there are none."""
-        return Typical(self.median, median_low(self._samples)) if self._norms else None
+        return Typical(self.median, _middle(sorted(self._samples))) if self._norms else None
+
+
+def _middle(ordered: Sequence[_Size]) -> _Size:
+    return ordered[(len(ordered) - 1) // 2 if len(ordered) >= _ENOUGH else -1]
 
 
 def norm_of(tensors: Mapping[str, NDArray[np.float32]]) -> float:

@@ -134,11 +134,13 @@ def test_a_round_says_what_was_typical_of_it(current: OpenRound) -> None:
     assert current.typical is None
     current.add(accepted("a"), {})  # it only reports
     assert current.typical is None
-    for device, samples, norm in (("b", 30, 4.0), ("c", 10, 1.0), ("d", 20, 0.0)):  # nothing was learned on d
+    for device, samples, norm in (("b", 10, 4.0), ("c", 30, 1.0), ("d", 20, 0.0)):  # nothing was learned on d
         current.add(accepted(device, samples, norm=norm), tensors(x=norm))
-    assert current.typical == Typical(norm=1.0, samples=10)  # the lower of two in the middle
+    assert current.typical == Typical(norm=4.0, samples=30)  # of two the larger: nothing says which is right
     current.add(accepted("e", 20, version=4, staleness=1, norm=2.0), tensors(x=2))
     assert current.typical == Typical(norm=2.0, samples=20)
+    current.add(accepted("f", 40, norm=9.0), tensors(x=9))
+    assert current.typical == Typical(norm=2.0, samples=20)  # the lower of two in the middle
 
 
 def test_above_a_multiple_of_what_is_typical_an_update_is_refused() -> None:
