@@ -14,7 +14,6 @@ import math
 import queue
 import random
 import secrets
-import socket
 import ssl
 import threading
 import time
@@ -31,10 +30,11 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from fleetune.edge.protocol.address import BrokerAddress
+from fleetune.edge.protocol.client import MAX_PACKET, Client, no_delay
 from fleetune.edge.protocol.errors import BrokerProtocolError, IdentityError
 from fleetune.edge.protocol.identity.seals import Seals
 from fleetune.edge.protocol.identity.tls import client_context, out_of_date
-from fleetune.edge.protocol.messages import MAX_CHUNK, MAX_MESSAGE
+from fleetune.edge.protocol.messages import MAX_CHUNK
 from fleetune.edge.protocol.sending import Sending
 from fleetune.edge.protocol.unreachable import why_not
 
@@ -42,9 +42,6 @@ log = logging.getLogger(__name__)
 
 _OVERHEAD = 512
 """Bytes of a packet beside its payload, at most: its topic, its properties, its lengths."""
-
-_MAX_PACKET = max(MAX_CHUNK, MAX_MESSAGE) + 4096
-"""Bytes of the largest packet, with room for what a broker may add: some drop silently what is larger than this."""
 
 _LEAST_PACKET = 8 * 1024
 """Bytes that a broker must take: no manifest is larger."""
@@ -128,14 +125,6 @@ class _Published:
 Event = Connected | Disconnected | Received | Refused
 
 
-class _Client(mqtt.Client):
-    """paho's client; by itself it takes as much memory at once as a broker says that a packet has."""
-
-    def _sock_recv(self, bufsize: int) -> bytes:
-        """What is there; of a packet that is larger than any that was asked for, nothing, as if the broker hung up."""
-        return b"" if bufsize > _MAX_PACKET else super()._sock_recv(bufsize)
-
-
 class Link:
     """A connection that restores itself.
 
@@ -181,13 +170,13 @@ class Link:
         self._first_subscription: int | None = None
         self._closing = False
         self._up = False
-        self._max_packet = self._trusted = _MAX_PACKET
+        self._max_packet = self._trusted = MAX_PACKET
         self._largest_taken = self._hangups = 0
         self._since, self._short_lives, self._failures, self._open_at = 0.0, 0, 0, math.inf
         self._client = self._new_client()
 
     def _new_client(self) -> mqtt.Client:
-        client = _Client(
+        client = Client(
             CallbackAPIVersion.VERSION2,
             client_id=self._client_id,
             protocol=mqtt.MQTTv5,
@@ -220,7 +209,7 @@ class Link:
     def _open(self) -> None:
         """Begin to connect, in paho's thread."""
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-        properties.MaximumPacketSize = _MAX_PACKET
+        properties.MaximumPacketSize = MAX_PACKET
         self._open_at = math.inf
         self._client.loop_stop()
         self._client = self._new_client()
@@ -451,7 +440,7 @@ class Link:
         if reason.is_failure:
             self._answered = True
             return
-        self._max_packet = min(self._trusted, getattr(properties, "MaximumPacketSize", _MAX_PACKET))
+        self._max_packet = min(self._trusted, getattr(properties, "MaximumPacketSize", MAX_PACKET))
         # paho takes it for the next connection only; a broker that is asked for too much ends this one.
         self._receive_maximum = min(_RECEIVE_MAXIMUM, getattr(properties, "ReceiveMaximum", _RECEIVE_MAXIMUM))
         topics = [(topic, SubscribeOptions(qos=1)) for topic in self._subscriptions]
@@ -517,8 +506,3 @@ class Link:
                 self._room.wait(0.5)
             self._queued += received.size
         self._events.put(received)
-
-
-def no_delay(_c: mqtt.Client, _u: Any, sock: Any) -> None:
-    """Small acknowledgements must not wait for Nagle's algorithm: for paho's ``on_socket_open``."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -11,7 +11,7 @@ from typing import Any
 from paho.mqtt.client import Client, MQTTMessage, MQTTv5
 from paho.mqtt.enums import CallbackAPIVersion
 
-from fleetune.edge.protocol.link import no_delay
+from fleetune.edge.protocol.client import no_delay
 from fleetune.edge.protocol.messages import MAX_CHUNK
 
 _CHUNKS = 18

@@ -12,6 +12,7 @@ from statistics import median
 import msgspec
 import psutil
 
+from fleetune.edge.protocol.codec import DEFAULT
 from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.tools.bench.broker import mosquitto
 from fleetune.tools.bench.figures import Document, Figure, Target, figure
@@ -50,20 +51,23 @@ def bench_round(
     for devices in (2,) if quick else (2, 8, 64):
         place = folder / f"{devices}"
         place.mkdir()
-        ours, bare = list[float](), list[float]()
-        signed = list[float]()
+        bare = list[float]()
+        plain, signed = dict[str, list[float]](), dict[str, list[float]]()
         for turn in range(1 if quick else _TURNS):
             say(f"{devices} devices, turn {turn + 1}")
             rounds = 20 if devices < 64 else 8
-            ours.append(1e3 * median(_fleetune(place / f"turn-{turn}", devices, rounds)))
-            signed.append(1e3 * median(_secured(place / f"secured-{turn}", devices, rounds)))
+            for codec in ("f32", DEFAULT):
+                for how, found in ((_fleetune, plain), (_secured, signed)):
+                    taken = how(place / f"{how.__name__}-{codec}-{turn}", devices, rounds, codec)
+                    found.setdefault(codec, []).append(1e3 * median(taken))
             bare.append(1e3 * median(_bare(place / f"bare-{turn}", devices, rounds)))
-        name = f"{devices} devices: a round"
+        name, ours = f"{devices} devices: a round", plain["f32"]
         figures.append(figure(name, "ms", ours, target=_ROUND.get(devices)))
         figures.append(figure(name, "ms", ours, peer="paho and Mosquitto alone", peer_values=bare))
-        with_keys = f"{devices} devices: a round with mTLS and signatures"
-        target = _OVERHEAD if devices == 8 else None
-        figures.append(figure(with_keys, "ms", signed, peer="without", peer_values=ours, target=target))
+        for codec, values in signed.items():
+            secure = f"{devices} devices: a round in {codec} with mTLS and signatures"
+            target = _OVERHEAD if devices == 8 else None
+            figures.append(figure(secure, "ms", values, peer="without", peer_values=plain[codec], target=target))
         for peer in peers:
             assert python is not None
             say(f"{devices} devices: {PEERS[peer]}")
@@ -75,8 +79,9 @@ def bench_round(
             target = _FASTER if peer == "deployed" else None
             some = [median(ours)] * len(theirs)
             figures.append(figure(name, "ms", some, peer=PEERS[peer], peer_values=theirs, target=target))
-    idle = _idle(folder / "idle", 1 if quick else 5)
+    idle, member = _idle(folder / "idle", 1 if quick else 5)
     figures.append(figure("idle agent without a pack, resident", "MiB", idle, target=_IDLE))
+    figures.append(figure("the same with an identity", "MiB", member, peer="without", peer_values=idle))
     for peer in peers:
         assert python is not None
         say(f"an idle device of {PEERS[peer]}")
@@ -87,31 +92,34 @@ def bench_round(
     return Document("round", tuple(figures), peer_versions(python, FLOWER) if python else {}, tuple(notes))
 
 
-def _fleetune(place: Path, count: int, rounds: int) -> list[float]:
+def _fleetune(place: Path, count: int, rounds: int, codec: str) -> list[float]:
     """Seconds of each round: an aggregator, Mosquitto, and a process for each device."""
     place.mkdir()
-    devices = tuple(f"device-{number}" for number in range(count))
-    shapes = lora_shapes()
-    with (
-        mosquitto(place) as (broker, _),
-        killed(start("noop_agent", place / one, spec_for(broker, place, (one,), shapes, rounds)) for one in devices),
-    ):
-        return lead(place / "aggregator", spec_for(broker, place / "aggregator", devices, shapes, rounds))[0]
+    devices = _names(count)
+    with mosquitto(place) as (broker, _):
+        spec = msgspec.structs.replace(spec_for(broker, place / "devices", (), lora_shapes(), rounds), codec=codec)
+        return _rounds(place, spec, devices)
 
 
-def _secured(place: Path, count: int, rounds: int) -> list[float]:
+def _secured(place: Path, count: int, rounds: int, codec: str) -> list[float]:
     """The same with TLS on both sides, the broker's rights checked, and every message signed and verified."""
     place.mkdir()
-    devices = tuple(f"device-{number}" for number in range(count))
-    shapes = lora_shapes()
+    devices = _names(count)
     with secured(place, devices) as lab:
+        spec = spec_for(lab.address, place / "devices", (), lora_shapes(), rounds)
+        with_keys = msgspec.structs.replace(spec, codec=codec, identities=str(lab.identities), tls=True)
+        return _rounds(place, with_keys, devices)
 
-        def spec(folder: Path, some: tuple[str, ...]) -> NoOpSpec:
-            plain = spec_for(lab.address, folder, some, shapes, rounds)
-            return msgspec.structs.replace(plain, identities=str(lab.identities), tls=True)
 
-        with killed(start("noop_agent", place / one, spec(place, (one,))) for one in devices):
-            return lead(place / "leader", spec(place / "leader", devices))[0]
+def _names(count: int) -> tuple[str, ...]:
+    return tuple(f"device-{number}" for number in range(count))
+
+
+def _rounds(place: Path, spec: NoOpSpec, devices: tuple[str, ...]) -> list[float]:
+    """Seconds of each round, with a process for each device."""
+    replace = msgspec.structs.replace
+    with killed(start("noop_agent", place / one, replace(spec, devices=(one,))) for one in devices):
+        return lead(place / "leader", replace(spec, devices=devices, folder=str(place / "leader")))[0]
 
 
 def _bare(place: Path, count: int, rounds: int) -> list[float]:
@@ -155,18 +163,21 @@ def _flower(
     return [1e3 * seconds for seconds in found]
 
 
-def _idle(place: Path, repeats: int) -> list[float]:
-    """Resident set of an agent that waits, in MiB."""
+def _idle(place: Path, repeats: int) -> tuple[list[float], list[float]]:
+    """Resident set of an agent that waits, in MiB; and of one with an identity."""
     place.mkdir()
-    found = list[float]()
-    with mosquitto(place) as (broker, _):
+    bare, member = list[float](), list[float]()
+    with mosquitto(place) as (broker, _), secured(place / "secured", ("idle",)) as lab:
         for repeat in range(repeats):
-            agent = start(
-                "noop_agent", place / f"{repeat}", spec_for(broker, place / f"state-{repeat}", ("idle",), {}, 1)
-            )
-            with killed([agent]):
-                time.sleep(3.0)
-                if agent.poll() is not None:
-                    raise RunFailedError("the agent has ended", f"see {place / f'{repeat}.log'}")
-                found.append(psutil.Process(agent.pid).memory_info().rss / 2**20)
-    return found
+            for address, identities, found in ((broker, "", bare), (lab.address, str(lab.identities), member)):
+                state = place / f"{len(bare)}-{len(member)}"
+                spec = msgspec.structs.replace(
+                    spec_for(address, state, ("idle",), {}, 1), identities=identities, tls=address.tls
+                )
+                agent = start("noop_agent", place / f"agent-{state.name}", spec)
+                with killed([agent]):
+                    time.sleep(3.0)
+                    if agent.poll() is not None:
+                        raise RunFailedError(f"the agent of turn {repeat} has ended", f"see {place}")
+                    found.append(psutil.Process(agent.pid).memory_info().rss / 2**20)
+    return bare, member

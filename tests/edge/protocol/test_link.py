@@ -65,6 +65,16 @@ def test_what_is_published_arrives_in_order(broker: BrokerAddress) -> None:
     sender.close()
 
 
+def test_many_small_messages_that_come_at_once_are_all_heard_at_once(broker: BrokerAddress) -> None:
+    receiver, sender = connect(broker, "receiver", "t/#"), connect(broker, "sender")
+    for number in range(300):
+        sender.publish(f"t/{number}", b"x")
+    heard = collect(receiver, Received, 300, timeout=5)
+    assert [event.topic for event in heard] == [f"t/{number}" for number in range(300)]  # type: ignore[union-attr]
+    receiver.close()
+    sender.close()
+
+
 def test_a_retained_message_reaches_who_comes_later(broker: BrokerAddress) -> None:
     sender = connect(broker, "sender")
     sender.publish("t/state", b"here", retain=True)
