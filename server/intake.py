@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from fleetune.edge.protocol import chunks
@@ -46,6 +46,7 @@ class Intake:
         store: Knows which are there.
         registry: Knows the devices.
         quarantine: Knows which of them are kept out.
+        closed: Versions of the job's rounds that are closed, in their order; it grows.
         max_staleness: Closed rounds after which an update no longer counts.
     """
 
@@ -59,19 +60,15 @@ class Intake:
         store: Store,
         registry: Registry,
         quarantine: Quarantine,
+        closed: Sequence[int],
         *,
         max_staleness: int,
     ) -> None:
         self._link, self._topics, self._run, self._job = link, topics, run, job
         self._journal, self._store, self._registry, self._quarantine = journal, store, registry, quarantine
-        self._max_staleness = max_staleness
+        self._closed, self._max_staleness = closed, max_staleness
         self._uploads = Uploads(journal.parts(job.id))
         self._whole: dict[tuple[str, str], tuple[UpdateManifest, bytes, Tensors, float]] = {}
-        self._closed: list[int] = []  # versions of the closed rounds that an update may still answer, oldest first
-
-    def close_round(self, version: int) -> None:
-        """A round is closed; what answers it from now on comes late."""
-        self._closed = [*self._closed, version][-self._max_staleness :] if self._max_staleness else []
 
     def end(self) -> None:
         """The job is over."""
@@ -138,8 +135,9 @@ class Intake:
         if manifest.job == self._job.id:
             if manifest.version == current.announcement.version:
                 return 0
-            if manifest.version in self._closed and manifest.payload is not None:
-                return len(self._closed) - self._closed.index(manifest.version)
+            may_come = self._closed[-self._max_staleness :] if self._max_staleness else ()
+            if manifest.version in may_come and manifest.payload is not None:
+                return len(may_come) - may_come.index(manifest.version)
         raise MessageError("the update is for a round that is closed", "wait for the next", reason="stale-round")
 
     # --- chunks -------------------------------------------------------------------------------------------------
@@ -151,6 +149,8 @@ class Intake:
             MessageError: It does not fit, or it completes an update that is refused; the device was told why.
         """
         with self._refusing(device, update):
+            if device in self._registry.revoked:
+                raise MessageError(f"{device} is revoked", "enrol it again", reason="revoked")
             complete = self._uploads.add(device, update, index, data)
             if complete is not None:
                 manifest, whole = complete

@@ -25,6 +25,7 @@ class Registry:
 
     Attributes:
         kept_out: Device in quarantine → why.
+        revoked: Devices whose credentials do not count any more.
     """
 
     def __init__(self, expected: frozenset[str]) -> None:
@@ -36,6 +37,7 @@ class Registry:
         self._members: frozenset[str] | None = None  # until somebody comes, goes, or fails
         self._falls: dict[str, int] = {}  # device → how often its boot counter fell
         self.kept_out: dict[str, str] = {}
+        self.revoked: frozenset[str] = frozenset()
 
     def update(self, presence: Presence, *, retained: bool = False) -> bool:
         """Take a presence message; False if it is from an unknown device, or the late Will of another boot.
@@ -85,7 +87,7 @@ class Registry:
         return device in self._expected if self._expected else device in self._presence
 
     def members(self) -> frozenset[str]:
-        """Devices that a round waits for: those expected or seen, less those that failed, declined or are kept out."""
+        """Devices that a round waits for: those expected or seen, less those that failed, declined or are out."""
         if self._members is None:
             known = self._expected or {name for name, there in self._presence.items() if there.state != "offline"}
             self._members = frozenset(name for name in known if self.lost(name) is None)
@@ -121,13 +123,24 @@ class Registry:
         self.kept_out.pop(device, None)
         self._members = None
 
+    def shut_out(self, revoked: frozenset[str]) -> None:
+        """Wait for these devices no more, and again for those that were revoked and are not any more."""
+        self.revoked, self._members = revoked, None
+
+    @property
+    def out(self) -> frozenset[str]:
+        """Devices that take no part, whatever they say."""
+        return self.revoked.union(self.kept_out)
+
     def ready(self) -> set[str]:
-        """Devices that are connected, have not failed, and are not kept out."""
+        """Devices that are connected, have not failed, and are not out."""
         there = {name for name, presence in self._presence.items() if presence.state not in ("offline", "failed")}
-        return there - self.kept_out.keys()
+        return there - self.out
 
     def lost(self, device: str) -> str | None:
-        """Why a device failed, declined or is kept out, or None if it did nothing of that."""
+        """Why a device failed, declined or is out, or None if it did nothing of that."""
+        if device in self.revoked:
+            return "revoked"
         if device in self.kept_out:
             return f"quarantined: {self.kept_out[device]}"
         presence = self._presence.get(device)
@@ -139,6 +152,6 @@ class Registry:
         return f"{device} ({f'{presence.state}: {presence.detail}' if presence else 'never seen'})"
 
     def losses(self) -> dict[str, str]:
-        """Device → why it failed, declined or is kept out."""
-        known = sorted(self._presence.keys() | self.kept_out.keys())
+        """Device → why it failed, declined or is out."""
+        known = sorted(self._presence.keys() | (device for device in self.out if self.knows(device)))
         return {name: reason for name in known if (reason := self.lost(name)) is not None}

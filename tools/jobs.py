@@ -14,10 +14,10 @@ from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.codec import DEFAULT
 from fleetune.edge.protocol.errors import ConfigError
 from fleetune.edge.protocol.modelfile import MAX_CLASSES
-from fleetune.server.aggregator import Model
 from fleetune.server.job import Job, JobPrivacy, RuleSettings, ScheduleSettings
 from fleetune.server.rules import RULES
 from fleetune.server.rules.base import assumed
+from fleetune.server.training import Model
 
 
 def check_options(args: argparse.Namespace) -> None:

@@ -415,17 +415,14 @@ def rounds_with_globals(state: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", sorted(RULES.keys() - {"median"}))  # which differs from trimmed-mean in one line
-def test_a_rule_comes_to_the_same_bytes_wherever_the_aggregator_is_killed(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rule_comes_to_the_same_bytes_wherever_the_aggregator_is_killed(name: str, tmp_path: Path) -> None:
     """What a kill leaves is what is on disk: copies of that are led to their end."""
-    monkeypatch.setattr(module, "_CHECKPOINT_ROUNDS", 1)
     job = replace(JOB, rule=RuleSettings(name))
     left = dict[tuple[int, int], Path]()
 
     def lead(state: Path, version: int, done: int, *, copies: bool) -> None:
         with embedded_broker(free_port()) as broker:
-            fleet = Fleet(broker, state, job=job, devices="abcde")
+            fleet = Fleet(broker, state, job=job, devices="abcde", checkpoint_rounds=1)
             fleet.await_round(version)
             while version < 4:
                 waiting = list(answers(version).items())[done:]
@@ -609,9 +606,9 @@ def test_only_the_fleets_devices_have_a_broadcast_sent_again(
     assert whole is not None
     listener = Link(broker, "listener", subscriptions=[TOPICS.repair_chunk("fedms", whole.sha256, "+")], will=None)
     listener.connect()
-    need = encode(Need("fedms", whole.sha256, b"\1"))
+    need = seal(Need("fedms", whole.sha256, b"\1"))
     for device, heard in (("stranger", 0), ("a", 1)):
-        fleet.link.publish(TOPICS.need(device), need)
+        fleet.link.publish(TOPICS.up(device, "need"), need)
         until = time.monotonic() + 1.5
         fleet.wait(lambda until=until: time.monotonic() > until)  # type: ignore[misc]
         assert sum(isinstance(event, Received) for event in listener.events(0.5)) == heard

@@ -68,13 +68,14 @@ class Bench:
             list(link.events(0.5))
         self.heard: list[tuple[str, Ack | Missing]] = []
         self.typical: Typical | None = None
+        self.closed: list[int] = []
         self.current = self.announce(0)
         self.intake = self.new_intake()
 
     def new_intake(self, max_staleness: int = 2, job: Job = JOB) -> Intake:
         return Intake(
             *(self.link, TOPICS, "r", job, self.journal, self.store, self.registry),
-            Quarantine(self.journal, self.store, self.registry, after=3),
+            *(Quarantine(self.journal, self.store, self.registry, after=3), self.closed),
             max_staleness=max_staleness,
         )
 
@@ -93,7 +94,7 @@ class Bench:
 
     def close_round(self, **following: Any) -> None:
         version = self.current.announcement.version
-        self.intake.close_round(version)
+        self.closed.append(version)
         self.announce(version + 1, **following)
 
     def listen(self, seconds: float = 5.0, count: int = 1) -> list[tuple[str, Ack | Missing]]:

@@ -37,6 +37,22 @@ def test_a_device_is_ready_while_it_is_connected(fleet: Registry) -> None:
     assert fleet.members() == FLEET
 
 
+def test_who_is_revoked_is_no_member_until_it_is_enrolled_again(fleet: Registry) -> None:
+    fleet.update(presence("a"))
+    fleet.shut_out(frozenset({"a", "nobody"}))
+    assert fleet.members() == FLEET - {"a"}
+    assert fleet.ready() == set()
+    assert fleet.losses() == {"a": "revoked"}
+    fleet.update(presence("a", "working", boot=2))
+    assert fleet.ready() == set()
+    fleet.keep_out("a", "not-finite")
+    fleet.shut_out(frozenset())
+    assert fleet.losses() == {"a": "quarantined: not-finite"}
+    fleet.let_in("a")
+    assert fleet.members() == FLEET
+    assert fleet.ready() == {"a"}
+
+
 def test_the_late_will_of_an_earlier_boot_is_ignored(fleet: Registry) -> None:
     assert fleet.update(presence("a", boot=2))
     assert not fleet.update(presence("a", "offline", boot=1))

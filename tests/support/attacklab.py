@@ -88,12 +88,14 @@ class Lab:
     Attributes:
         secured: Broker, authority and identities.
         folder: For state.
-        members: Devices that rounds wait for.
+        members: Devices without which no round closes.
+        patience: Seconds that a round waits for others.
     """
 
     secured: Secured
     folder: Path
     members: tuple[str, ...] = HONEST
+    patience: float = 0.0
     workers: dict[str, Worker] = field(default_factory=dict)
     _aggregator: Future[None] = field(default_factory=Future)
     _threads: list[threading.Thread] = field(default_factory=list)
@@ -123,9 +125,9 @@ class Lab:
             *(FLEET, self.secured.address, self.folder / "aggregator", (JOB,)),
             devices=frozenset((*self.members, MALLORY)),
             quorum=len(self.members),
-            away_s=0.0,
+            away_s=self.patience,
             keep_history=True,
-            deadline_s=0.2,
+            deadline_s=max(0.2, self.patience),
             identity=self.identity("aggregator"),
         )
         self._threads.append(threading.Thread(target=self._lead, args=[config], daemon=True))

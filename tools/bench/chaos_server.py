@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
-from fleetune.server import aggregator
 from fleetune.server.aggregator import Aggregator
 from fleetune.tools.bench.chaos_process import ChaosSpec, bend_clock
 from fleetune.tools.bench.noop_server import config_for
@@ -19,8 +19,9 @@ def main(path: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)6d %(levelname)s %(message)s")
     spec = msgspec.json.decode(Path(path).read_bytes(), type=ChaosSpec)
     bend_clock(spec.clock)
-    aggregator._CHECKPOINT_ROUNDS = spec.checkpoint_rounds  # a run has too few rounds to come to one by itself
-    Aggregator(config_for(spec, keep_history=True)).run()
+    # A run has too few rounds to come to a checkpoint by itself.
+    config = replace(config_for(spec, keep_history=True), checkpoint_rounds=spec.checkpoint_rounds)
+    Aggregator(config).run()
 
 
 if __name__ == "__main__":

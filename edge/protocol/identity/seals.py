@@ -7,6 +7,7 @@ backbone by what it says. A side without an identity signs nothing and verifies 
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -144,6 +145,18 @@ class Seals:
             )
         self._learn(credential, raw)
         return True
+
+    def revoked_devices(self) -> frozenset[str]:
+        """Devices that are revoked, and have not shown a newer credential since."""
+        if self._identity is None:
+            return frozenset()
+        revoked = self._identity.trust.revoked.items()
+        return frozenset(name for name, when in revoked if self._newest(Sender("device", name)) <= when)
+
+    def _newest(self, sender: Sender) -> float:
+        """When the newest credential of a member that is known begins; long ago if there is none."""
+        keys = self._keys.get(sender)
+        return self._known[keys[-1]].credential.begins if keys else -math.inf
 
     def _judged_at(self, identity: Identity) -> float:
         """The time that the others' credentials are judged by.

@@ -271,6 +271,16 @@ def test_whoever_is_revoked_is_refused_at_once_and_after_a_restart(
     assert restarted.meet(lab.seals("nano-2").introduction, NANO_2)
 
 
+def test_a_device_is_revoked_until_it_shows_a_newer_credential(lab: GuardedFleet, aggregator: Seals) -> None:
+    now = time.time()
+    assert aggregator.revoked_devices() == set()
+    aggregator.hear_trust(next_trust(lab, revoked={"nano-1": now, "nano-9": now}))  # 9 was never heard of
+    assert aggregator.revoked_devices() == {"nano-1", "nano-9"}
+    aggregator.meet(lab.forge("device", "nano-1", begins=now + 1)[0], NANO_1)
+    assert aggregator.revoked_devices() == {"nano-9"}
+    assert Seals().revoked_devices() == set()
+
+
 def test_what_was_revoked_is_not_brought_back_by_an_older_document(lab: GuardedFleet, aggregator: Seals) -> None:
     aggregator.hear_trust(next_trust(lab, version=9, revoked={"nano-1": time.time()}))
     for version in (1, 8, 9):

@@ -1,0 +1,103 @@
+"""What devices say of themselves, and what the authority says of them: who is there, and who is out."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from fleetune.edge.protocol.errors import MessageError
+from fleetune.edge.protocol.identity.credential import Sender
+from fleetune.edge.protocol.link import Link, Received
+from fleetune.edge.protocol.messages import Presence, TimeReply, TimeRequest, Who
+from fleetune.edge.protocol.topics import Topics
+from fleetune.server.registry import Registry
+
+log = logging.getLogger(__name__)
+
+_ASK_EVERY = 5.0
+"""Seconds between two questions to one device."""
+
+
+class Reception:
+    """Knows the devices by what comes from them.
+
+    Args:
+        link: To the broker.
+        topics: Of the fleet.
+        registry: Is told who is there, and who is revoked.
+    """
+
+    def __init__(self, link: Link, topics: Topics, registry: Registry) -> None:
+        self._link, self._topics, self._registry = link, topics, registry
+        self._asked: dict[str, float] = {}  # device → when it was asked who it is
+        self._see_revoked()
+
+    def introduce(self) -> None:
+        """Tell devices who the aggregator is, so that they can verify what it says."""
+        if self._link.seals.signed:
+            self._link.publish(self._topics.aggregator_introduction, self._link.seals.introduction, retain=True)
+
+    def trust(self, raw: bytes) -> None:
+        """The authority's newest document.
+
+        Raises:
+            MessageError: It is not one of this fleet.
+        """
+        trust = self._link.seals.hear_trust(raw)
+        if trust is not None:
+            log.info("takes version %d of the fleet's trust document", trust.version)
+            self._see_revoked()
+
+    def introduction(self, device: str, raw: bytes) -> None:
+        """A device says who it is; nothing where an introduction was taken back.
+
+        Raises:
+            MessageError: It is not of this device, or does not count.
+        """
+        if raw and self._link.seals.meet(raw, Sender("device", device)):
+            self._see_revoked()
+
+    def _see_revoked(self) -> None:
+        revoked = self._link.seals.revoked_devices()
+        for device in sorted(revoked - self._registry.revoked):
+            log.warning("%s is revoked; no round waits for it", device)
+        self._registry.shut_out(revoked)
+
+    def presence(self, device: str, event: Received) -> None:
+        """A device says where it stands.
+
+        Raises:
+            MessageError: It is not from this device, or from nobody who is known.
+        """
+        try:
+            presence = self._link.seals.open(event.topic, event.payload, Presence, Sender("device", device))
+        except MessageError as error:
+            if error.reason == "unknown-key":
+                self.ask_who(device)
+            raise
+        if device != presence.name:
+            raise MessageError("the presence is of another device", "ignore it", reason="wrong-topic")
+        was_here, was_shared = self._registry.is_here(device), self._registry.is_shared(device)
+        if self._registry.update(presence, retained=event.retained) and not event.retained:
+            if was_here and presence.state == "offline":
+                log.warning("%s is offline: %s", device, presence.detail)
+            elif not was_here and presence.state != "offline":
+                log.info("%s is there", device)
+        if self._registry.is_shared(device) and not was_shared:
+            log.warning("%s: two agents take turns under this id; give each device one of its own", device)
+
+    def ask_who(self, device: str) -> None:
+        """Have a device introduce itself again."""
+        now = time.monotonic()
+        if now - self._asked.get(device, -_ASK_EVERY) >= _ASK_EVERY:
+            self._asked[device] = now
+            self._link.say(self._topics.down(device, "who"), Who())
+
+    def tell_time(self, device: str, event: Received) -> None:
+        """A device asks for the time.
+
+        Raises:
+            MessageError: It was not this device.
+        """
+        question = self._link.seals.open(event.topic, event.payload, TimeRequest, Sender("device", device))
+        self._link.say(self._topics.down(device, "time"), TimeReply(question.nonce, self._link.seals.clock.now()))
