@@ -326,6 +326,7 @@ class Aggregator:
             self._leadership.say_again(self._link)
         self._leadership.catch_up(self._link)
         self._broadcast.repair()
+        self._reception.look_after_own()
         self._registry.save(self._store)
 
     @property

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from datetime import datetime, timezone
 
 from fleetune.edge.protocol.errors import MessageError
-from fleetune.edge.protocol.identity.credential import Sender
+from fleetune.edge.protocol.identity.credential import WARN_BEFORE, Sender
 from fleetune.edge.protocol.link import Link, Received
 from fleetune.edge.protocol.messages import Presence, TimeReply, TimeRequest, Who
 from fleetune.edge.protocol.topics import Topics
@@ -16,6 +17,9 @@ log = logging.getLogger(__name__)
 
 _ASK_EVERY = 5.0
 """Seconds between two questions to one device."""
+
+_WARN_EVERY = 86400.0
+"""Seconds between two words on the aggregator's own credential, which nobody renews but its operator."""
 
 
 class Reception:
@@ -30,7 +34,22 @@ class Reception:
     def __init__(self, link: Link, topics: Topics, registry: Registry) -> None:
         self._link, self._topics, self._registry = link, topics, registry
         self._asked: dict[str, float] = {}  # device → when it was asked who it is
+        self._warn_at = 0.0
         self._see_revoked()
+
+    def look_after_own(self) -> None:
+        """Say in time that the aggregator's own credential expires: devices will refuse what is signed after that."""
+        identity = self._link.seals.identity
+        if identity is None or time.monotonic() < self._warn_at:
+            return
+        self._warn_at = time.monotonic() + _WARN_EVERY
+        expires = identity.credential.expires
+        if expires < self._link.seals.clock.now() + WARN_BEFORE:
+            end = datetime.fromtimestamp(expires, timezone.utc)
+            log.warning(
+                "the aggregator's credential expires on %s: `fleetune fleet rotate aggregator`, then start this again",
+                f"{end:%Y-%m-%d}",
+            )
 
     def introduce(self) -> None:
         """Tell devices who the aggregator is, so that they can verify what it says."""

@@ -26,6 +26,7 @@ from fleetune.edge.protocol.identity.credential import (
     AUTHORITY,
     BROKER,
     PUBLISHER,
+    WARN_BEFORE,
     Credential,
     Role,
     Trust,
@@ -387,6 +388,11 @@ class Authority:
         rows = [row for row in self.ledger.members() if row.revoked is None and row.expires > self.now()]
         newest = {row.name: row.authority for row in rows if row.name not in (AUTHORITY, BROKER)}
         return sorted(name for name, authority in newest.items() if authority != self._key_id)
+
+    def expiring(self) -> list[MemberRow]:
+        """Those who renew nothing by themselves, as devices do, and have less than a month left."""
+        newest = {row.name: row for row in self.ledger.members() if row.role != "device"}.values()
+        return [row for row in newest if row.revoked is None and row.expires < self.now() + WARN_BEFORE]
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
 
 from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.complaints import Complaints
@@ -22,6 +24,9 @@ log = logging.getLogger(__name__)
 _LOOK_EVERY = 1.0
 """Seconds between two looks at what other processes have changed in the authority's folder."""
 
+_WARN_EVERY = 86400.0
+"""Seconds between two words on who has to be renewed by hand."""
+
 
 class Desk:
     """Answers requests while it runs.
@@ -37,6 +42,7 @@ class Desk:
         self._topics = Topics(authority.fleet)
         self._seals, self._complaints = Seals(identity), Complaints()
         self._said = 0  # version of the trust document
+        self._warn_at = 0.0
         self._link = Link(
             broker,
             f"{authority.fleet}-authority",
@@ -62,6 +68,7 @@ class Desk:
                     self._handle(event)
                 self._authority.reload()
                 self._say_news()
+                self._warn()
         finally:
             self._link.close()
 
@@ -107,6 +114,15 @@ class Desk:
             request = self._seals.open(event.topic, event.payload, CredentialRequest, Sender("device", device))
             topic = self._topics.down(device, "renewed")
             self._link.publish(topic, self._admission.renew(topic, device, request))
+
+    def _warn(self) -> None:
+        """Name those who renew nothing by themselves, once a day."""
+        if time.monotonic() < self._warn_at:
+            return
+        self._warn_at = time.monotonic() + _WARN_EVERY
+        for row in self._authority.expiring():
+            end = datetime.fromtimestamp(row.expires, timezone.utc)
+            log.warning("what %s has expires on %s: `fleetune fleet rotate %s`", row.name, f"{end:%Y-%m-%d}", row.name)
 
     def _say_news(self) -> None:
         """Say whom to trust, if that has changed since it was said."""

@@ -262,7 +262,8 @@ def _show(args: argparse.Namespace) -> None:
         now = authority.now()
         members, tokens = authority.ledger.members(), authority.ledger.tokens()
         newest = {(row.role, row.name): row for row in members}.values()
-        shown = [(row, _member_state(row, now)) for row in newest]
+        expiring = {row.serial for row in authority.expiring()}
+        shown = [(row, _member_state(row, now, soon=row.serial in expiring)) for row in newest]
         waiting = [(row, "used" if row.used else "expired" if row.expires < now else "waits") for row in tokens]
         if args.json:
             document = {
@@ -281,10 +282,10 @@ def _show(args: argparse.Namespace) -> None:
             _say("", columns([["token for", "state", "until", "id"], *rows]))
 
 
-def _member_state(row: Any, now: float) -> str:
+def _member_state(row: Any, now: float, *, soon: bool) -> str:
     if row.revoked is not None:
         return "revoked"
-    return "expired" if row.expires < now else "current"
+    return "expired" if row.expires < now else "expires soon" if soon else "current"
 
 
 def _utc(when: float) -> str:

@@ -60,6 +60,10 @@ class Credential(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Sender(self.role, self.name)
 
 
+WARN_BEFORE = 30 * 86400.0
+"""Seconds before its end in which a credential is named that nobody renews but its operator."""
+
+
 class Trust(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whom to believe.
 

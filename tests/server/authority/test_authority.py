@@ -418,3 +418,17 @@ def test_lives_come_from_the_folder(tmp_path: Path) -> None:
     credential = read_credential(raw, authority.trust)
     assert credential.expires - credential.begins == 3 * DAY
     authority.close()
+
+
+# --- who renews nothing by themselves -----------------------------------------------------------------------------
+
+
+def test_in_its_last_month_whoever_does_not_renew_is_named(fleet: GuardedFleet) -> None:
+    fleet.enrol("nano-1")
+    assert fleet.authority.expiring() == []
+    fleet.clock.ahead = 336 * DAY  # of 365; devices renew after 20 of 30, and expired long ago
+    assert {row.name for row in fleet.authority.expiring()} == {"aggregator", "authority", "publisher", "broker"}
+    fleet.authority.make_member("aggregator", fleet.authority_folder / "aggregator")
+    assert {row.name for row in fleet.authority.expiring()} == {"authority", "publisher", "broker"}
+    fleet.authority.revoke("publisher")
+    assert {row.name for row in fleet.authority.expiring()} == {"authority", "broker"}
