@@ -148,9 +148,10 @@ class Intake:
         Raises:
             MessageError: It does not fit, or it completes an update that is refused; the device was told why.
         """
+        if device in self._registry.revoked:  # since its manifest was taken
+            self._uploads.drop(device, update)
+            return
         with self._refusing(device, update):
-            if device in self._registry.revoked:
-                raise MessageError(f"{device} is revoked", "enrol it again", reason="revoked")
             complete = self._uploads.add(device, update, index, data)
             if complete is not None:
                 manifest, whole = complete

@@ -19,7 +19,14 @@ from pathlib import Path
 import msgspec
 
 from fleetune.edge.protocol.address import BrokerAddress
-from fleetune.edge.protocol.errors import UNDECODABLE, AuthorityError, ClockError, ConfigError, field_and_reason
+from fleetune.edge.protocol.errors import (
+    UNDECODABLE,
+    AuthorityError,
+    ClockError,
+    ConfigError,
+    MessageError,
+    field_and_reason,
+)
 from fleetune.edge.protocol.identity.clock import MAX_SKEW
 from fleetune.edge.protocol.identity.credential import (
     AGGREGATOR,
@@ -158,10 +165,14 @@ class Authority:
         self.ledger = Ledger(folder / LEDGER_FILE)
 
     def _take(self, file: _File) -> None:
-        self._file = file
-        self._signers = [SeedSigner.parse(key) for key in file.keys]
+        try:
+            signers = [SeedSigner.parse(key) for key in file.keys]
+            trust = read_trust(bytes(file.trust), tuple(signer.public for signer in signers), file.fleet)
+        except (ValueError, MessageError) as error:
+            what = error.what if isinstance(error, MessageError) else str(error)
+            raise AuthorityError(f"{self.folder / FILE} is damaged: {what}", "restore it from a backup") from error
         self._roots = [CertificateAuthority(root.certificate.encode(), root.key.encode()) for root in file.roots]
-        self.trust = read_trust(bytes(file.trust), tuple(signer.public for signer in self._signers), file.fleet)
+        self._file, self._signers, self.trust = file, signers, trust
 
     @classmethod
     def make(

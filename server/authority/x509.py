@@ -65,12 +65,10 @@ class CertificateAuthority:
         remedy = "restore the authority's folder from a backup"
         try:
             self._certificate = x509.load_pem_x509_certificate(certificate)
-            private = serialization.load_pem_private_key(key, None)
-        except (ValueError, TypeError) as error:
+            private, public = serialization.load_pem_private_key(key, None), self._certificate.public_key()
+        except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
             raise AuthorityError(f"the authority's certificate or key cannot be read: {error}", remedy) from error
-        if not isinstance(private, ec.EllipticCurvePrivateKey) or (
-            private.public_key() != self._certificate.public_key()
-        ):
+        if not isinstance(private, ec.EllipticCurvePrivateKey) or private.public_key() != public:
             raise AuthorityError("the authority's certificate is for another key", remedy)
         self._key = private
 

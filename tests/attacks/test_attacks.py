@@ -221,6 +221,7 @@ def test_a_revoked_device_whose_connection_still_stands(
     caplog.set_level("INFO")
     if not protected:
         monkeypatch.setattr(seals, "check_current", lambda *_: None)
+        monkeypatch.setattr(Seals, "revoked_devices", lambda _: frozenset())
     in_round_1(lab)
     with Intruder(lab, lab.identity(MALLORY)) as mallory, lab.authority() as authority:
         authority.revoke(MALLORY)  # the broker has not heard of it

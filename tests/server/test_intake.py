@@ -305,6 +305,16 @@ def test_a_manifest_on_anothers_topic_is_refused(bench: Bench) -> None:
     assert bench.refused(bench.begin, manifest, update="r-fedms-9") == "wrong-topic"
 
 
+def test_an_update_whose_device_is_revoked_before_it_is_whole_does_not_count(bench: Bench) -> None:
+    manifest, data = update(LARGE, chunk_size=1000)
+    bench.begin(manifest)
+    bench.feed(manifest, data, range(manifest.payload.chunks - 1))  # type: ignore[union-attr]
+    bench.registry.shut_out(frozenset({"a"}))
+    bench.feed(manifest, data)
+    assert not bench.intake.commit(bench.current)
+    assert bench.accepted() == []
+
+
 def test_a_stranger_is_refused_and_not_entered_into_the_books(bench: Bench) -> None:
     manifest, _ = update(device="stranger")
     assert bench.refused(bench.begin, manifest) == "unknown-device"

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import FleetuneError
 from fleetune.edge.protocol.identity.enrolment import Token
@@ -393,6 +395,35 @@ def test_a_token_stays_until_it_was_used(made: Site, tmp_path: Path) -> None:
     token = made.token("nano-1")
     refused(made.enroll(token, tmp_path / "state"), 15, "no broker answers")
     assert token.exists()
+
+
+# --- sign, verify -------------------------------------------------------------------------------------------------
+
+
+def test_a_pack_that_is_signed_is_taken_and_no_other(made: Site, tiny_bert_pack: Pack, tmp_path: Path) -> None:
+    pack, publisher = tmp_path / "pack", made.authority / "members" / "publisher"
+    shutil.copytree(tiny_bert_pack.path, pack)
+    verify = ("verify", pack, "--identity", publisher)
+    agent = (
+        *("agent", "--fleet", made.fleet, "--id", "nano-1", "--broker", "mqtts://127.0.0.1:1"),
+        *("--pack", pack, "--data", pack, "--state", made.state / "nano-1"),
+    )
+    with made.serving():
+        assert made.enroll(made.token("nano-1")).returncode == 0
+    for command in (verify, agent):
+        refused(fleetune(*command), 29, "is not signed")
+    assert str(pack) in made.quick("sign", pack)
+    assert "signed by the publisher of the fleet lab" in done(*verify)
+    assert fleetune(*agent).returncode not in (0, 29)  # it goes on to what else is wrong
+    weights = max(pack.iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    refused(fleetune(*verify), 13, weights.name)
+    manifest = pack / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes() + b" ")
+    for command in (verify, agent):
+        refused(fleetune(*command), 29, "manifest.json is not what was signed")
 
 
 # --- show, revoke, rotate -----------------------------------------------------------------------------------------
