@@ -45,6 +45,7 @@ ME = "nano-1"
 CLIP, NOISE = 0.5, 2.0
 PRIVATE = Privacy(CLIP, NOISE)
 SIZE = 15_000
+SHAPES = {"head": (SIZE,)}
 """Values of an update: few enough for one chunk."""
 SAMPLES = 41
 
@@ -195,7 +196,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
 
 def sent(bench: Bench, codec: str = "f32") -> NDArray[np.float64]:
     """The newest update, as it arrives."""
-    return Codec.named(codec).decode(bench.payloads[-1])["head"].astype(np.float64)
+    return Codec.named(codec).decode(bench.payloads[-1], SHAPES)["head"].astype(np.float64)
 
 
 def check_noise(values: NDArray[np.float64], spread: float, *, loss: float = 0.0) -> None:
@@ -236,11 +237,11 @@ def test_noise_comes_before_the_codec_and_what_that_owes_later(start: Callable[.
     bench = start(codec="int4")
     bench.answer(1)
     bench.answer(2)
-    arrived = sum(Codec.named("int4").decode(data)["head"].astype(np.float64) for data in bench.payloads)
+    arrived = sum(Codec.named("int4").decode(data, SHAPES)["head"].astype(np.float64) for data in bench.payloads)
     start()  # another agent, so that nobody has the folder
     (file,) = (tmp_path / "state" / "outbox").glob("*-2.update")
     manifest, _, rest = file.read_bytes().partition(b"\n")
-    lost = EXACT.decode(rest[json.loads(manifest)["payload"]["size"] :])["head"].astype(np.float64)
+    lost = EXACT.decode(rest[json.loads(manifest)["payload"]["size"] :], SHAPES)["head"].astype(np.float64)
     assert 0 < np.abs(lost).max() < 2 * CLIP * NOISE  # of the raw update's 3.0 the codec would owe more
     check_noise(arrived + lost - 2 * CLIPPED, math.sqrt(2) * CLIP * NOISE)
 

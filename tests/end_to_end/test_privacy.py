@@ -54,7 +54,7 @@ def test_a_private_job_tells_noise_and_resources_alone_and_says_what_that_comes_
         assert told - reported <= RESOURCES
         # It is asked for, and who has set a limit does not tell it all the same.
         assert bool(reported) == (stage == "evaluate" and manifest.device == "small")
-        sent = journal.load_update(record)
+        sent = journal.load_update(record, records[0].jobs[0].shapes)
         layout = Layout.of(Pack.open(fleet.pack).manifest, 2)
         names = {"global": layout.names(2, "B"), "personal": ["gate.B"]}.get(stage, [])
         assert set(sent) == set(names)
