@@ -16,11 +16,10 @@ from typing import Any
 from fleetune.edge.agent.broadcasts import Broadcasts
 from fleetune.edge.agent.config import AgentConfig
 from fleetune.edge.agent.feedback import encode_with_feedback
-from fleetune.edge.agent.heard import Heard
+from fleetune.edge.agent.membership import Membership
 from fleetune.edge.agent.notify import Notifier
 from fleetune.edge.agent.outbox import Outbox
 from fleetune.edge.agent.privacy import Ledger, discreet, make_private
-from fleetune.edge.agent.renewal import Renewal
 from fleetune.edge.agent.state import State
 from fleetune.edge.agent.worker import Answer, Worker
 from fleetune.edge.protocol import chunks
@@ -28,7 +27,6 @@ from fleetune.edge.protocol.codec import EXACT, Codec
 from fleetune.edge.protocol.complaints import Complaints
 from fleetune.edge.protocol.errors import BrokerProtocolError, FleetuneError, MessageError, RunFailedError
 from fleetune.edge.protocol.files import is_full
-from fleetune.edge.protocol.identity.credential import AGGREGATOR, Sender
 from fleetune.edge.protocol.identity.seals import Seals
 from fleetune.edge.protocol.link import Connected, Disconnected, Event, Link, Received
 from fleetune.edge.protocol.messages import (
@@ -38,7 +36,6 @@ from fleetune.edge.protocol.messages import (
     Missing,
     Presence,
     PresenceState,
-    TimeReply,
     UpdateManifest,
     Who,
     shortened,
@@ -56,9 +53,6 @@ _LOOK_EVERY = 5.0
 _LOOK_AT_POST_EVERY = 0.1
 """Seconds, at least, between two looks at the post in a round."""
 
-_HEAR_AGAIN = 1.0
-"""Seconds after which an announcement that came damaged is to come again."""
-
 _WAITS = "waits: "
 
 _READMIT = "too many were refused before: mend the device, then start `fleetune serve` with --readmit"
@@ -72,11 +66,6 @@ _MAX_RUNS = 64
 _SHOWN = ("loss", "test", "depth", "cpu_s", "peak_mib", "cache_missing_mib")
 """Metrics that the presence shows too."""
 
-
-_UNHEARD = frozenset({"damaged", "wrong-signature", "unknown-key"})
-"""Why an announcement may count when it comes again."""
-
-_FROM_AGGREGATOR = Sender("aggregator", AGGREGATOR)
 
 _Round = tuple[str, str, int]
 
@@ -127,12 +116,9 @@ class Agent:
         self._said: tuple[PresenceState, str] = ("online", "starts")
         self._shown = 0.0
         self._look_again = self._looked = 0.0
-        self._hear_again = math.inf
         self._notifier = Notifier()
-        me, self._seals = config.device, Seals(config.identity)
-        self._seals.clock.told(counters.time)
-        self._heard = Heard(counters.heard, self._seals.clock)
-        who = [self._topics.trust, self._topics.aggregator_introduction] if self._seals.signed else []
+        me, seals = config.device, Seals(config.identity)
+        who = [self._topics.trust, self._topics.aggregator_introduction] if seals.signed else []
         self._link = Link(
             config.broker,
             f"{config.fleet}-{me}",
@@ -143,10 +129,10 @@ class Agent:
                 self._topics.down(me, "+"),
             ],
             will=lambda: (self._topics.presence(me), self._presence("offline", "the connection broke")),
-            seals=self._seals,
+            seals=seals,
         )
         self._outbox = Outbox(self._state, self._link, self._topics)
-        self._renewal = Renewal(self._link, self._topics)
+        self._membership = Membership(self._link, self._topics, me, counters)
         self._complaints = Complaints()
 
     def run(self) -> None:
@@ -158,7 +144,7 @@ class Agent:
         try:
             self._notifier.status("waits for the broker")
             self._link.connect(timeout=math.inf)
-            self._say_who()
+            self._membership.introduce()
             self._worker.prepare(self._state, self._show_preparation)
             declined = [why for job, (round_, why) in self._declined.items() if round_ == self._newest_round(job)]
             self._publish(*(("declined", declined[-1]) if declined else ("online", "waits for a round")))
@@ -173,7 +159,7 @@ class Agent:
         finally:
             self._notifier.stopping()
             self._count_bytes()
-            self._state.counters.time = self._seals.clock.now()
+            self._membership.keep_time()
             self._state.save_counters()
             if self._said[0] != "failed":
                 self._publish("offline", "stopped")
@@ -221,14 +207,7 @@ class Agent:
         self._listen_for_repairs()  # before what is asked for is sent
         for need in needs:
             self._link.say(self._topics.up(self._config.device, "need"), need)
-        if (question := self._heard.question()) is not None:
-            self._link.say(self._topics.up(self._config.device, "time"), question)
-        if time.monotonic() > self._hear_again:  # who subscribes is told what is retained
-            self._hear_again = math.inf
-            for topic in self._said_by_aggregator:
-                self._link.unsubscribe(topic)
-                self._link.subscribe(topic)
-        self._renewal.step()
+        self._membership.step()
         self._outbox.send(self._led)
 
     def _listen_for_repairs(self) -> None:
@@ -256,30 +235,17 @@ class Agent:
                     raise
                 log.warning("%s: no room in %s: %s", event.topic, self._config.state, error.strerror)
 
-    @property
-    def _said_by_aggregator(self) -> list[str]:
-        """What the broker retains of the aggregator, in the order in which it has to be heard."""
-        introduction = [self._topics.aggregator_introduction] if self._seals.signed else []
-        return [*introduction, self._topics.current("+")]
-
-    def _say_who(self) -> None:
-        """Say who this is, before anything that it signs."""
-        if self._seals.signed:
-            me = self._config.device
-            self._link.publish(self._topics.introduction(me), self._seals.introduction, retain=True)
-
     def _introduce(self) -> None:
         """Say who this is, and where it stands."""
-        self._say_who()
+        self._membership.introduce()
         self._publish(*self._said)
 
     def _receive(self, event: Received) -> None:
         levels = self._topics.split(event.topic)
         if levels == ("ca", "trust"):
-            self._receive_trust(event.payload)
+            self._membership.trust(event.payload)
         elif levels == ("agg", "id"):
-            if event.payload and self._seals.meet(event.payload, _FROM_AGGREGATOR):
-                self._hear_again = 0.0  # what it said before could not be verified
+            self._membership.aggregator(event.payload)
         elif levels[:1] == ("g",) and levels[2:] == ("current",):
             self._receive_announcement(levels[1], event)
         elif levels[:1] == ("g",) and len(levels) in (4, 5):
@@ -288,46 +254,30 @@ class Agent:
         elif levels[:1] == ("dn",) and len(levels) == 3:
             self._receive_word(levels[2], event)
 
-    def _receive_trust(self, raw: bytes) -> None:
-        trust = self._seals.hear_trust(raw)
-        if trust is not None:
-            log.info("takes version %d of the fleet's trust document", trust.version)
-            self._renewal.check()
-
     def _receive_word(self, verb: str, event: Received) -> None:
-        """What the aggregator says to this device."""
-        topic, raw = event.topic, event.payload
+        """What the aggregator or the authority says to this device."""
+        topic, raw, members = event.topic, event.payload, self._membership
         if verb == "ack":
-            self._receive_ack(self._seals.open(topic, raw, Ack, _FROM_AGGREGATOR))
+            self._receive_ack(members.open(topic, raw, Ack))
         elif verb == "missing":
-            self._outbox.missing(self._seals.open(topic, raw, Missing, _FROM_AGGREGATOR))
+            self._outbox.missing(members.open(topic, raw, Missing))
         elif verb == "who":
-            self._seals.open(topic, raw, Who, _FROM_AGGREGATOR)
+            members.open(topic, raw, Who)
             self._introduce()
         elif verb == "renew":
-            self._renewal.hurry(topic, raw)
-        elif verb == "renewed":
-            if self._renewal.accept(topic, raw):
-                self._introduce()
-                self._link.reconnect()
-        elif verb == "time" and self._heard.answer(self._seals.open(topic, raw, TimeReply, _FROM_AGGREGATOR)):
-            self._hear_again = 0.0
+            members.renew(topic, raw)
+        elif verb == "renewed" and members.renewed(topic, raw):
+            self._introduce()
+            self._link.reconnect()
+        elif verb == "time":
+            members.time(topic, raw)
 
     def _receive_announcement(self, job: str, event: Received) -> None:
         if not event.payload:  # nobody leads it any more
             self._forget(job)
             self._await_another_job()
             return
-        try:
-            announced = self._seals.open(event.topic, event.payload, Announcement, _FROM_AGGREGATOR)
-        except MessageError as error:
-            if error.reason in _UNHEARD:
-                self._hear_again = time.monotonic() + _HEAR_AGAIN
-            raise
-        if announced.job != job or announced.fleet != self._config.fleet:
-            raise MessageError("the announcement belongs to another topic", "ignore it", reason="wrong-topic")
-        self._seals.told(_FROM_AGGREGATOR, announced.issued)
-        self._heard.check(announced)
+        announced = self._membership.announcement(event.topic, event.payload)
         self._led.pop(announced.run, None)
         self._led[announced.run] = None
         _forget_oldest(self._led, _MAX_RUNS)
