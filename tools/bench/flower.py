@@ -295,9 +295,11 @@ class Processes:
 
     def _alive(self) -> Iterator[psutil.Process]:
         """All that run with this home: some have sessions of their own, and parents that have ended."""
+        started = {process.pid for process in self._running.values() if process.poll() is None}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("FLWR_HOME") == str(self._home):
+                # One that has just been started has no environment yet.
+                if process.pid in started or process.environ().get("FLWR_HOME") == str(self._home):
                     yield process
 
     def __enter__(self) -> Processes:
