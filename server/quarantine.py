@@ -22,7 +22,7 @@ FOR_CAUSE = frozenset(
     {
         *("malformed", "payload-too-large", "chunk-too-large", "too-many-chunks"),
         *("unknown-codec", "too-many-tensors", "duplicate-tensor", "unexpected-tensor", "wrong-dtype", "wrong-shape"),
-        *("not-finite", "norm-outlier", "no-samples", "wrong-backbone", "wrong-topic"),
+        *("not-finite", "norm-outlier", "no-samples", "not-private", "wrong-backbone", "wrong-topic"),
     }
 )
 """Reasons that no good device gives, each found in what the device has signed: nobody can give one in its name."""

@@ -6,8 +6,10 @@ import argparse
 import logging
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from fleetune.server.job import JobPrivacy
+if TYPE_CHECKING:
+    from fleetune.server.job import JobPrivacy
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +95,7 @@ def read_privacy(args: argparse.Namespace, rounds: Mapping[str, int], devices: i
     require_accountant()
 
     from fleetune.server.accountant import noise_for
+    from fleetune.server.job import JobPrivacy
     from fleetune.server.privacy import expected, others
 
     delta, updates = args.dp_delta or DELTA, sum(rounds.values())

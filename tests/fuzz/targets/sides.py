@@ -23,6 +23,7 @@ from fleetune.server.aggregator import Aggregator, AggregatorConfig
 from fleetune.server.intake import Intake
 from fleetune.server.journal import Announced, Started
 from fleetune.server.strategies.base import NextRound
+from fleetune.server.training import Training
 from fleetune.tools.bench.noop import NoOpAnswer, NoOpWorker
 from fuzz.choices import Choices
 from fuzz.documents import ANNOUNCEMENT, JOB, SHAPES, TENSORS, UPDATE
@@ -49,17 +50,18 @@ class Leading(Aggregator):
     def __init__(self, folder: Path) -> None:
         super().__init__(AggregatorConfig("lab", NOWHERE, folder, (JOB,), devices=frozenset({"nano-1", "nano-2"})))
         announced = msgspec.structs.replace(ANNOUNCEMENT, whole=None, since=None, changes=None)
-        self._journal.append(Started("r", "lab", (JOB,)), Announced(announced))
         self._run = Started("r", "lab", (JOB,))
-        self._open = self._opened(JOB, announced, NextRound("global", 2, trained=("blocks.", "head.")))
+        training = self._training = Training(JOB, self._run, self._journal, self._store)
+        self._journal.append(self._run, Announced(announced))
+        training.open = training._opened(announced, NextRound("global", 2, trained=("blocks.", "head.")))
         self._intake = Intake(
-            *(self._link, TOPICS, "r", JOB, self._journal, self._store, self._registry, self._quarantine),
+            *(self._link, TOPICS, "r", JOB, self._journal, self._store, self._registry, self._quarantine, []),
             max_staleness=2,
         )
         self._leadership.claimed = True
-        self._globals.add(dict(TENSORS))
-        self._globals.tell(("",))
-        self._broadcast.announce(announced, self._globals.payloads, fresh=False)
+        training.globals.add(dict(TENSORS))
+        training.globals.tell(("",))
+        self._announce(fresh=False)
 
     def take(self) -> None:
         self._pump(0.0)
