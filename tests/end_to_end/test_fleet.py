@@ -205,7 +205,7 @@ def test_asynchronous_rounds_wait_for_nobody_and_lose_no_update(make_fleet: Any,
     assert late, serve.output
     assert all(r.into > r.manifest.version for r in late)
     assert sum(r.late for r in fleet.records() if isinstance(r, Closed)) == len(late)
-    assert ", staleness 1" in serve.output
+    assert re.search(r", staleness [1-9]", serve.output)
 
 
 def test_a_killed_device_takes_part_again(make_fleet: Any, embedded: str) -> None:

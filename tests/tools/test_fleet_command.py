@@ -146,8 +146,10 @@ class Site:
         found = []
         for path in (path for path in self.folder.rglob("*") if path.is_file() and path.suffix != ".sqlite3"):
             content = path.read_text(errors="replace")
-            found += re.findall(r'"(?:keys?|tls_key)":\[?"ed25519:([A-Za-z0-9+/]{43}=)"', content)
-            if path.suffix == ".json":
+            if path.suffix == ".json":  # a credential within has a key too, which everybody may see
+                document = json.loads(content)
+                own = json.dumps([document.get(name) for name in ("key", "keys", "tls_key")])
+                found += re.findall(r'"ed25519:([A-Za-z0-9+/]{43}=)"', own)
                 content = content.replace("\\n", "\n")
             for key in re.findall(r"-----BEGIN PRIVATE KEY-----\n(.+?)-----END", content, re.DOTALL):
                 found += key.split()

@@ -59,45 +59,49 @@ def test_channels_without_a_rail_are_left_out(tmp_path: Path) -> None:
 def test_boards_without_a_sensor(board: str, tmp_path: Path) -> None:
     tree = plant(tmp_path, sample(board))
     assert read_power(tree) == Power((), counter=False)
-    threads = threading.active_count()
     with EnergyMeter(tree) as meter:
         assert meter.source is None
         assert meter.joules() is None
-        assert threading.active_count() == threads
+        assert "energy" not in {thread.name for thread in threading.enumerate()}
     assert tree.skipped == ()
 
 
 def test_power_that_stays_the_same_is_power_times_time(tmp_path: Path) -> None:
     tree = plant(tmp_path, sample("jetson-nano-r32"))
-    start = time.monotonic()
+    before = time.monotonic()
     meter = EnergyMeter(tree, interval_s=0.02)
+    begun = time.monotonic()
     time.sleep(0.2)
+    asked = time.monotonic()
     joules = meter.joules()
-    seconds = time.monotonic() - start
+    told = time.monotonic()
     meter.close()
     assert meter.source == "rails"
-    assert joules == pytest.approx(2.132 * seconds, rel=0.1)
+    assert joules is not None
+    assert 2.132 * (asked - begun) * 0.99 < joules < 2.132 * (told - before) * 1.01
 
 
 def test_the_thread_reads_between_two_questions(tmp_path: Path) -> None:
     """A peak of power that was over before anybody asked is in the energy."""
     tree = plant(tmp_path, sample("jetson-nano-r32"))
     with EnergyMeter(tree, interval_s=0.01) as meter:
+        start = time.monotonic()
         draw(tmp_path, "1000000")
         time.sleep(0.3)
         draw(tmp_path, "0")
         time.sleep(0.1)
         joules = meter.joules()
+        seconds = time.monotonic() - start
     assert joules is not None
-    assert 200 < joules < 600
+    assert 100 < joules < 1000 * seconds
 
 
 def test_a_closed_meter_stays_where_it_was(tmp_path: Path) -> None:
-    threads = threading.active_count()
     meter = EnergyMeter(plant(tmp_path, sample("jetson-nano-r32")), interval_s=0.01)
     time.sleep(0.05)
+    assert "energy" in {thread.name for thread in threading.enumerate()}
     meter.close()
-    assert threading.active_count() == threads
+    assert "energy" not in {thread.name for thread in threading.enumerate()}
     meter.close()
     joules = meter.joules()
     assert joules is not None
@@ -108,15 +112,18 @@ def test_a_closed_meter_stays_where_it_was(tmp_path: Path) -> None:
 
 def test_a_sensor_that_fails_for_a_while_is_bridged_and_named(tmp_path: Path) -> None:
     tree = plant(tmp_path, sample("jetson-nano-r32"))
+    before = time.monotonic()
     with EnergyMeter(tree, interval_s=0.01) as meter:
-        start = time.monotonic()
+        begun = time.monotonic()
         draw(tmp_path, "?")
         time.sleep(0.1)
         draw(tmp_path, "2132")
         time.sleep(0.05)
+        asked = time.monotonic()
         joules = meter.joules()
-        seconds = time.monotonic() - start
-    assert joules == pytest.approx(2.132 * seconds, rel=0.2)
+        told = time.monotonic()
+    assert joules is not None
+    assert 2.132 * (asked - begun) * 0.99 < joules < 2.132 * (told - before) * 1.01
     assert tree.skipped == (f"/{NANO_RAIL}: not a number: '?'",)
 
 
