@@ -18,6 +18,8 @@ from fleetune.edge.protocol.errors import FleetuneError
 from fuzz.choices import Choices
 
 MIB = 1 << 20
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - folders of our own in it
+"""Where folders are in memory; none where there is no such place."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,7 @@ class Sandbox:
     """Folders for inputs, in memory where there is such a place, and a watch over everything that is written."""
 
     def __init__(self) -> None:
-        place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - a folder of our own in it
-        self._root = Path(tempfile.mkdtemp(prefix="fleetune-fuzz-", dir=place))
+        self._root = Path(tempfile.mkdtemp(prefix="fleetune-fuzz-", dir=MEMORY))
         self.strays: list[str] = []
 
     def __enter__(self) -> Sandbox:

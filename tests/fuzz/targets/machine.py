@@ -22,7 +22,7 @@ from fleetune.edge.resources.probes.tree import Tree
 from fleetune.tools.doctor.host import as_text, check_board, check_glibc, read_board
 from fuzz.choices import Choices
 from fuzz.mutations import mutate_bytes, of_lines
-from fuzz.target import MIB, Target
+from fuzz.target import MEMORY, MIB, Target
 from support.trees import BOARDS, plant, sample
 
 MUTATIONS = [of_lines(mutate_bytes), mutate_bytes]
@@ -59,7 +59,7 @@ class _Planted:
         return Tree(self._root)
 
 
-_keeper = tempfile.TemporaryDirectory(prefix="fleetune-boards-")
+_keeper = tempfile.TemporaryDirectory(prefix="fleetune-boards-", dir=MEMORY)
 _numbers = itertools.count()
 
 
