@@ -25,7 +25,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from fuzz.target import MIB, Sandbox, Target, check, is_measured
 from fuzz.targets.every import TARGETS
 
-ROOM = 64 * MIB
+ROOM = 128 * MIB
 """Bytes that a process may grow by, beside what one input may take: libraries load late, and caches fill."""
 
 
