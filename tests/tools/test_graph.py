@@ -110,12 +110,75 @@ def test_add_and_mul_of_equal_shapes(n: int, m: int, seed: int) -> None:
 
 @few
 @given(sizes, sizes, st.integers(0, 99))
-def test_frozen_operands_that_broadcast(n: int, m: int, seed: int) -> None:
-    a, b = random(seed, (2, n, m), (m,))
-    graph, x, torched = start(a=a, b=b)
-    y = graph.mul(graph.add(graph.mul(x["a"], x["b"]), x["b"]), -1.5)
-    ta, tb = torched.values()
-    compare(graph, torched, y, (ta * tb + tb) * -1.5, [x["a"]])
+def test_elementwise_operations_whose_axes_broadcast(n: int, m: int, seed: int) -> None:
+    a, row, column, scalar = random(seed, (2, n, m), (m,), (n, 1), (1,))
+    column += 3 * np.sign(column)  # it divides
+    graph, x, torched = start(a=a, row=row, column=column, scalar=scalar)
+    product = graph.mul(graph.add(graph.mul(x["a"], x["row"]), x["scalar"]), -1.5)
+    y = graph.sub(graph.div(product, x["column"]), graph.mul(x["row"], x["column"]))
+    ta, trow, tcolumn, tscalar = torched.values()
+    compare(graph, torched, y, (ta * trow + tscalar) * -1.5 / tcolumn - trow * tcolumn, list(torched))
+
+
+@few
+@given(sizes, sizes, st.integers(0, 99))
+def test_the_bias_of_a_product(n: int, m: int, seed: int) -> None:
+    graph, x, torched = start(**dict(zip("abc", random(seed, (n, 3), (3, m), (m,)), strict=True)))
+    y = graph.gemm(x["a"], x["b"], x["c"], beta=0.5)
+    ta, tb, tc = torched.values()
+    compare(graph, torched, y, ta @ tb + 0.5 * tc, list(torched))
+
+
+@few
+@given(st.sampled_from([(0,), (-1,), (0, 2), (1, 2), (0, 1, 2)]), st.booleans(), st.integers(0, 99))
+def test_sums_and_means(axes: tuple[int, ...], keep: bool, seed: int) -> None:
+    graph, x, torched = start(a=random(seed, (2, 3, 4))[0])
+    total, mean = graph.sum(x["a"], *axes, keep=keep), graph.mean(x["a"], *axes, keep=keep)
+    ta = torched[x["a"]]
+    compare(graph, torched, graph.mul(total, mean), ta.sum(axes, keep) * ta.mean(axes, keep), [x["a"]])
+
+
+def test_a_mean_over_an_axis_of_unknown_size() -> None:
+    a = Tensor("a", ("b", 3))
+    graph = Graph(sizes_from=a)
+    y = graph.mul(graph.sub(a, graph.mean(a, 0)), a)
+    upstream = graph.input("upstream", ("b", 3))
+    (gradient,) = graph.gradients(y, upstream, [a])
+    model = graph.model("mean", [a, upstream], {"grad": gradient})
+    for batch in (1, 4):
+        value, seed = random(batch, (batch, 3), (batch, 3))
+        ta = torch.tensor(value, requires_grad=True)
+        (wanted,) = torch.autograd.grad((ta - ta.mean(0, keepdim=True)) * ta, ta, torch.tensor(seed))
+        np.testing.assert_allclose(run(model, {"a": value, "upstream": seed})["grad"], wanted.numpy(), atol=1e-6)
+
+
+@few
+@given(sizes, sizes, st.integers(0, 99))
+def test_relu_sigmoid_and_root(n: int, m: int, seed: int) -> None:
+    graph, x, torched = start(a=random(seed, (n, m))[0])
+    y = graph.unary("Sqrt", graph.add(graph.unary("Sigmoid", graph.relu(x["a"])), 1.0))
+    compare(graph, torched, y, (1 + torched[x["a"]].relu().sigmoid()).sqrt(), [x["a"]])
+
+
+@few
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.tuples(sizes, sizes), st.integers(0, 99))
+def test_convolution(b: int, channels: int, out: int, kernel: tuple[int, int], seed: int) -> None:
+    picture = (b, channels, kernel[0] + 3, kernel[1] + 2)
+    graph, x, torched = start(
+        **dict(zip(("p", "weight", "bias"), random(seed, picture, (out, channels, *kernel), (out,)), strict=True))
+    )
+    reference = torch.nn.functional.conv2d(*torched.values())
+    compare(graph, torched, graph.conv(x["p"], x["weight"], x["bias"]), reference, list(torched))
+
+
+@few
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.booleans(), st.integers(0, 99))
+def test_halving(b: int, channels: int, rows: int, columns: int, flat: bool, seed: int) -> None:
+    picture = np.zeros((b, channels, 2 * rows, 2 * columns), np.float32)
+    if not flat:  # where all four are equal, the first of them has the gradient, as in torch
+        (picture,) = random(seed, picture.shape)
+    graph, x, torched = start(p=picture)
+    compare(graph, torched, graph.halve(x["p"]), torch.nn.functional.max_pool2d(torched[x["p"]], 2), [x["p"]])
 
 
 @few
@@ -302,15 +365,9 @@ def test_an_input_that_nothing_needs_is_not_in_the_model() -> None:
     assert [value.name for value in model.graph.input] == ["a"]
 
 
-@pytest.mark.parametrize("operator", ["add", "mul", "matmul", "gemm"])
-def test_an_operand_that_broadcasts_takes_no_gradient(operator: str) -> None:
-    wide, small = {"matmul": ((3, 2, 2), (1, 2, 2)), "gemm": ((2, 2), (2,))}.get(operator, ((3, 2), (2,)))
-    graph, x, _ = start(wide=np.zeros(wide, np.float32), small=np.zeros(small, np.float32))
-    y = (
-        graph.gemm(x["wide"], x["wide"], x["small"])
-        if operator == "gemm"
-        else getattr(graph, operator)(x["wide"], x["small"])
-    )
+def test_an_operand_of_a_product_that_broadcasts_takes_no_gradient() -> None:
+    graph, x, _ = start(wide=np.zeros((3, 2, 2), np.float32), small=np.zeros((1, 2, 2), np.float32))
+    y = graph.matmul(x["wide"], x["small"])
     with pytest.raises(ValueError, match="broadcast"):
         graph.gradients(y, graph.input("upstream", y.shape), [x["small"]])
 

@@ -174,7 +174,7 @@ class _Writer:
         if start < self._backbone.geometry.blocks:
             of_local, _ = self._features(mixture.local, mixture.global_, start, before[start])
         gate = self._gate(mixture.gate, self._mean(before[mixture.boundary]))
-        shares = [self.graph.columns(gate, index, index + 1) for index in range(2)]
+        shares = [self.graph.slice(gate, {1: (index, index + 1)}) for index in range(2)]
         if mixture.mix == "features":
             features = self._mix([of_global, of_local], shares)
             return {"logits": self._logits(features, mixture.local, "local."), "gate": gate}
@@ -189,14 +189,14 @@ class _Writer:
 
     def _mean(self, hidden: Tensor) -> Tensor:
         """Mean over real tokens: [b, t, d] → [b, d]."""
-        share = self.graph.div(self._mask, self.graph.sum_last(self._mask))
+        share = self.graph.div(self._mask, self.graph.sum(self._mask, -1))
         return self.graph.reshape(self.graph.matmul(share, hidden), ("b", self._backbone.geometry.width))
 
     def _gate(self, gate: Gate, pooled: Tensor) -> Tensor:
         """Weights [b, 2], as :class:`~fleetune.edge.engine.gate.Gate` computes them."""
         graph, t = self.graph, {name: self.constant(name, value) for name, value in gate.tensors.items()}
-        centred = graph.sub(pooled, graph.mean_last(pooled))
-        deviation = graph.unary("Sqrt", graph.mean_last(graph.mul(centred, centred)))
+        centred = graph.sub(pooled, graph.mean(pooled, -1))
+        deviation = graph.unary("Sqrt", graph.mean(graph.mul(centred, centred), -1))
         x = graph.div(centred, graph.add(deviation, graph.constant(EPSILON)))
         z = graph.gemm(graph.gemm(x, t["gate.A"]), t["gate.B"], x)
         return graph.softmax(graph.gemm(z, t["gate.weight"], t["gate.bias"]))

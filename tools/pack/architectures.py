@@ -302,7 +302,7 @@ class Bert:
     def pool(self, graph: Graph, h: Tensor, mask: Tensor, outer: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
         """Mean of the hidden states of real tokens."""
         del outer
-        share = graph.div(mask, graph.sum_last(mask))
+        share = graph.div(mask, graph.sum(mask, -1))
         return graph.reshape(graph.matmul(share, h), ("b", geometry.width))
 
     def top(

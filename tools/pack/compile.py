@@ -116,7 +116,7 @@ def suffix_graph(
     slope = graph.sub(graph.softmax(logits), labels)  # gradient of the summed cross-entropy
     grads = graph.gradients(features, graph.gemm(slope, head, trans_b=True), learned)
     outputs = {"features": features, "logits": logits}
-    outputs |= {"grad.head.weight": graph.gemm(features, slope, trans_a=True), "grad.head.bias": graph.sum_first(slope)}
+    outputs |= {"grad.head.weight": graph.gemm(features, slope, trans_a=True), "grad.head.bias": graph.sum(slope, 0, keep=False)}
     outputs |= {f"grad.{leaf.name}": grad for leaf, grad in zip(learned, grads, strict=True)}
     return graph.model(f"suffix_{depth}", leaves, outputs)
 
@@ -140,7 +140,7 @@ def inference_graph(
     leaves, outputs = [sample, mask, positions], dict[str, Tensor]()
     for block in range(geometry.blocks):
         boundary = geometry.blocks - depth
-        share = graph.div(mask, graph.sum_last(mask))
+        share = graph.div(mask, graph.sum(mask, -1))
         outputs[f"pooled.{block}"] = graph.reshape(graph.matmul(share, hidden), ("b", geometry.width))
         if block == boundary:
             hidden, mask = graph.twice(hidden), graph.twice(mask)

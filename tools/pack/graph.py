@@ -5,14 +5,14 @@ A device has ONNX Runtime but no autograd, so the backward pass is worked out he
 (reverse-mode differentiation, one rule for each operator); :meth:`Graph.model` cuts any part of the record out
 as an ONNX model. Batch and sequence stay symbolic, so one graph serves every micro-batch and length.
 
-Only the operators that transformer blocks need are here. Each rule is checked against torch autograd in
+Only the operators that Fleetune's models need are here. Each rule is checked against torch autograd in
 ``tests/tools/test_graph.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -116,26 +116,29 @@ class Graph:
         batch = tuple(y if x == 1 else x for x, y in zip(a.shape[:-2], b.shape[:-2], strict=True))
         return self._add("MatMul", (a, b), [(*batch, a.shape[-2], b.shape[-1])])[0]
 
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
-        """Elementwise sum; ``b`` may broadcast, and then takes no gradient."""
-        return self._add("Add", (a, b), [a.shape])[0]
+    def add(self, a: Tensor, b: Tensor | float) -> Tensor:
+        """Elementwise sum; axes broadcast."""
+        return self._elementwise("Add", a, b)
 
     def mul(self, a: Tensor, b: Tensor | float) -> Tensor:
-        """Elementwise product; ``b`` may broadcast, and then takes no gradient."""
-        other = b if isinstance(b, Tensor) else self.constant(np.float32(b))
-        return self._add("Mul", (a, other), [a.shape])[0]
+        """Elementwise product; axes broadcast."""
+        return self._elementwise("Mul", a, b)
 
     def sub(self, a: Tensor, b: Tensor) -> Tensor:
-        """Elementwise difference."""
-        return self._add("Sub", (a, b), [a.shape])[0]
+        """Elementwise difference; axes broadcast."""
+        return self._elementwise("Sub", a, b)
 
-    def div(self, a: Tensor, b: Tensor) -> Tensor:
-        """Elementwise quotient."""
-        return self._add("Div", (a, b), [a.shape])[0]
+    def div(self, a: Tensor, b: Tensor | float) -> Tensor:
+        """Elementwise quotient; axes broadcast."""
+        return self._elementwise("Div", a, b)
+
+    def _elementwise(self, op: str, a: Tensor, b: Tensor | float) -> Tensor:
+        other = b if isinstance(b, Tensor) else self.constant(np.float32(b))
+        return self._add(op, (a, other), [_broadcast(a.shape, other.shape)])[0]
 
     def gate(self, u: Tensor) -> Tensor:
         """``u (1 + erf u)``, which is ``√2 gelu(√2 u)`` (Hendrycks and Gimpel, 2016)."""
-        gated = self.mul(u, self.add(self.unary("Erf", u), self.constant(1.0)))
+        gated = self.mul(u, self.add(self.unary("Erf", u), 1.0))
         node = replace(self._producer[gated], rule="Gate")
         self._nodes[-1] = self._producer[gated] = node
         return gated
@@ -144,24 +147,23 @@ class Graph:
         """A constant less a tensor; without a gradient rule."""
         return self._add("Sub", (self.constant(np.float32(value)), a), [a.shape])[0]
 
-    def sum_first(self, a: Tensor) -> Tensor:
-        """Sum over the first axis, which goes; without a gradient rule."""
-        axes = self.constant(np.array([0], dtype=np.int64))
-        return self._add("ReduceSum", (a, axes), [a.shape[1:]], keepdims=0)[0]
-
     def unary(self, op: str, a: Tensor) -> Tensor:
         """Any elementwise operator, such as ``Exp``."""
         return self._add(op, (a,), [a.shape])[0]
 
-    def sum_last(self, a: Tensor) -> Tensor:
-        """Sum over the last axis, which stays with size 1."""
-        axes = self.constant(np.array([-1], dtype=np.int64))
-        return self._add("ReduceSum", (a, axes), [(*a.shape[:-1], 1)], keepdims=1)[0]
+    def sum(self, a: Tensor, *axes: int, keep: bool = True) -> Tensor:
+        """Sum over some axes, which stay with size 1 or go."""
+        return self._reduce("ReduceSum", a, axes, keep=keep)
 
-    def mean_last(self, a: Tensor) -> Tensor:
-        """Mean over the last axis, which stays with size 1."""
-        axes = self.constant(np.array([-1], dtype=np.int64))
-        return self._add("ReduceMean", (a, axes), [(*a.shape[:-1], 1)], keepdims=1)[0]
+    def mean(self, a: Tensor, *axes: int, keep: bool = True) -> Tensor:
+        """Mean over some axes, which stay with size 1 or go."""
+        return self._reduce("ReduceMean", a, axes, keep=keep)
+
+    def _reduce(self, op: str, a: Tensor, axes: Sequence[int], *, keep: bool) -> Tensor:
+        gone = sorted(axis % len(a.shape) for axis in axes)
+        shape = tuple(1 if i in gone else size for i, size in enumerate(a.shape) if keep or i not in gone)
+        where = self.constant(np.array(gone, dtype=np.int64))
+        return self._add(op, (a, where), [shape], keepdims=int(keep))[0]
 
     def softmax(self, a: Tensor) -> Tensor:
         """Softmax over the last axis."""
@@ -204,6 +206,57 @@ class Graph:
         axes = self.constant(np.array([axis], dtype=np.int64))
         return self._add("Unsqueeze", (a, axes), [(*a.shape[:axis], 1, *a.shape[axis:])])[0]
 
+    def expand(self, a: Tensor, like: Tensor) -> Tensor:
+        """A tensor broadcast to the shape of another one; without a gradient rule."""
+        return self._add("Expand", (a, self._add("Shape", (like,), [(len(like.shape),)])[0]), [like.shape])[0]
+
+    def size(self, a: Tensor, axis: int) -> Tensor:
+        """The size [1] of an axis as float32."""
+        return self.floats(self._add("Shape", (a,), [(1,)], start=axis, end=axis + 1)[0])
+
+    def values(self, constant: Tensor) -> list[int]:
+        """The whole numbers of a constant."""
+        return [int(number) for number in self._constants[constant]]
+
+    def slice(self, a: Tensor, bounds: Mapping[int, tuple[int, int]]) -> Tensor:
+        """``a[:, start:end]`` for axis → (start, end), both from zero up; without a gradient rule."""
+        starts, ends = zip(*bounds.values(), strict=True)
+        where = [self.constant(np.array(numbers, dtype=np.int64)) for numbers in (starts, ends, tuple(bounds))]
+        shape = tuple(bounds[i][1] - bounds[i][0] if i in bounds else size for i, size in enumerate(a.shape))
+        return self._add("Slice", (a, *where), [shape])[0]
+
+    def concat(self, parts: Sequence[Tensor], axis: int) -> Tensor:
+        """Tensors one after the other along an axis of known size; without a gradient rule."""
+        size = sum(int(part.shape[axis]) for part in parts)
+        shape = (*parts[0].shape[:axis], size, *parts[0].shape[axis + 1 :])
+        return self._add("Concat", parts, [shape], axis=axis)[0]
+
+    # --- convolutional networks, pictures being [b, channels, height, width] -------------------------------------
+
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Convolution without padding, stride 1: weight [out, in, height, width], bias [out]."""
+        sides = [int(size) - int(kernel) + 1 for size, kernel in zip(x.shape[2:], weight.shape[2:], strict=True)]
+        return self._add("Conv", (x, weight, bias), [(x.shape[0], weight.shape[0], *sides)])[0]
+
+    def halve(self, x: Tensor) -> Tensor:
+        """The largest value of each square of 2 by 2; height and width must be even."""
+        sides = [int(size) // 2 for size in x.shape[2:]]
+        shape = (*x.shape[:2], *sides)
+        return self._add("MaxPool", (x,), [shape, shape], kernel_shape=[2, 2], strides=[2, 2])[0]
+
+    def relu(self, x: Tensor) -> Tensor:
+        """``max(x, 0)``."""
+        return self.unary("Relu", x)
+
+    def conv_transpose(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of :meth:`conv` with respect to its input; without a gradient rule."""
+        sides = [int(size) + int(kernel) - 1 for size, kernel in zip(x.shape[2:], weight.shape[2:], strict=True)]
+        return self._add("ConvTranspose", (x, weight), [(x.shape[0], weight.shape[1], *sides)])[0]
+
+    def unpool(self, x: Tensor, indices: Tensor, shape: Shape) -> Tensor:
+        """Values at the places that :meth:`halve` took them from, and zeros; without a gradient rule."""
+        return self._add("MaxUnpool", (x, indices), [shape], kernel_shape=[2, 2], strides=[2, 2])[0]
+
     # --- operators of exported models, without gradient rules ---------------------------------------------------
 
     def gather(self, table: Tensor, indices: Tensor) -> Tensor:
@@ -213,11 +266,6 @@ class Graph:
     def floats(self, a: Tensor) -> Tensor:
         """Whole numbers as float32."""
         return self._add("Cast", (a,), [a.shape], to=TensorProto.FLOAT)[0]
-
-    def columns(self, a: Tensor, start: int, end: int) -> Tensor:
-        """``a[:, start:end]``."""
-        bounds = [self.constant(np.array([number], dtype=np.int64)) for number in (start, end, 1)]
-        return self._add("Slice", (a, *bounds), [(a.shape[0], end - start, *a.shape[2:])])[0]
 
     def first_rows(self, a: Tensor, like: Tensor) -> Tensor:
         """As many rows of ``a`` as ``like`` has columns."""
@@ -366,9 +414,8 @@ def _gemm(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Itera
         else:
             yield b, graph.gemm(a, g, trans_a=not trans_a, alpha=alpha)
     if len(wanted) > 2 and wanted[2]:
-        if node.inputs[2].shape != g.shape:
-            raise ValueError("a broadcast bias takes no gradient here")
-        yield node.inputs[2], g if beta == 1.0 else graph.mul(g, beta)
+        of_bias = _summed_to(graph, g, node.inputs[2].shape)
+        yield node.inputs[2], of_bias if beta == 1.0 else graph.mul(of_bias, beta)
 
 
 def _matmul(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
@@ -383,20 +430,88 @@ def _matmul(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Ite
         yield b, graph.matmul(graph.transpose(a, swap), g)
 
 
-def _add(_: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+def _add(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
     for source, want in zip(node.inputs, wanted, strict=True):
         if want:
-            if source.shape != g.shape:
-                raise ValueError("a broadcast operand takes no gradient here")
-            yield source, g
+            yield source, _summed_to(graph, g, source.shape)
+
+
+def _sub(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    a, b = node.inputs
+    if wanted[0]:
+        yield a, _summed_to(graph, g, a.shape)
+    if wanted[1]:
+        yield b, graph.unary("Neg", _summed_to(graph, g, b.shape))
 
 
 def _mul(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
     for source, other, want in zip(node.inputs, reversed(node.inputs), wanted, strict=True):
         if want:
-            if source.shape != g.shape:
-                raise ValueError("a broadcast operand takes no gradient here")
-            yield source, graph.mul(g, other)
+            yield source, _summed_to(graph, graph.mul(g, other), source.shape)
+
+
+def _div(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    a, b = node.inputs
+    share = graph.div(g, b)
+    if wanted[0]:
+        yield a, _summed_to(graph, share, a.shape)
+    if wanted[1]:
+        yield b, graph.unary("Neg", _summed_to(graph, graph.mul(share, node.outputs[0]), b.shape))
+
+
+def _sqrt(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    yield node.inputs[0], graph.div(graph.mul(g, 0.5), node.outputs[0])
+
+
+def _relu(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    yield node.inputs[0], graph.mul(g, graph.unary("Sign", node.outputs[0]))
+
+
+def _sigmoid(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    y = node.outputs[0]
+    yield node.inputs[0], graph.mul(g, graph.mul(y, graph.sub_from(1.0, y)))
+
+
+def _reduce_sum(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    yield node.inputs[0], _spread(graph, node, g)
+
+
+def _reduce_mean(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    x = node.inputs[0]
+    for axis in graph.values(node.inputs[1]):
+        size = x.shape[axis]
+        g = graph.div(g, graph.size(x, axis) if isinstance(size, str) else float(size))
+    yield x, _spread(graph, node, g)
+
+
+def _spread(graph: Graph, node: _Node, g: Tensor) -> Tensor:
+    """The gradient of a sum, at each of its terms."""
+    if not node.attributes["keepdims"]:
+        for axis in graph.values(node.inputs[1]):
+            g = graph.unsqueeze(g, axis)
+    return graph.expand(g, node.inputs[0])
+
+
+def _conv(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    x, weight, bias = node.inputs
+    out, channels, height, width = (int(size) for size in weight.shape)
+    rows, columns = (int(size) for size in g.shape[2:])
+    if wanted[0]:
+        yield x, graph.conv_transpose(g, weight)
+    if wanted[1]:
+        # What each weight saw, [b, height · width · channels, rows · columns], times what came of it.
+        shifts = [(i, j) for i in range(height) for j in range(width)]
+        seen = graph.concat([graph.slice(x, {2: (i, i + rows), 3: (j, j + columns)}) for i, j in shifts], 1)
+        seen = graph.reshape(seen, (x.shape[0], height * width * channels, rows * columns))
+        came = graph.reshape(g, (x.shape[0], out, rows * columns))
+        products = graph.sum(graph.matmul(came, graph.transpose(seen, (0, 2, 1))), 0, keep=False)
+        yield weight, graph.transpose(graph.reshape(products, (out, height, width, channels)), (0, 3, 1, 2))
+    if wanted[2]:
+        yield bias, graph.sum(g, 0, 2, 3, keep=False)
+
+
+def _max_pool(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
+    yield node.inputs[0], graph.unpool(g, node.outputs[1], node.inputs[0].shape)
 
 
 def _gate(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
@@ -409,7 +524,7 @@ def _gate(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[t
 def _softmax(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
     # g_x = p ∘ (g − Σ g ∘ p)
     p = node.outputs[0]
-    yield node.inputs[0], graph.mul(graph.sub(g, graph.sum_last(graph.mul(g, p))), p)
+    yield node.inputs[0], graph.mul(graph.sub(g, graph.sum(graph.mul(g, p), -1)), p)
 
 
 def _layer_norm(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
@@ -419,8 +534,8 @@ def _layer_norm(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) ->
     _, mean, inverse_deviation = node.outputs
     normal = graph.mul(graph.sub(x, mean), inverse_deviation)
     scaled = graph.mul(g, weight)
-    centred = graph.sub(scaled, graph.mean_last(scaled))
-    along = graph.mul(normal, graph.mean_last(graph.mul(scaled, normal)))
+    centred = graph.sub(scaled, graph.mean(scaled, -1))
+    along = graph.mul(normal, graph.mean(graph.mul(scaled, normal), -1))
     yield x, graph.mul(graph.sub(centred, along), inverse_deviation)
 
 
@@ -435,12 +550,39 @@ def _reshape(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterabl
 
 _RULES: dict[str, _Rule] = {
     "Add": _add,
+    "Conv": _conv,
+    "Div": _div,
     "Gate": _gate,
     "Gemm": _gemm,
     "LayerNormalization": _layer_norm,
     "MatMul": _matmul,
+    "MaxPool": _max_pool,
     "Mul": _mul,
+    "ReduceMean": _reduce_mean,
+    "ReduceSum": _reduce_sum,
+    "Relu": _relu,
     "Reshape": _reshape,
+    "Sigmoid": _sigmoid,
     "Softmax": _softmax,
+    "Sqrt": _sqrt,
+    "Sub": _sub,
     "Transpose": _transpose,
 }
+
+
+def _broadcast(a: Shape, b: Shape) -> Shape:
+    """The shape of an elementwise operation on two shapes."""
+    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
+    padded = (1,) * (len(longer) - len(shorter)) + tuple(shorter)
+    return tuple(y if x == 1 else x for x, y in zip(longer, padded, strict=True))
+
+
+def _summed_to(graph: Graph, g: Tensor, shape: Shape) -> Tensor:
+    """The gradient of an operand that was broadcast from ``shape``: the sum over the axes along which it was repeated."""
+    if g.shape == shape:
+        return g
+    lead = len(g.shape) - len(shape)
+    if lead:
+        g = graph.sum(g, *range(lead), keep=False)
+    repeated = [axis for axis, size in enumerate(shape) if size == 1 and g.shape[axis] != 1]
+    return graph.sum(g, *repeated) if repeated else g
