@@ -7,6 +7,7 @@ graph for each depth.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -103,22 +104,50 @@ def suffix_graph(
     graph = Graph(sizes_from=h)
     mask, labels = graph.input("mask", ("b", 1, "t")), graph.input("labels", ("b", "c"))
     head, bias = graph.input("head.weight", (geometry.width, "c")), graph.input("head.bias", ("c",))
+    blocks = top_blocks(graph, architecture, geometry, targets, outer, h, mask, depth)
+    logits = graph.gemm(blocks.features, head, bias)
+    slope = graph.sub(graph.softmax(logits), labels)  # gradient of the summed cross-entropy
+    wrt = [head, bias, *blocks.learned]
+    outputs = {"features": blocks.features, "logits": logits}
+    outputs |= {f"grad.{leaf.name}": one for leaf, one in zip(wrt, graph.gradients(logits, slope, wrt), strict=True)}
+    return graph.model(f"suffix_{depth}", [h, mask, labels, head, bias, *blocks.leaves], outputs)
+
+
+@dataclass(frozen=True)
+class TopBlocks:
+    """The top blocks of a backbone in a graph.
+
+    Attributes:
+        features: What comes out [b, d].
+        learned: The adapters' tensors.
+        leaves: Those, the frozen weights, and the tensors around the blocks.
+    """
+
+    features: Tensor
+    learned: list[Tensor]
+    leaves: list[Tensor]
+
+
+def top_blocks(
+    graph: Graph,
+    architecture: Architecture,
+    geometry: Geometry,
+    targets: Sequence[str],
+    outer: Outer,
+    h: Tensor,
+    mask: Tensor,
+    depth: int,
+) -> TopBlocks:
+    """Record the top ``depth`` blocks, one or more; the inputs of the lowest are ``0.query.weight`` and so on."""
     symbols = _outer_symbols(graph, outer)
-    leaves, learned, hidden = [h, mask, labels, head, bias, *symbols.values()], list[Tensor](), h
+    leaves, learned, hidden = [*symbols.values()], list[Tensor](), h
     for index in range(depth):
         weights = _block_weights(graph, architecture, geometry, targets, f"{index}.")
         leaves += weights.inputs
         learned += weights.learned
         if index < depth - 1:
             hidden = architecture.block(graph, hidden, mask, weights, geometry)
-    features = architecture.top(graph, hidden, mask, weights, symbols, geometry)
-    logits = graph.gemm(features, head, bias)
-    slope = graph.sub(graph.softmax(logits), labels)  # gradient of the summed cross-entropy
-    grads = graph.gradients(features, graph.gemm(slope, head, trans_b=True), learned)
-    outputs = {"features": features, "logits": logits}
-    outputs |= {"grad.head.weight": graph.gemm(features, slope, trans_a=True), "grad.head.bias": graph.sum(slope, 0, keep=False)}
-    outputs |= {f"grad.{leaf.name}": grad for leaf, grad in zip(learned, grads, strict=True)}
-    return graph.model(f"suffix_{depth}", leaves, outputs)
+    return TopBlocks(architecture.top(graph, hidden, mask, weights, symbols, geometry), learned, leaves)
 
 
 def inference_graph(

@@ -240,9 +240,90 @@ class Graph:
 
     def halve(self, x: Tensor) -> Tensor:
         """The largest value of each square of 2 by 2; height and width must be even."""
+        return self._pool("MaxPool", x)
+
+    def _pool(self, op: str, x: Tensor) -> Tensor:
         sides = [int(size) // 2 for size in x.shape[2:]]
-        shape = (*x.shape[:2], *sides)
-        return self._add("MaxPool", (x,), [shape, shape], kernel_shape=[2, 2], strides=[2, 2])[0]
+        return self._add(op, (x,), [(*x.shape[:2], *sides)], kernel_shape=[2, 2], strides=[2, 2])[0]
+
+    def largest(self, x: Tensor, halved: Tensor) -> Tensor:
+        """How much of each square's largest value each of its values is: 1, or equal shares of what is equally large.
+
+        Without a gradient rule.
+        """
+        marks = self.floats(self._add("Equal", (x, self.double(halved)), [x.shape])[0])
+        return self.div(marks, self.double(self.mul(self._pool("AveragePool", marks), 4.0)))
+
+    def double(self, x: Tensor) -> Tensor:
+        """Each value as a square of 2 by 2; without a gradient rule."""
+        corners, scales = (self.constant(np.array(numbers, dtype=np.float32)) for numbers in ((), (1, 1, 2, 2)))
+        shape = (*x.shape[:2], *(2 * int(size) for size in x.shape[2:]))
+        how = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
+        return self._add("Resize", (x, corners, scales), [shape], **how)[0]
+
+    def relu(self, x: Tensor) -> Tensor:
+        """``max(x, 0)``."""
+        return self.unary("Relu", x)
+
+    def conv_transpose(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of :meth:`conv` with respect to its input; without a gradient rule."""
+        sides = [int(size) + int(kernel) - 1 for size, kernel in zip(x.shape[2:], weight.shape[2:], strict=True)]
+        return self._add("ConvTranspose", (x, weight), [(x.shape[0], weight.shape[1], *sides)])[0]
+
+    def expand(self, a: Tensor, like: Tensor) -> Tensor:
+        """A tensor broadcast to the shape of another one; without a gradient rule."""
+        return self._add("Expand", (a, self._add("Shape", (like,), [(len(like.shape),)])[0]), [like.shape])[0]
+
+    def size(self, a: Tensor, axis: int) -> Tensor:
+        """The size [1] of an axis as float32."""
+        return self.floats(self._add("Shape", (a,), [(1,)], start=axis, end=axis + 1)[0])
+
+    def values(self, constant: Tensor) -> list[int]:
+        """The whole numbers of a constant."""
+        return [int(number) for number in self._constants[constant]]
+
+    def slice(self, a: Tensor, bounds: Mapping[int, tuple[int, int]]) -> Tensor:
+        """``a[:, start:end]`` for axis → (start, end), both from zero up; without a gradient rule."""
+        starts, ends = zip(*bounds.values(), strict=True)
+        where = [self.constant(np.array(numbers, dtype=np.int64)) for numbers in (starts, ends, tuple(bounds))]
+        shape = tuple(bounds[i][1] - bounds[i][0] if i in bounds else size for i, size in enumerate(a.shape))
+        return self._add("Slice", (a, *where), [shape])[0]
+
+    def concat(self, parts: Sequence[Tensor], axis: int) -> Tensor:
+        """Tensors one after the other along an axis of known size; without a gradient rule."""
+        size = sum(int(part.shape[axis]) for part in parts)
+        shape = (*parts[0].shape[:axis], size, *parts[0].shape[axis + 1 :])
+        return self._add("Concat", parts, [shape], axis=axis)[0]
+
+    # --- convolutional networks, pictures being [b, channels, height, width] -------------------------------------
+
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Convolution without padding, stride 1: weight [out, in, height, width], bias [out]."""
+        sides = [int(size) - int(kernel) + 1 for size, kernel in zip(x.shape[2:], weight.shape[2:], strict=True)]
+        return self._add("Conv", (x, weight, bias), [(x.shape[0], weight.shape[0], *sides)])[0]
+
+    def halve(self, x: Tensor) -> Tensor:
+        """The largest value of each square of 2 by 2; height and width must be even."""
+        return self._pool("MaxPool", x)
+
+    def _pool(self, op: str, x: Tensor) -> Tensor:
+        sides = [int(size) // 2 for size in x.shape[2:]]
+        return self._add(op, (x,), [(*x.shape[:2], *sides)], kernel_shape=[2, 2], strides=[2, 2])[0]
+
+    def largest(self, x: Tensor, halved: Tensor) -> Tensor:
+        """How much of each square's largest value each of its values is: 1, or equal shares of what is equally large.
+
+        Without a gradient rule.
+        """
+        marks = self.floats(self._add("Equal", (x, self.double(halved)), [x.shape])[0])
+        return self.div(marks, self.double(self.mul(self._pool("AveragePool", marks), 4.0)))
+
+    def double(self, x: Tensor) -> Tensor:
+        """Each value as a square of 2 by 2; without a gradient rule."""
+        corners, scales = (self.constant(np.array(numbers, dtype=np.float32)) for numbers in ((), (1, 1, 2, 2)))
+        shape = (*x.shape[:2], *(2 * int(size) for size in x.shape[2:]))
+        how = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
+        return self._add("Resize", (x, corners, scales), [shape], **how)[0]
 
     def relu(self, x: Tensor) -> Tensor:
         """``max(x, 0)``."""
@@ -511,7 +592,8 @@ def _conv(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Itera
 
 
 def _max_pool(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
-    yield node.inputs[0], graph.unpool(g, node.outputs[1], node.inputs[0].shape)
+    x = node.inputs[0]
+    yield x, graph.mul(graph.double(g), graph.largest(x, node.outputs[0]))
 
 
 def _gate(graph: Graph, node: _Node, g: Tensor, _: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
@@ -578,7 +660,7 @@ def _broadcast(a: Shape, b: Shape) -> Shape:
 
 
 def _summed_to(graph: Graph, g: Tensor, shape: Shape) -> Tensor:
-    """The gradient of an operand that was broadcast from ``shape``: the sum over the axes along which it was repeated."""
+    """The gradient of an operand that was broadcast from ``shape``: the sum over the axes along which it repeats."""
     if g.shape == shape:
         return g
     lead = len(g.shape) - len(shape)
