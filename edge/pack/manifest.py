@@ -28,6 +28,9 @@ GRAPHS = (
 )
 """Stems of the graph files of every pack, beside ``suffix_K`` and ``inference_K`` for each depth K."""
 
+EXTRACTOR_GRAPHS = ("extractor", "gate", "gate_train", "gate_backward")
+"""The same of a pack with a shared extractor, beside ``mixture_K`` for each depth K."""
+
 
 QuantisationType = Literal["nf4", "int8", "fp32"]
 
@@ -94,6 +97,27 @@ class Image(_Struct, frozen=True):
     std: tuple[Deviation, Deviation, Deviation]
 
 
+class Extractor(_Struct, frozen=True):
+    """The small network that devices with different backbones train together (pFedMoE), and its companions.
+
+    Attributes:
+        kind: ``cnn`` for pictures, ``dan`` for text.
+        representation: Width of what it and the backbone's projection put out, m.
+        gate: Width of the gate's hidden layer.
+        shapes: Full name → shape of its tensors.
+        sha256: Hash of all that two devices must have alike to train it together: the above, and the token table that
+            it starts from.
+    """
+
+    kind: Literal["cnn", "dan"]
+    representation: Side
+    gate: Side
+    shapes: Annotated[
+        dict[Word, Annotated[tuple[Rows, ...], msgspec.Meta(min_length=1, max_length=4)]], msgspec.Meta(max_length=64)
+    ]
+    sha256: Sha256
+
+
 class File(_Struct, frozen=True):
     """Size and hash of one file of the pack."""
 
@@ -119,6 +143,7 @@ class Manifest(_Struct, frozen=True):
         files: Every other file of the pack.
         text: Present when samples are text.
         image: Present when samples are pictures.
+        extractor: Present when the pack was written to share one.
     """
 
     schema: int
@@ -135,6 +160,7 @@ class Manifest(_Struct, frozen=True):
     files: Annotated[dict[str, File], msgspec.Meta(max_length=8192)]
     text: Text | None = None
     image: Image | None = None
+    extractor: Extractor | None = None
 
     @property
     def longest(self) -> int:
@@ -154,4 +180,6 @@ class Manifest(_Struct, frozen=True):
         """Stems of this pack's graph files."""
         training = (f"suffix_{depth}" for depth in range(1, self.blocks + 1))
         inference = (f"inference_{depth}" for depth in range(self.blocks + 1))
-        return (*GRAPHS, *training, *inference)
+        mixture = [f"mixture_{depth}" for depth in range(self.blocks + 1)] if self.extractor else []
+        shared = EXTRACTOR_GRAPHS if self.extractor else ()
+        return (*GRAPHS, *training, *inference, *shared, *mixture)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fleetune.tools.commands.options import add_command
 
-_WRITING = ("rank", "targets", "max_length", "image_size", "weights", "licence")
+_WRITING = ("rank", "targets", "max_length", "image_size", "weights", "blocks", "extractor", "licence")
 """Options that shape a pack that is written."""
 
 
@@ -28,6 +28,8 @@ def register(subparsers: Any) -> None:
             "  fleetune pack minilm --out packs/minilm\n"
             "  fleetune pack models/my-bert --out packs/my-bert --rank 16 --targets query,key,value --max-length 128\n"
             "  fleetune pack focus-vit --out packs/vit --image-size 56\n"
+            "  fleetune pack minilm --out packs/large --extractor\n"
+            "  fleetune pack minilm --out packs/small --extractor --blocks 3      for one fleet, by --job pfedmoe\n"
             "  fleetune pack minilm --check packs/minilm      compare with torch, print the errors\n"
         ),
     )
@@ -49,6 +51,14 @@ def register(subparsers: Any) -> None:
         choices=("nf4", "int8", "fp32"),
         default="nf4",
         help="how matrices are stored: 0.56, 1.06 or 4 bytes a value (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--blocks", type=int, metavar="N", help="pack the first N blocks alone, for smaller boards (default: all)"
+    )
+    parser.add_argument(
+        "--extractor",
+        action="store_true",
+        help="add the small network that devices with different backbones share, for pFedMoE",
     )
     parser.add_argument("--licence", default="unknown", metavar="ID", help="licence of the weights, for the manifest")
     parser.add_argument("--json", action="store_true", help="with --check: print JSON")
@@ -100,6 +110,8 @@ def _write(args: argparse.Namespace, source: Path, name: str, licence: str, orig
             max_length=args.max_length,
             image_size=args.image_size,
             weights=args.weights,
+            blocks=args.blocks,
+            extractor=args.extractor,
             on_step=say,
         )
     manifest = pack.manifest

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from fleetune.edge.pack.pack import file_sha256
 from fleetune.edge.pack.tensorfile import TensorFile
-from fleetune.edge.protocol.errors import PackError, UnsupportedBackboneError
+from fleetune.edge.protocol.errors import ConfigError, PackError, UnsupportedBackboneError
 from fleetune.edge.protocol.files import read_bytes
 from fleetune.edge.protocol.header import BFLOAT16
 from fleetune.tools.pack.architectures import ARCHITECTURES, LINEARS, Architecture, Geometry, int_field
@@ -40,7 +41,7 @@ class Checkpoint:
         geometry: Its sizes.
         blocks: For each block, canonical name → array.
         outer: The tensors around the blocks.
-        sha256: Hash of the weight file.
+        sha256: Hash of the weight file, and of the number of its blocks where not all were read.
     """
 
     path: Path
@@ -52,14 +53,16 @@ class Checkpoint:
     sha256: str
 
 
-def read_checkpoint(path: Path, *, image_size: int | None = None) -> Checkpoint:
+def read_checkpoint(path: Path, *, image_size: int | None = None, blocks: int | None = None) -> Checkpoint:
     """Read ``config.json`` and ``model.safetensors`` of a folder.
 
     Args:
         path: A folder in Hugging Face format.
         image_size: Side of the pictures in pixels that a vision backbone is packed for; its own by default.
+        blocks: How many of its blocks are read, from the input; all by default.
 
     Raises:
+        ConfigError: It has fewer blocks.
         UnsupportedBackboneError: The architecture is unknown, or a tensor is missing, left over or of a wrong shape.
     """
     config = _read_config(path)
@@ -83,6 +86,8 @@ def read_checkpoint(path: Path, *, image_size: int | None = None) -> Checkpoint:
             f"use a multiple of {patch} with a vision backbone, and no image size with a text backbone",
         )
     geometry = architecture.geometry(config, image_size)
+    if blocks is not None and not 1 <= blocks <= geometry.blocks:
+        raise ConfigError(f"--blocks: {blocks} is out of range", f"choose from 1 to {geometry.blocks}")
     weights = path / WEIGHTS
     if not weights.is_file():
         raise UnsupportedBackboneError(
@@ -95,11 +100,12 @@ def read_checkpoint(path: Path, *, image_size: int | None = None) -> Checkpoint:
     tensors = {key.removeprefix(f"{model_type}."): _numbers(mapped[key]) for key in mapped}
     shapes = block_shapes(architecture, geometry)
     outer_shapes = architecture.outer_shapes(config, geometry)
-    blocks: list[dict[str, FloatArray]] = []
+    read: list[dict[str, FloatArray]] = []
     for index in range(geometry.blocks):
         block = _take(tensors, architecture.block_keys(index), weights)
         _check_shapes(block, shapes, f"{weights}: block {index}")
-        blocks.append({name: np.array(array, dtype=np.float32, order="C") for name, array in block.items()})
+        if blocks is None or index < blocks:
+            read.append({name: np.array(array, dtype=np.float32, order="C") for name, array in block.items()})
     outer = _take(tensors, architecture.outer_keys(), weights)
     _check_shapes(outer, outer_shapes, str(weights))
     left = [key for key in tensors if not architecture.ignored(key)]
@@ -109,14 +115,17 @@ def read_checkpoint(path: Path, *, image_size: int | None = None) -> Checkpoint:
             "use a plain backbone without further heads or adapters (merge them first)",
         )
     outer = {name: np.array(array, dtype=np.float32) for name, array in outer.items()}
+    sha256 = file_sha256(weights)
+    if len(read) < geometry.blocks:
+        sha256 = hashlib.sha256(f"{sha256}: {len(read)} blocks".encode()).hexdigest()
     return Checkpoint(
         path,
         config,
         architecture,
-        geometry,
-        blocks,
+        replace(geometry, blocks=len(read)),
+        read,
         architecture.prepare(outer, config, geometry),
-        file_sha256(weights),
+        sha256,
     )
 
 

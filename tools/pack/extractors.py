@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
 from fleetune.tools.pack.graph import Graph, Shape, Tensor
 
@@ -15,14 +15,19 @@ SIDE = 32
 """Height and width of the pictures that a CNN takes, in pixels."""
 
 
-class Extractor(Protocol):
+class Network(Protocol):
     """From a sample to its representation.
 
     Attributes:
-        representation: Width of the representation, m.
+        kind: What it is called in a pack.
     """
 
-    representation: int
+    kind: ClassVar[Literal["cnn", "dan"]]
+
+    @property
+    def representation(self) -> int:
+        """Width of the representation, m."""
+        ...
 
     @property
     def sample(self) -> Shape:
@@ -57,6 +62,8 @@ class Cnn:
         hidden: Width of the first linear map.
         representation: Width of the second.
     """
+
+    kind: ClassVar[Literal["cnn", "dan"]] = "cnn"
 
     filters: tuple[int, int]
     hidden: int
@@ -105,6 +112,8 @@ class DeepAveragingNetwork:
         hidden: Width of the first linear map.
         representation: Width of the second.
     """
+
+    kind: ClassVar[Literal["cnn", "dan"]] = "dan"
 
     embedding: int
     hidden: int = 256

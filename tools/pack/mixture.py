@@ -15,7 +15,7 @@ import onnx
 
 from fleetune.tools.pack.architectures import Architecture, Geometry
 from fleetune.tools.pack.compile import Outer, top_blocks
-from fleetune.tools.pack.extractors import Extractor
+from fleetune.tools.pack.extractors import Network
 from fleetune.tools.pack.graph import Graph, Tensor
 
 EPSILON = 1e-5
@@ -23,6 +23,9 @@ EPSILON = 1e-5
 
 EXTRACTOR, BODY = "extractor.", "body."
 """What the names of a shared extractor's tensors begin with, and those of a private network's."""
+
+GATE = 128
+"""Width of a gate's hidden layer."""
 
 ALPHAS = ("alpha.global", "alpha.local")
 
@@ -147,7 +150,7 @@ def _weighted(graph: Graph, weights: Tensor, first: Tensor, second: Tensor) -> T
 # --- the mixture ------------------------------------------------------------------------------------------------
 
 
-def extractor_graph(extractor: Extractor) -> onnx.ModelProto:
+def extractor_graph(extractor: Network) -> onnx.ModelProto:
     """Build the forward pass of a shared extractor: ``sample`` (and ``mask`` of a text) → ``representation`` [b, m]."""
     sample = Tensor("sample", extractor.sample)
     graph = Graph(sizes_from=sample)
@@ -162,7 +165,7 @@ def mixture_graph(
     geometry: Geometry,
     targets: Sequence[str],
     outer: Outer,
-    extractor: Extractor,
+    extractor: Network,
     depth: int,
 ) -> onnx.ModelProto:
     """Build a training step of the mixture whose private model is the top ``depth`` blocks of a backbone.
@@ -193,7 +196,7 @@ def mixture_graph(
     return graph.model(f"mixture_{depth}", leaves, {"features": features, **outputs} if depth else outputs)
 
 
-def network_graphs(body: Extractor, extractor: Extractor) -> dict[str, onnx.ModelProto]:
+def network_graphs(body: Network, extractor: Network) -> dict[str, onnx.ModelProto]:
     """Build the mixture whose private model is a small network that is trained whole, as in pFedMoE's paper.
 
     * ``body``: ``sample`` → ``representation`` [b, m] of the private network.
@@ -212,13 +215,13 @@ def network_graphs(body: Extractor, extractor: Extractor) -> dict[str, onnx.Mode
     }
 
 
-def _network(graph: Graph, network: Extractor, prefix: str) -> dict[str, Tensor]:
+def _network(graph: Graph, network: Network, prefix: str) -> dict[str, Tensor]:
     return {name: graph.input(f"{prefix}{name}", shape) for name, shape in network.shapes.items()}
 
 
 def _step(
     graph: Graph,
-    extractor: Extractor,
+    extractor: Network,
     sample: Tensor,
     mask: Tensor | None,
     local: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from fleetune.edge.pack.manifest import (
     SCHEMA,
     WEIGHTS_FILE,
     Backbone,
+    Extractor,
     File,
     Image,
     Manifest,
@@ -30,7 +32,9 @@ from fleetune.edge.protocol.files import read_bytes
 from fleetune.tools.pack.architectures import LINEARS
 from fleetune.tools.pack.checkpoint import MAX_SETTINGS, Checkpoint, is_matrix, read_checkpoint
 from fleetune.tools.pack.compile import block_graphs, inference_graph, outer_graphs, suffix_graph
+from fleetune.tools.pack.extractors import SHARED_CNN, DeepAveragingNetwork, Network
 from fleetune.tools.pack.graph import OPSET
+from fleetune.tools.pack.mixture import EXTRACTOR, GATE, extractor_graph, gate_graphs, mixture_graph
 from fleetune.tools.pack.quantise import Stored, describe, quantise
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -49,6 +53,8 @@ def write_pack(
     max_length: int = 64,
     image_size: int | None = None,
     weights: QuantisationType = "nf4",
+    blocks: int | None = None,
+    extractor: bool = False,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Pack:
     """Compile the backbone in ``source`` into a pack at ``out``.
@@ -66,6 +72,8 @@ def write_pack(
         max_length: Longest text in tokens.
         image_size: Side of the pictures in pixels, a multiple of the patch.
         weights: How matrices are stored.
+        blocks: How many of its blocks are packed, from the input; all by default.
+        extractor: Whether the pack gets the graphs of an extractor that devices with other backbones share (pFedMoE).
         on_step: Is told what happens next.
 
     Raises:
@@ -79,7 +87,7 @@ def write_pack(
     if out.exists():
         raise RunFolderError(f"{out} exists", "name another folder, or delete it first")
     on_step("read the backbone")
-    checkpoint = read_checkpoint(source, image_size=image_size)
+    checkpoint = read_checkpoint(source, image_size=image_size, blocks=blocks)
     if not 1 <= rank <= checkpoint.geometry.width:
         raise ConfigError(f"--rank: {rank} is out of range", f"choose from 1 to {checkpoint.geometry.width}")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +105,11 @@ def write_pack(
             graphs[f"inference_{depth}"] = inference_graph(*whole, depth)
             if depth:
                 graphs[f"suffix_{depth}"] = suffix_graph(*whole, depth)
+        shared = extractor_of(checkpoint) if extractor else None
+        if shared is not None:
+            graphs |= gate_graphs(checkpoint.geometry.width, GATE) | {"extractor": extractor_graph(shared)}
+            for depth in range(checkpoint.geometry.blocks + 1):
+                graphs[f"mixture_{depth}"] = mixture_graph(*whole, shared, depth)
         for stem, model in graphs.items():
             (folder / f"{stem}.onnx").write_bytes(model.SerializeToString(deterministic=True))
         geometry = checkpoint.geometry
@@ -125,12 +138,32 @@ def write_pack(
             },
             text=text,
             image=image,
+            extractor=None if shared is None else _describe(shared, checkpoint),
         )
         raw = msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=1)
         (folder / FILE).write_bytes(raw + b"\n")
         Pack.open(folder)
         folder.rename(out)
     return Pack.open(out, verify=False)
+
+
+def extractor_of(checkpoint: Checkpoint) -> Network:
+    """The network that devices share whose samples are such a backbone's."""
+    if checkpoint.architecture.modality == "image":
+        return SHARED_CNN
+    return DeepAveragingNetwork(checkpoint.geometry.width)
+
+
+def _describe(network: Network, checkpoint: Checkpoint) -> Extractor:
+    """What the manifest says of a shared extractor."""
+    table = checkpoint.outer.get("tokens.table")
+    shapes = {f"{EXTRACTOR}{name}": shape for name, shape in network.shapes.items()}
+    alike = [network.kind, network.representation, shapes]
+    digest = hashlib.sha256(msgspec.json.encode(alike))
+    if table is not None:
+        digest.update(np.ascontiguousarray(table).tobytes())
+        digest.update(read_bytes(checkpoint.path / "vocab.txt", MAX_VOCABULARY))
+    return Extractor(network.kind, network.representation, GATE, shapes, digest.hexdigest())
 
 
 def _inputs(checkpoint: Checkpoint, folder: Path, max_length: int) -> tuple[Text | None, Image | None]:
