@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetune.edge.engine.runtime import arena_shrinks, open_session, return_free_memory
+from fleetune.edge.engine.runtime import arena_shrinks, return_free_memory
+from fleetune.edge.engine.sessions import Sessions
 from fleetune.edge.pack.pack import Pack
 
 if TYPE_CHECKING:
@@ -27,9 +28,10 @@ class Backbone:
     Args:
         pack: The pack.
         threads: Threads of ONNX Runtime; 0 means one for each core.
-        profile: A folder for ONNX Runtime's own record of where the time goes; see :meth:`profiles`.
+        profile: A folder for ONNX Runtime's own record of where the time goes.
 
     Attributes:
+        sessions: The pack's graphs.
         pulse: Called before each pass through a block: somebody may have to do other things meanwhile.
     """
 
@@ -38,8 +40,7 @@ class Backbone:
         self.blocks = pack.manifest.blocks
         self.pulse: Callable[[], None] = lambda: None
         self._weights = pack.weights()
-        self._threads, self._profile = threads, profile
-        self._sessions: dict[str, tuple[onnxruntime.InferenceSession, list[str], list[str]]] = {}
+        self.sessions = Sessions(pack.path, threads, profile=profile)
         self._held: dict[int, dict[str, FloatArray] | None] = {}
         self._scratch: tuple[int, dict[str, FloatArray]] | None = None
         self._outer = {
@@ -53,9 +54,7 @@ class Backbone:
         Of the graphs of a training step, only that of these blocks stays open.
         """
         self._scratch = None
-        for stem in [stem for stem in self._sessions if stem.startswith("suffix_")]:
-            if stem != f"suffix_{len(blocks)}":
-                del self._sessions[stem]
+        self.sessions.close("suffix_", "mixture_", keep=f"_{len(blocks)}")
         self._held = {block: self._held.get(block) for block in blocks}
 
     def _block_weights(self, block: int) -> dict[str, FloatArray]:
@@ -71,30 +70,15 @@ class Backbone:
 
     def _run(self, stem: str, feeds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
         self.pulse()
-        session, inputs, outputs = self._session(stem)
-        values: list[Any] = session.run(outputs, {name: feeds[name] for name in inputs})
-        return dict(zip(outputs, values, strict=True))
-
-    def _session(self, stem: str) -> tuple[onnxruntime.InferenceSession, list[str], list[str]]:
-        if stem not in self._sessions:
-            session = open_session(self.pack.graph(stem), self._threads, profile=self._profile)
-            names = [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
-            self._sessions[stem] = session, *names
-        return self._sessions[stem]
-
-    def profiles(self) -> list[Path]:
-        """End the record of each graph that ran, and return its file: a JSON list of events."""
-        return [Path(session.end_profiling()) for session, _, _ in self._sessions.values()]
+        return self.sessions.run(stem, feeds)
 
     def give_back(self) -> None:
         """Return memory that nothing uses to the system: the arena's, and the C library's where it can (glibc)."""
-        if self._sessions:
-            run = arena_shrinks()
-            session, inputs, outputs = self._session("pool")
+        if self.sessions:
             tokens = self.pack.manifest.longest
             hidden = np.zeros((1, tokens, self.pack.manifest.width), dtype=np.float32)
             feeds = {"h": hidden, "mask": np.ones((1, 1, tokens), dtype=np.float32), **self._outer}
-            session.run(outputs, {name: feeds[name] for name in inputs}, run)
+            self.sessions.run("pool", feeds, arena_shrinks())
         return_free_memory()
 
     # --- around the blocks --------------------------------------------------------------------------------------
@@ -160,16 +144,19 @@ class Backbone:
         feeds = self._feeds(block, hidden, mask, adapters) | {"gradient": gradient}
         return self._run("block_backward_bottom" if bottom else "block_backward", feeds)
 
-    def fused(self, depth: int) -> tuple[onnxruntime.InferenceSession, dict[str, FloatArray]]:
-        """The graph of a training step of the top ``depth`` blocks, which must be :meth:`held <hold>`.
+    def fused(self, depth: int, stem: str = "suffix") -> tuple[onnxruntime.InferenceSession, dict[str, FloatArray]]:
+        """A graph of the top ``depth`` blocks, which must be :meth:`held <hold>`.
+
+        Args:
+            depth: How many blocks.
+            stem: What they are a part of: ``suffix``, a training step, or ``mixture``, pFedMoE's.
 
         Returns:
-            Its session, and those of its inputs that never change: weights, as ``0.query.weight`` and so on.
+            Its session, and its inputs that never change: weights, as ``0.query.weight`` and so on.
         """
         weights = {
             f"{index}.{name}": tensor
             for index in range(depth)
             for name, tensor in self._block_weights(self.blocks - depth + index).items()
         } | self._outer
-        session, inputs, _ = self._session(f"suffix_{depth}")
-        return session, {name: weights[name] for name in inputs if name in weights}
+        return self.sessions.session(f"{stem}_{depth}"), weights

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetune.edge.engine.parameters import Parameters, views
 from fleetune.edge.pack.manifest import Manifest
-from fleetune.edge.protocol.errors import DataError
 
 FloatArray = NDArray[np.float32]
 
@@ -95,15 +95,11 @@ class Layout:
         return shapes
 
     def views(self, vector: FloatArray) -> dict[str, FloatArray]:
-        """Full name → view into ``vector``, in the order of :attr:`shapes`."""
-        found, start = {}, 0
-        for name, shape in self.shapes.items():
-            found[name] = vector[start : start + math.prod(shape)].reshape(shape)
-            start += math.prod(shape)
-        return found
+        """Full name → view into ``vector``."""
+        return views(vector, self.shapes)
 
 
-class Expert:
+class Expert(Parameters):
     """A vector with a layout.
 
     Args:
@@ -112,9 +108,8 @@ class Expert:
     """
 
     def __init__(self, layout: Layout, vector: FloatArray | None = None) -> None:
+        super().__init__(layout.shapes, vector, what="the expert")
         self.layout = layout
-        self.vector: FloatArray = np.zeros(layout.size, dtype=np.float32) if vector is None else vector
-        self.tensors = layout.views(self.vector)
 
     @classmethod
     def initial(cls, layout: Layout, seed: int) -> Expert:
@@ -144,27 +139,13 @@ class Expert:
         """What depth ``depth`` has trained since ``start``: full name → difference."""
         return Expert(self.layout, self.vector - start.vector).active(depth, factors)
 
-    def load(self, tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Overwrite the named tensors.
-
-        Raises:
-            DataError: A name is unknown or a shape differs.
-        """
-        for target, array in self._fitting(tensors):
-            target[...] = array
-
     def add(self, differences: Mapping[str, NDArray[Any]]) -> None:
         """Add to the named tensors, as far as they are an expert's.
 
         Raises:
             DataError: A name is unknown or a shape differs.
         """
-        for target, array in self._fitting({n: t for n, t in differences.items() if not n.startswith("gate.")}):
-            target += array
-
-    def _fitting(self, tensors: Mapping[str, NDArray[Any]]) -> Iterator[tuple[FloatArray, NDArray[Any]]]:
-        remedy = "check that both sides use the same pack and the same number of classes"
-        return fitting("the expert", self.tensors, tensors, remedy)
+        super().add({name: tensor for name, tensor in differences.items() if not name.startswith("gate.")})
 
     def fingerprint_below(self, block: int) -> str:
         """Hash of the adapters below ``block``; adapters that change nothing (B = 0) count as none."""
@@ -190,28 +171,3 @@ class Expert:
     def logits(self, features: FloatArray) -> FloatArray:
         """Class scores [n, classes] of features [n, d]."""
         return features @ self.tensors["head.weight"] + self.tensors["head.bias"]
-
-
-def fitting(
-    what: str, own: Mapping[str, FloatArray], tensors: Mapping[str, NDArray[Any]], remedy: str
-) -> Iterator[tuple[FloatArray, NDArray[Any]]]:
-    """Pairs of an own tensor and the one that is to go there.
-
-    Args:
-        what: Whose tensors they are, for people.
-        own: Full name → own tensor.
-        tensors: Full name → tensor from elsewhere.
-        remedy: What to do where one does not fit.
-
-    Raises:
-        DataError: A name is unknown or a shape differs.
-    """
-    for name, array in tensors.items():
-        target = own.get(name)
-        if target is None or target.shape != array.shape:
-            raise DataError(
-                f"tensor {name} of shape {array.shape} does not fit {what}",
-                remedy,
-                public=f"tensor {name} does not fit {what}",
-            )
-        yield target, array

@@ -1,4 +1,4 @@
-"""A fused training step: one graph whose inputs and outputs lie in buffers that stay from step to step."""
+"""A fused training step of an expert: one graph."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleetune.edge.engine.backbone import Backbone
+from fleetune.edge.engine.bound import BoundGraph
 from fleetune.edge.engine.expert import Expert, Layout
 
 FloatArray = NDArray[np.float32]
@@ -14,9 +15,6 @@ FloatArray = NDArray[np.float32]
 class FusedStep:
     """Forward, head, loss and backward of the top ``depth`` blocks.
 
-    ONNX Runtime reads weights and adapters where they are and writes gradients where they are summed up, so a step
-    copies none of them and a training loop allocates nothing.
-
     Args:
         backbone: Runs the graph; it must hold the top blocks.
         depth: Active blocks.
@@ -24,17 +22,16 @@ class FusedStep:
     """
 
     def __init__(self, backbone: Backbone, depth: int, layout: Layout) -> None:
-        self._session, self._weights = backbone.fused(depth)
-        self._binding = self._session.io_binding()
-        self._gradient = Expert(layout)
-        self._graph_names = _graph_names(layout, depth)
+        session, weights = backbone.fused(depth)
+        self._graph, self._gradient = BoundGraph(session), Expert(layout)
+        self._names = graph_names(layout, depth)
         self._bound: Expert | None = None
         self._labels = self._logits = np.empty((0, layout.classes), dtype=np.float32)
         self._features = np.empty((0, layout.width), dtype=np.float32)
-        for name, tensor in self._weights.items():
-            self._bind_input(name, tensor)
-        for full, name in self._graph_names.items():
-            self._bind_output(f"grad.{name}", self._gradient.tensors[full])
+        for name, tensor in weights.items():
+            self._graph.read(name, tensor)
+        for full, name in self._names.items():
+            self._graph.write(f"grad.{name}", self._gradient.tensors[full])
 
     def run(
         self, hidden: FloatArray, mask: FloatArray, labels: NDArray[np.int64], expert: Expert
@@ -51,32 +48,25 @@ class FusedStep:
             Features [b, d], logits [b, classes], and the gradients of the summed cross-entropy.
         """
         if expert is not self._bound:
-            for full, name in self._graph_names.items():
-                self._bind_input(name, expert.tensors[full])
+            for full, name in self._names.items():
+                self._graph.read(name, expert.tensors[full])
             self._bound = expert
         if len(labels) != len(self._labels):
             classes, width = expert.layout.classes, expert.layout.width
             self._labels, self._logits = np.empty((2, len(labels), classes), dtype=np.float32)
             self._features = np.empty((len(labels), width), dtype=np.float32)
-            self._bind_input("labels", self._labels)
-            self._bind_output("logits", self._logits)
-            self._bind_output("features", self._features)
+            self._graph.read("labels", self._labels)
+            self._graph.write("logits", self._logits)
+            self._graph.write("features", self._features)
         self._labels[...] = 0
         self._labels[np.arange(len(labels)), labels] = 1
-        hidden, mask = np.ascontiguousarray(hidden), np.ascontiguousarray(mask)
-        self._bind_input("h", hidden)
-        self._bind_input("mask", mask)
-        self._session.run_with_iobinding(self._binding)
+        self._graph.read("h", hidden)
+        self._graph.read("mask", mask)
+        self._graph.run()
         return self._features, self._logits, self._gradient
 
-    def _bind_input(self, name: str, tensor: FloatArray) -> None:
-        self._binding.bind_input(name, "cpu", 0, np.float32, tensor.shape, tensor.ctypes.data)
 
-    def _bind_output(self, name: str, tensor: FloatArray) -> None:
-        self._binding.bind_output(name, "cpu", 0, np.float32, tensor.shape, tensor.ctypes.data)
-
-
-def _graph_names(layout: Layout, depth: int) -> dict[str, str]:
+def graph_names(layout: Layout, depth: int) -> dict[str, str]:
     """Full name of what depth ``depth`` trains → its name in the graph (``blocks.4.query.A`` → ``0.query.A``)."""
     lowest, names = layout.blocks - depth, {}
     for full in layout.names(depth):

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetune.edge.engine.expert import fitting
 from fleetune.edge.engine.loss import cross_entropy, softmax
+from fleetune.edge.engine.parameters import fitting
 
 FloatArray = NDArray[np.float32]
 

@@ -17,7 +17,7 @@ from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.engine.gate import ADAPTER
 from fleetune.edge.methods import METHODS
 from fleetune.edge.methods.base import Device, Outcome, Round, Settings
-from fleetune.edge.methods.local import LocalRun, diverged, is_finite
+from fleetune.edge.methods.local import ExpertLearner, LocalRun, diverged, is_finite
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import DataError
 from fleetune.edge.protocol.modelfile import FILE
@@ -64,12 +64,14 @@ def settings(**changes: Any) -> Settings:
 def train(device: Device, expert: Expert, **changes: Any) -> list[np.ndarray[Any, Any]]:
     """Train, and return the expert before each step."""
     before = [expert.vector.copy()]
+    learner = ExpertLearner(
+        expert, settings(**changes), on_batch=lambda _indices, _features: before.append(expert.vector.copy())
+    )
     LocalRun(device, settings(**changes), expert).train(
-        expert,
+        learner,
         ROUND,
         np.random.default_rng(0),
         evaluated=0,
-        on_batch=lambda _indices, _features: before.append(expert.vector.copy()),
     )
     return before
 
@@ -86,13 +88,10 @@ def test_the_one_sample_whose_loss_is_not_finite_is_named(
     seen = [expert.vector.copy()]
     run = LocalRun(device, settings(), expert)
     with pytest.raises(DataError) as caught:
-        run.train(
-            expert,
-            ROUND,
-            np.random.default_rng(1),
-            evaluated=0,
-            on_batch=lambda _indices, _features: seen.append(expert.vector.copy()),
+        learner = ExpertLearner(
+            expert, settings(), on_batch=lambda _indices, _features: seen.append(expert.vector.copy())
         )
+        run.train(learner, ROUND, np.random.default_rng(1), evaluated=0)
     order = np.random.default_rng(1).permutation(device.dataset.indices("train"))
     step = 1 + int(np.flatnonzero(order == 6)[0]) // 6
     assert f"{text_data}, line 7: the loss is not finite at step {step} of the round" in caught.value.what

@@ -16,7 +16,7 @@ from fleetune.edge.engine.cache import PrefixCache
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.methods.base import Device, Round, Settings
-from fleetune.edge.methods.local import LocalRun
+from fleetune.edge.methods.local import ExpertLearner, LocalRun
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.resources.costs import Costs
 from fleetune.edge.resources.guard import Guard, Verdict
@@ -120,13 +120,8 @@ class Run:
         def count(_indices: Any, _features: Any) -> None:
             self.steps += 1
 
-        run.train(
-            self.expert,
-            Round("global", number, {}, {}, guard),
-            np.random.default_rng(0),
-            evaluated=0,
-            on_batch=count,
-        )
+        learner = ExpertLearner(self.expert, Settings(**SETTINGS), on_batch=count)
+        run.train(learner, Round("global", number, {}, {}, guard), np.random.default_rng(0), evaluated=0)
         return guard
 
     def changed(self, block: int) -> bool:

@@ -68,7 +68,7 @@ from fleetune.edge.engine.cache import PrefixCache
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.methods.base import Device, Round, Settings
-from fleetune.edge.methods.local import LocalRun
+from fleetune.edge.methods.local import ExpertLearner, LocalRun
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.resources.costs import Costs
 from fleetune.edge.resources.guard import Guard
@@ -97,7 +97,7 @@ expert = Expert.initial(Layout.of(pack.manifest, 2), seed=0)
 before = expert.vector.copy()
 run = LocalRun(device, settings, expert)
 announced = Round("global", 1, {}, {}, Guard())
-losses = [run.train(expert, announced, np.random.default_rng(0), evaluated=0) for _ in range(8)]
+losses = [run.train(ExpertLearner(expert, run.settings), announced, np.random.default_rng(0), evaluated=0) for _ in range(8)]
 changed = [name for name, view in expert.layout.views(before).items() if (view != expert.tensors[name]).any()]
 answer({"losses": losses, "changed": changed})
 """

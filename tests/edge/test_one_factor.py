@@ -20,7 +20,7 @@ from fleetune.edge.engine.gate import Gate
 from fleetune.edge.engine.model import Model
 from fleetune.edge.methods.base import Device, Round, Settings
 from fleetune.edge.methods.fedms.method import FedMS
-from fleetune.edge.methods.local import LocalRun
+from fleetune.edge.methods.local import ExpertLearner, LocalRun
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.modelfile import FILE
 from fleetune.edge.resources.costs import Costs
@@ -71,7 +71,7 @@ def train(device: Device, factors: Factors, *, guard: Guard | None = None, **cha
     expert = Expert.initial(Layout.of(device.backbone.pack.manifest, 2), seed=0)
     before, round_ = expert.copy(), Round("global", 1, {}, {}, guard or Guard())
     run = LocalRun(device, Settings(**{**SETTINGS, **changes}), expert)
-    run.train(expert, round_, np.random.default_rng(0), evaluated=0, factors=factors)
+    run.train(ExpertLearner(expert, run.settings, factors=factors), round_, np.random.default_rng(0), evaluated=0)
     return before, expert
 
 

@@ -86,7 +86,7 @@ class Trainer:
         """Kind of operation → milliseconds of a step."""
         for _ in range(epochs):
             self.epoch()
-        (file,) = (file for file in self._backbone.profiles() if file.name.startswith("suffix"))
+        (file,) = (file for file in self._backbone.sessions.profiles() if file.name.startswith("suffix"))
         spent: Counter[str] = Counter()
         for event in json.loads(file.read_bytes()):
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):

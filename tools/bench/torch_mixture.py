@@ -14,7 +14,7 @@ from fleetune.tools.pack.extractors import Cnn
 from fleetune.tools.pack.mixture import EPSILON
 
 
-class TorchCnn(nn.Module):
+class TorchCnn(nn.Module):  # type: ignore[misc]
     """A CNN without its header: pictures [b, 3, 32, 32] → representation [b, m]."""
 
     def __init__(self, cnn: Cnn) -> None:
@@ -32,7 +32,7 @@ class TorchCnn(nn.Module):
         return found
 
 
-class SwitchNorm(nn.Module):
+class SwitchNorm(nn.Module):  # type: ignore[misc]
     """Switchable normalisation of vectors [b, d] (Luo et al., 2019), over features and batch."""
 
     def __init__(self, width: int) -> None:
@@ -49,7 +49,7 @@ class SwitchNorm(nn.Module):
         return (x - mean) / (variance + EPSILON).sqrt() * self.weight + self.bias
 
 
-class TorchGate(nn.Module):
+class TorchGate(nn.Module):  # type: ignore[misc]
     """x [b, inputs] → how much each expert counts [b, 2]."""
 
     def __init__(self, inputs: int, hidden: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fleetune.edge.engine.expert import Expert
 from fleetune.edge.methods.base import Device, Outcome, Round, Settings, random_for, read_settings, task_layout
-from fleetune.edge.methods.local import LocalRun, accuracy
+from fleetune.edge.methods.local import ExpertLearner, LocalRun, accuracy
 
 _STATE = "standalone"
 
@@ -27,7 +27,7 @@ class Standalone:
         local = LocalRun(device, settings, expert)
         val, test = dataset.indices("val"), dataset.indices("test")
         rng = random_for(device, settings, announced)
-        loss = local.train(expert, announced, rng, evaluated=len(val) + len(test))
+        loss = local.train(ExpertLearner(expert, settings), announced, rng, evaluated=len(val) + len(test))
         scores = {
             split: accuracy(expert.logits(local.features(expert, indices)), dataset.labels[indices])
             for split, indices in (("val", val), ("test", test))

@@ -32,7 +32,7 @@ from fleetune.edge.methods.base import (
     read_settings,
     task_layout,
 )
-from fleetune.edge.methods.local import Indices, LocalRun, accuracy, diverged, is_finite
+from fleetune.edge.methods.local import ExpertLearner, Indices, LocalRun, accuracy, diverged, is_finite
 from fleetune.edge.protocol.errors import ModelError
 from fleetune.edge.protocol.modelfile import FILE, REMEDY, Mix
 
@@ -103,7 +103,7 @@ class FedMS:
             for part, indices in (("val", val), ("test", test))
         }
         rng = random_for(self._device, settings, announced)
-        loss = run.train(shared, announced, rng, evaluated=0, factors=settings.factors)
+        loss = run.train(ExpertLearner(shared, settings, factors=settings.factors), announced, rng, evaluated=0)
         metrics: Metrics = {"loss": loss, "val": scores["val"], "test": scores["test"]}
         return Outcome(metrics, shared.gained(start, run.depth, settings.factors), run.depth)
 
@@ -190,8 +190,9 @@ class FedMS:
 
         evaluated = len(dataset.indices("val")) + len(dataset.indices("test"))
         if settings.gate_split == "train":
-            return stage.run.train(mixture.local, announced, rng, evaluated=evaluated, on_batch=step)
-        loss = stage.run.train(mixture.local, announced, rng, evaluated=evaluated)
+            learner = ExpertLearner(mixture.local, settings, on_batch=step)
+            return stage.run.train(learner, announced, rng, evaluated=evaluated)
+        loss = stage.run.train(ExpertLearner(mixture.local, settings), announced, rng, evaluated=evaluated)
         held_out = dataset.indices("val")
         features = stage.run.features(mixture.local, held_out)
         for _ in range(settings.gate_epochs):
