@@ -22,12 +22,11 @@ from fleetune.edge.methods.base import (
     Round,
     Settings,
     Tensors,
-    job_shapes,
     read_settings,
 )
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.codec.numbers import Shapes
-from fleetune.edge.protocol.errors import BudgetError, MessageError, PackError
+from fleetune.edge.protocol.errors import BudgetError, MessageError
 from fleetune.edge.protocol.messages import Announcement
 from fleetune.edge.resources.costs import Costs, measure
 from fleetune.edge.resources.guard import Guard
@@ -149,18 +148,7 @@ class Rounds:
             raise MessageError(
                 f"the method {announced.method!r} is unknown", "update Fleetune on this device", reason="unknown-method"
             )
-        mine = self._pack.manifest
-        for what, theirs, own in (
-            ("the backbone", announced.backbone, mine.backbone.sha256),
-            ("weights in the format", announced.quantisation, mine.quantisation.type),
-            ("adapters of rank", announced.settings.get("rank"), mine.rank),
-            ("adapters on", announced.settings.get("targets"), ",".join(mine.targets)),
-        ):
-            if theirs != own:
-                raise PackError(
-                    f"the job {announced.job} is for {what} {theirs}, the pack {self._pack.path} has {own}",
-                    "give the device the pack that the aggregator was started with",
-                )
+        METHODS[announced.method].check_fit(self._pack, announced)
 
     def shapes(self, announced: Announcement) -> Shapes:
         """Full name → shape of every tensor that the devices of a job may share.
@@ -170,7 +158,7 @@ class Rounds:
             PackError: The pack is another one.
         """
         self.check_fit(announced)
-        return job_shapes(self._pack.manifest, announced.settings)
+        return METHODS[announced.method].shapes(self._pack.manifest, announced.settings)
 
     def measure(self) -> Costs:
         """What training costs here: as it was measured before, unless the kit, the pack, or the power mode changed.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,15 +76,42 @@ class Suffix:
     def _recomputed(
         self, hidden: FloatArray, mask: FloatArray, labels: NDArray[np.int64], expert: Expert, into: Expert
     ) -> tuple[float, FloatArray]:
+        loss, features = 0.0, np.empty((0, expert.layout.width), dtype=np.float32)
+
+        def top(found: FloatArray) -> FloatArray:
+            nonlocal loss, features
+            features = found
+            loss, slope = cross_entropy(expert.logits(features), labels)
+            into.tensors["head.weight"] += features.T @ slope
+            into.tensors["head.bias"] += slope.sum(axis=0)
+            gradient: FloatArray = slope @ expert.tensors["head.weight"].T
+            return gradient
+
+        self.through(hidden, mask, expert, top, into)
+        return loss, features
+
+    def through(
+        self,
+        hidden: FloatArray,
+        mask: FloatArray,
+        expert: Expert,
+        top: Callable[[FloatArray], FloatArray],
+        into: Expert,
+    ) -> None:
+        """Run a micro-batch forward and backward block by block, and add the gradients of the adapters to ``into``.
+
+        Args:
+            hidden: Hidden states at the boundary [b, t, d].
+            mask: Their mask [b, 1, t].
+            expert: The adapters.
+            top: From features [b, d] to the gradient of the loss with respect to them.
+            into: Accumulates the gradients.
+        """
         inputs: list[FloatArray] = []
         for block in self.blocks:
             inputs.append(hidden)
             hidden = self.backbone.forward(block, hidden, mask, expert.adapters(block))
-        features = self.backbone.pool(hidden, mask)
-        loss, slope = cross_entropy(expert.logits(features), labels)
-        into.tensors["head.weight"] += features.T @ slope
-        into.tensors["head.bias"] += slope.sum(axis=0)
-        gradient = self.backbone.pool_backward(hidden, mask, slope @ expert.tensors["head.weight"].T)
+        gradient = self.backbone.pool_backward(hidden, mask, top(self.backbone.pool(hidden, mask)))
         for block in reversed(self.blocks):
             bottom = block == self.blocks[0]
             found = self.backbone.backward(block, inputs.pop(), mask, expert.adapters(block), gradient, bottom=bottom)
@@ -92,4 +119,3 @@ class Suffix:
                 tensor += found[f"grad.{name}"]
             if not bottom:
                 gradient = found["grad.h"]
-        return loss, features

@@ -18,8 +18,10 @@ from fleetune.edge.engine.expert import Factors, Layout
 from fleetune.edge.engine.gate import adapter_shapes
 from fleetune.edge.engine.optimiser import OptimiserName
 from fleetune.edge.pack.manifest import Manifest
-from fleetune.edge.protocol.errors import MessageError
-from fleetune.edge.protocol.messages import Stage
+from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.codec.numbers import Shapes
+from fleetune.edge.protocol.errors import MessageError, PackError
+from fleetune.edge.protocol.messages import Announcement, Stage
 from fleetune.edge.protocol.modelfile import MAX_CLASSES
 from fleetune.edge.resources.costs import Costs
 from fleetune.edge.resources.guard import Guard
@@ -39,8 +41,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Hyper-parameters that every method has.
 
     Attributes:
-        rank: Rank of the adapters; the agent has compared it with its pack.
-        targets: Linear maps that carry an adapter; likewise.
         classes: Number of classes of the task.
         seed: Seed of the job; with the device's id and the round it fixes every random choice.
         max_depth: Deepest that any device of the job goes; everything below is frozen for good.
@@ -53,8 +53,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         factors: Matrices of the adapters that are trained where they go up; what stays private trains both.
     """
 
-    rank: Count
-    targets: str
     classes: Classes
     seed: Annotated[int, msgspec.Meta(ge=0)]
     max_depth: Count
@@ -65,6 +63,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     learning_rate: Rate
     weight_decay: Annotated[float, msgspec.Meta(ge=0)]
     factors: Factors = "AB"
+
+
+class ExpertSettings(Settings, frozen=True, kw_only=True):
+    """Hyper-parameters of methods whose experts have the same adapters on all devices.
+
+    Attributes:
+        rank: Rank of the adapters; the agent has compared it with its pack.
+        targets: Linear maps that carry an adapter; likewise.
+    """
+
+    rank: Count
+    targets: str
 
 
 class TensorStore(Protocol):
@@ -157,6 +167,28 @@ class Method(Protocol):
 
     def __init__(self, device: Device) -> None: ...
 
+    @classmethod
+    def check_fit(cls, pack: Pack, announced: Announcement) -> None:
+        """See that a pack is one that this job can be done with.
+
+        Raises:
+            PackError: It is not.
+        """
+        ...
+
+    @classmethod
+    def shapes(cls, manifest: Manifest, settings: Mapping[str, Any]) -> Shapes:
+        """Full name → shape of every tensor that the devices of a job may share.
+
+        Args:
+            manifest: The pack's.
+            settings: As announced.
+
+        Raises:
+            MessageError: A setting is missing or out of range.
+        """
+        ...
+
     def run(self, announced: Round) -> Outcome:
         """Do one round."""
         ...
@@ -175,6 +207,39 @@ def read_settings(announced: Round, kind: type[AnySettings]) -> AnySettings:
         return msgspec.convert(dict(announced.settings), type=kind)
     except msgspec.ValidationError as error:
         raise _bad_settings(str(error)) from error
+
+
+class SameBackbone:
+    """What all methods have in common whose devices have the same backbone with the same adapters."""
+
+    @classmethod
+    def check_fit(cls, pack: Pack, announced: Announcement) -> None:
+        """See that the pack is the job's.
+
+        Raises:
+            PackError: It is another one.
+        """
+        mine = pack.manifest
+        for what, theirs, own in (
+            ("the backbone", announced.backbone, mine.backbone.sha256),
+            ("weights in the format", announced.quantisation, mine.quantisation.type),
+            ("adapters of rank", announced.settings.get("rank"), mine.rank),
+            ("adapters on", announced.settings.get("targets"), ",".join(mine.targets)),
+        ):
+            if theirs != own:
+                raise PackError(
+                    f"the job {announced.job} is for {what} {theirs}, the pack {pack.path} has {own}",
+                    "give the device the pack that the aggregator was started with",
+                )
+
+    @classmethod
+    def shapes(cls, manifest: Manifest, settings: Mapping[str, Any]) -> Shapes:
+        """Those of the expert and of the gate's adapter.
+
+        Raises:
+            MessageError: A setting is missing or out of range.
+        """
+        return job_shapes(manifest, settings)
 
 
 class _Sizes(msgspec.Struct, frozen=True):
@@ -215,13 +280,22 @@ def task_layout(device: Device, settings: Settings) -> Layout:
     Raises:
         DataError: The device has labels that the job does not know.
     """
+    check_labels(device, settings)
+    return Layout.of(device.backbone.pack.manifest, settings.classes)
+
+
+def check_labels(device: Device, settings: Settings) -> None:
+    """See that the job knows all labels of a device.
+
+    Raises:
+        DataError: It does not.
+    """
     device.dataset.check_labels(
         np.arange(len(device.dataset)),
         settings.classes,
         "the job",
         f"label samples from 0 to {settings.classes - 1}, or start the job with more classes",
     )
-    return Layout.of(device.backbone.pack.manifest, settings.classes)
 
 
 def random_for(device: Device, settings: Settings, announced: Round) -> np.random.Generator:

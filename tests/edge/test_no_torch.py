@@ -97,7 +97,8 @@ expert = Expert.initial(Layout.of(pack.manifest, 2), seed=0)
 before = expert.vector.copy()
 run = LocalRun(device, settings, expert)
 announced = Round("global", 1, {}, {}, Guard())
-losses = [run.train(ExpertLearner(expert, run.settings), announced, np.random.default_rng(0), evaluated=0) for _ in range(8)]
+learners = (ExpertLearner(expert, settings) for _ in range(8))
+losses = [run.train(learner, announced, np.random.default_rng(0), evaluated=0) for learner in learners]
 changed = [name for name, view in expert.layout.views(before).items() if (view != expert.tensors[name]).any()]
 answer({"losses": losses, "changed": changed})
 """

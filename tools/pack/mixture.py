@@ -173,9 +173,9 @@ def mixture_graph(
     Inputs are those of :func:`~fleetune.tools.pack.compile.suffix_graph`, whose head now maps features to the
     representation [d, m]; ``sample``, that of the extractor; its tensors as ``extractor.fc1.weight`` and so on;
     ``alpha.global`` and ``alpha.local`` [b, m], how much of either representation counts; ``header.weight`` [m, c] and
-    ``header.bias`` [c]. Outputs are ``logits`` [b, c], at depth 1 and more ``features`` [b, d], and the gradients of
-    the summed cross-entropy with respect to all that is learned and to both α. At depth 0 ``features`` are an input,
-    and ``grad.features`` an output: for a device that sends a batch through the blocks one by one.
+    ``header.bias`` [c]. Outputs are ``logits`` [b, c] and the gradients of the summed cross-entropy with respect to all
+    that is learned and to both α. At depth 0 ``features`` [b, d] are an input, and ``grad.features`` an output: for a
+    device that sends a batch through the blocks one by one.
     """
     h = Tensor("h", ("b", "t", geometry.width))
     features = Tensor("features", ("b", geometry.width))
@@ -193,7 +193,7 @@ def mixture_graph(
     head = graph.input("head.weight", (geometry.width, width)), graph.input("head.bias", (width,))
     local = graph.gemm(features, *head)
     outputs, leaves = _step(graph, extractor, sample, mask, local, [*learned, *head], [*leaves, *head, sample])
-    return graph.model(f"mixture_{depth}", leaves, {"features": features, **outputs} if depth else outputs)
+    return graph.model(f"mixture_{depth}", leaves, outputs)
 
 
 def network_graphs(body: Network, extractor: Network) -> dict[str, onnx.ModelProto]:

@@ -11,11 +11,12 @@ from fleetune.edge.engine.optimiser import Adam
 from fleetune.edge.engine.prefix import Prefix, split
 from fleetune.edge.methods.base import (
     Device,
+    ExpertSettings,
     FloatArray,
     Metrics,
     Outcome,
     Round,
-    Settings,
+    SameBackbone,
     read_settings,
     task_layout,
 )
@@ -27,7 +28,7 @@ _PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3)
 """Strengths of the L2 penalty, from which ``val`` picks one."""
 
 
-class FrozenHead:
+class FrozenHead(SameBackbone):
     """Logistic regression with an L2 penalty on standardised features, by full-batch Adam."""
 
     def __init__(self, device: Device) -> None:
@@ -36,7 +37,7 @@ class FrozenHead:
     def run(self, announced: Round) -> Outcome:
         """Train and evaluate the head; nothing goes up."""
         device, dataset = self._device, self._device.dataset
-        settings = read_settings(announced, Settings)
+        settings = read_settings(announced, ExpertSettings)
         layout = task_layout(device, settings)
         prefix = device.cache.prefix(device.backbone.blocks, Expert(layout))
         if announced.stage == "prepare":

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from fleetune.edge.engine.expert import Expert
-from fleetune.edge.methods.base import Device, Outcome, Round, Settings, random_for, read_settings, task_layout
+from fleetune.edge.methods.base import (
+    Device,
+    ExpertSettings,
+    Outcome,
+    Round,
+    SameBackbone,
+    random_for,
+    read_settings,
+    task_layout,
+)
 from fleetune.edge.methods.local import ExpertLearner, LocalRun, accuracy
 
 _STATE = "standalone"
 
 
-class Standalone:
+class Standalone(SameBackbone):
     """One private expert from the job's initial values."""
 
     def __init__(self, device: Device) -> None:
@@ -18,7 +27,7 @@ class Standalone:
     def run(self, announced: Round) -> Outcome:
         """Train one more round, or evaluate; nothing goes up."""
         device, dataset = self._device, self._device.dataset
-        settings = read_settings(announced, Settings)
+        settings = read_settings(announced, ExpertSettings)
         expert = Expert.initial(task_layout(device, settings), settings.seed)
         if announced.stage == "prepare":
             device.cache.prefix(device.backbone.blocks - settings.max_depth, expert)

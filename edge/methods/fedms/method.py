@@ -22,12 +22,13 @@ from fleetune.edge.engine.prefix import split
 from fleetune.edge.methods.base import (
     Count,
     Device,
+    ExpertSettings,
     FloatArray,
     Metrics,
     Outcome,
     Rate,
     Round,
-    Settings,
+    SameBackbone,
     random_for,
     read_settings,
     task_layout,
@@ -37,7 +38,7 @@ from fleetune.edge.protocol.errors import ModelError
 from fleetune.edge.protocol.modelfile import FILE, REMEDY, Mix
 
 
-class FedMSSettings(Settings, frozen=True, kw_only=True):
+class FedMSSettings(ExpertSettings, frozen=True, kw_only=True):
     """Hyper-parameters of FedMS.
 
     Attributes:
@@ -70,7 +71,7 @@ class _Stage:
         return self.mixture.experts(self.frozen_features[indices], local_features)
 
 
-class FedMS:
+class FedMS(SameBackbone):
     """The device's part of FedMS."""
 
     def __init__(self, device: Device) -> None:

@@ -1,0 +1,148 @@
+"""The private model of a device, less its header: a backbone's active blocks, or a small network trained whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetune.edge.engine.bound import BoundGraph
+from fleetune.edge.engine.expert import Expert
+from fleetune.edge.engine.fused import graph_names
+from fleetune.edge.engine.parameters import Parameters
+from fleetune.edge.engine.prefix import split
+from fleetune.edge.engine.sessions import Sessions
+from fleetune.edge.engine.suffix import Suffix
+from fleetune.edge.methods.local import LocalRun
+from fleetune.edge.methods.pfedmoe.extractor import Samples
+from fleetune.edge.methods.pfedmoe.step import StepGraph
+
+FloatArray = NDArray[np.float32]
+Indices = NDArray[np.int64]
+Tensors = Mapping[str, FloatArray]
+
+
+class Body(Protocol):
+    """A private model."""
+
+    @property
+    def learned(self) -> Parameters:
+        """What is trained of it."""
+        ...
+
+    @property
+    def gradient(self) -> Parameters:
+        """Sum of its gradients over micro-batches; whoever starts a batch sets it to zero."""
+        ...
+
+    def groups(self, batch: Indices) -> Iterator[tuple[Indices, Tensors]]:
+        """Micro-batches: places in the batch, and what of them goes into a step beside the extractor's sample."""
+        ...
+
+    def step(self, others: Tensors, into: Tensors, data: Tensors) -> Tensors:
+        """Run a step, and add up gradients.
+
+        Args:
+            others: Name in the graph → tensor, of all that is learned beside this model.
+            into: The same names → where their gradients are added up.
+            data: What :meth:`groups` gave, with ``sample``, ``mask``, ``labels`` and both ``alpha``.
+
+        Returns:
+            What :meth:`~fleetune.edge.methods.pfedmoe.step.StepGraph.run` does.
+        """
+        ...
+
+    def representation(self, indices: Indices) -> FloatArray:
+        """The private representation [n, m] of some samples."""
+        ...
+
+
+class BackboneBody:
+    """The active blocks of a backbone with their adapters; an expert's head maps features to the representation.
+
+    Args:
+        run: The suffix; micro-batches and depth are what it says, from batch to batch.
+        expert: The adapters and that map.
+    """
+
+    def __init__(self, run: LocalRun, expert: Expert) -> None:
+        self._run, self.learned, self.gradient = run, expert, Expert(expert.layout)
+        self._graph: tuple[Suffix, StepGraph] | None = None
+
+    def groups(self, batch: Indices) -> Iterator[tuple[Indices, Tensors]]:
+        """Hidden states and masks at the boundary."""
+        groups = split(np.arange(len(batch)), self._run.micro_batch)
+        parts = self._run.prefix.parts([batch[rows] for rows in groups])
+        for rows, (hidden, mask) in zip(groups, parts, strict=True):
+            yield rows, {"h": hidden, "mask": mask}
+
+    def step(self, others: Tensors, into: Tensors, data: Tensors) -> Tensors:
+        """Run a step, in one graph, or where memory is short block by block."""
+        suffix = self._run.suffix
+        names = {"head.weight": "head.weight", "head.bias": "head.bias"}
+        if not suffix.recompute:
+            names = graph_names(self.learned.layout, suffix.depth)
+        if self._graph is None or self._graph[0] is not suffix:
+            session, frozen = self._run.device.backbone.fused(0 if suffix.recompute else suffix.depth, "mixture")
+            learned = {name: self.learned.tensors[full] for full, name in names.items()}
+            self._graph = suffix, StepGraph(BoundGraph(session), {**learned, **others}, frozen)
+        graph = self._graph[1]
+        targets = {**into, **{name: self.gradient.tensors[full] for full, name in names.items()}}
+        found = self._by_blocks(suffix, graph, data) if suffix.recompute else graph.run(data)
+        for name, tensor in graph.gradient.items():
+            targets[name] += tensor
+        return found
+
+    def _by_blocks(self, suffix: Suffix, graph: StepGraph, data: Tensors) -> Tensors:
+        found: Tensors = {}
+
+        def top(features: FloatArray) -> FloatArray:
+            nonlocal found
+            found = graph.run({**{name: tensor for name, tensor in data.items() if name != "h"}, "features": features})
+            return found["grad.features"]
+
+        suffix.through(data["h"], data["mask"], self.learned, top, self.gradient)
+        return found  # of the only micro-batch that there is
+
+    def representation(self, indices: Indices) -> FloatArray:
+        """Features, mapped."""
+        return self.learned.logits(self._run.features(self.learned, indices))
+
+
+class NetworkBody:
+    """A small network that is trained whole, as in pFedMoE's paper; it sees the extractor's samples.
+
+    Args:
+        sessions: Its graphs.
+        learned: Its tensors, under their names in the graphs.
+        pictures: What the extractor sees too.
+        chunk: Samples that are evaluated at once.
+    """
+
+    def __init__(self, sessions: Sessions, learned: Parameters, pictures: Samples, *, chunk: int = 256) -> None:
+        self._sessions, self.learned, self.gradient = sessions, learned, learned.blank()
+        self._pictures, self._chunk = pictures, chunk
+        self._graph: StepGraph | None = None
+
+    def groups(self, batch: Indices) -> Iterator[tuple[Indices, Tensors]]:
+        """The whole batch at once."""
+        yield np.arange(len(batch)), {}
+
+    def step(self, others: Tensors, into: Tensors, data: Tensors) -> Tensors:
+        """Run a step."""
+        if self._graph is None:
+            graph = BoundGraph(self._sessions.session("mixture"))
+            self._graph = StepGraph(graph, {**self.learned.tensors, **others}, {})
+        found = self._graph.run(data)
+        for name, tensor in self._graph.gradient.items():
+            {**into, **self.gradient.tensors}[name] += tensor
+        return found
+
+    def representation(self, indices: Indices) -> FloatArray:
+        """The private representation [n, m] of some samples."""
+        parts = (self._pictures(some) for some in split(indices, self._chunk))
+        return np.concatenate(
+            [self._sessions.run("body", {**part, **self.learned.tensors})["representation"] for part in parts]
+        )
