@@ -67,7 +67,7 @@ def _perturb(model: Any) -> None:
                 parameter.sub_(0.5)
 
 
-def _pack(source: Path, out: Path, name: str) -> Pack:
+def _pack(source: Path, out: Path, name: str, **options: Any) -> Pack:
     from fleetune.tools.pack.write import write_pack
 
     targets = ("query", "value", "fc1")
@@ -80,6 +80,7 @@ def _pack(source: Path, out: Path, name: str) -> Pack:
         rank=4,
         targets=targets,
         max_length=MAX_LENGTH,
+        **options,
     )
 
 
@@ -152,6 +153,22 @@ def tiny_dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_dinov2_pack(tiny_dinov2: Path, tmp_path_factory: pytest.TempPathFactory) -> Pack:
     """The random DINOv2 as a pack, with adapters on three of its linear maps."""
     return _pack(tiny_dinov2, tmp_path_factory.mktemp("tiny-dinov2-pack") / "pack", "tiny-dinov2")
+
+
+@pytest.fixture(scope="session")
+def sharing_packs(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pack, Pack]:
+    """The random BERT and its first two blocks, in another format, each with the extractor that they share."""
+    folder = tmp_path_factory.mktemp("sharing")
+    return (
+        _pack(tiny_bert, folder / "large", "tiny-bert", extractor=True),
+        _pack(tiny_bert, folder / "small", "tiny-bert-2", extractor=True, blocks=2, weights="int8"),
+    )
+
+
+@pytest.fixture(scope="session")
+def sharing_dinov2_pack(tiny_dinov2: Path, tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    """The random DINOv2 with an extractor."""
+    return _pack(tiny_dinov2, tmp_path_factory.mktemp("sharing-dinov2") / "pack", "tiny-dinov2", extractor=True)
 
 
 @pytest.fixture(scope="session")

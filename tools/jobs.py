@@ -19,6 +19,8 @@ from fleetune.server.rules import RULES
 from fleetune.server.rules.base import assumed
 from fleetune.server.training import Model
 
+Figures = dict[str, float | int | str | bool]
+
 
 def check_options(args: argparse.Namespace) -> None:
     """Check what can be checked before there is a pack.
@@ -34,7 +36,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}: {value} is out of range", f"use {minimum} or more")
     for option, value, fits in (
         ("--learning-rate", args.learning_rate, 0 < args.learning_rate < math.inf),
-        ("--gate-learning-rate", args.gate_learning_rate, 0 < args.gate_learning_rate < math.inf),
+        ("--shared-learning-rate", args.shared_learning_rate, 0 < args.shared_learning_rate < math.inf),
+        ("--gate-learning-rate", args.gate_learning_rate, 0 < _or(args.gate_learning_rate, 1) < math.inf),
         ("--weight-decay", args.weight_decay, 0 <= args.weight_decay < math.inf),
         ("--sal-threshold", args.sal_threshold, math.isfinite(args.sal_threshold)),
     ):
@@ -100,9 +103,12 @@ def build_jobs(
         raise ConfigError(f"--classes: {classes} is out of range", f"a task has 2 to {MAX_CLASSES} classes")
     if args.gate_rank > manifest.width:
         raise ConfigError(f"--gate-rank: {args.gate_rank} is out of range", f"choose from 1 to {manifest.width}")
-    common: dict[str, float | int | str | bool] = {
-        "rank": manifest.rank,
-        "targets": ",".join(manifest.targets),
+    methods = list(dict.fromkeys(args.jobs or ["fedms"]))
+    if "pfedmoe" in methods and manifest.extractor is None:
+        raise ConfigError(
+            "--job pfedmoe: the pack has no extractor to share", "write it again, with `fleetune pack --extractor`"
+        )
+    common: Figures = {
         "classes": classes,
         "seed": args.seed,
         "max_depth": max_depth,
@@ -114,38 +120,64 @@ def build_jobs(
     }
     if privacy is not None:
         common["factors"] = "B"
-    gate: dict[str, float | int | str | bool] = {
-        "gate_rank": args.gate_rank,
-        "gate_learning_rate": args.gate_learning_rate,
-        "gate_epochs": 5,
-        "gate_split": args.gate_split,
-        "mix": args.mix,
+    adapters: Figures = {"rank": manifest.rank, "targets": ",".join(manifest.targets)}
+    gate: Figures = {"gate_epochs": 5, "gate_split": args.gate_split}
+    own: dict[str, Figures] = {
+        "fedms": {
+            **(adapters | gate),
+            "gate_rank": args.gate_rank,
+            "gate_learning_rate": _or(args.gate_learning_rate, 1e-4),
+            "mix": args.mix,
+        },
+        "pfedmoe": {
+            **gate,
+            "representation": 0 if manifest.extractor is None else manifest.extractor.representation,
+            "shared_learning_rate": args.shared_learning_rate,
+            "gate_learning_rate": _or(args.gate_learning_rate, 1e-3),
+            "gate": args.gate,
+        },
     }
-    schedule = ScheduleSettings(args.sal_start, args.sal_step, args.sal_window, args.sal_threshold)
-    shapes = Layout.of(manifest, classes).shapes | adapter_shapes(manifest.width, args.gate_rank)
-    if privacy is not None:
-        shapes = {name: shape for name, shape in shapes.items() if not name.endswith(".A")}
+    every = {"train": args.global_rounds + args.personal_rounds}
     rounds = {
         "fedms": {"global": args.global_rounds, "personal": args.personal_rounds},
-        "standalone": {"train": args.global_rounds + args.personal_rounds},
         "frozen-head": {"train": 1},
     }
     return tuple(
         Job(
             id=method,
             method=method,
-            backbone=manifest.backbone.sha256,
-            quantisation=manifest.quantisation.type,
-            shapes=shapes,
-            rounds=rounds[method],
-            settings=common | gate if method == "fedms" else common,
-            schedule=schedule,
+            **_alike(method, manifest),
+            shapes=_shapes(method, manifest, classes, args.gate_rank, private=privacy is not None),
+            rounds=rounds.get(method, every),
+            settings=common | own.get(method, adapters),
+            schedule=ScheduleSettings(args.sal_start, args.sal_step, args.sal_window, args.sal_threshold),
             codec=codec,
             rule=rule_of(args),
             privacy=privacy,
         )
-        for method in dict.fromkeys(args.jobs or ["fedms"])
+        for method in methods
     )
+
+
+def _or(given: float | None, default: float) -> float:
+    return default if given is None else given
+
+
+def _alike(method: str, manifest: Manifest) -> dict[str, str]:
+    """What the packs of all devices have in common: one backbone, or of several backbones the extractor."""
+    if method == "pfedmoe" and manifest.extractor is not None:
+        return {"backbone": manifest.extractor.sha256, "quantisation": ""}
+    return {"backbone": manifest.backbone.sha256, "quantisation": manifest.quantisation.type}
+
+
+def _shapes(
+    method: str, manifest: Manifest, classes: int, gate_rank: int, *, private: bool
+) -> dict[str, tuple[int, ...]]:
+    """What devices may send."""
+    if method == "pfedmoe" and manifest.extractor is not None:
+        return manifest.extractor.shapes
+    shapes = Layout.of(manifest, classes).shapes | adapter_shapes(manifest.width, gate_rank)
+    return {name: shape for name, shape in shapes.items() if not (private and name.endswith(".A"))}
 
 
 def build_models(args: argparse.Namespace, jobs: Iterable[Job], pack: Pack) -> dict[str, Model]:

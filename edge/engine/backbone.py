@@ -154,9 +154,11 @@ class Backbone:
         Returns:
             Its session, and its inputs that never change: weights, as ``0.query.weight`` and so on.
         """
+        blocks = range(self.blocks - depth, self.blocks)
+        assert all(block in self._held for block in blocks), "blocks that are not held share one buffer"
         weights = {
             f"{index}.{name}": tensor
-            for index in range(depth)
-            for name, tensor in self._block_weights(self.blocks - depth + index).items()
+            for index, block in enumerate(blocks)
+            for name, tensor in self._block_weights(block).items()
         } | self._outer
         return self.sessions.session(f"{stem}_{depth}"), weights

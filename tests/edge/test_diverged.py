@@ -16,7 +16,7 @@ from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.engine.gate import ADAPTER
 from fleetune.edge.methods import METHODS
-from fleetune.edge.methods.base import Device, Outcome, Round, Settings
+from fleetune.edge.methods.base import Device, ExpertSettings, Outcome, Round
 from fleetune.edge.methods.local import ExpertLearner, LocalRun, diverged, is_finite
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import DataError
@@ -57,8 +57,8 @@ def make(text_data: Path, tmp_path: Path) -> Callable[..., Device]:
     return make
 
 
-def settings(**changes: Any) -> Settings:
-    return Settings(**{**SETTINGS, **changes})
+def settings(**changes: Any) -> ExpertSettings:
+    return ExpertSettings(**{**SETTINGS, **changes})
 
 
 def train(device: Device, expert: Expert, **changes: Any) -> list[np.ndarray[Any, Any]]:

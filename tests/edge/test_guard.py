@@ -15,7 +15,7 @@ from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.cache import PrefixCache
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.engine.expert import Expert, Layout
-from fleetune.edge.methods.base import Device, Round, Settings
+from fleetune.edge.methods.base import Device, ExpertSettings, Round
 from fleetune.edge.methods.local import ExpertLearner, LocalRun
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.resources.costs import Costs
@@ -115,12 +115,12 @@ class Run:
     def train(self, short_mib: Callable[[int], float], number: int = 1) -> Guard:
         """Train; ``short_mib`` says from the steps so far how much memory is missing."""
         guard = Guard(excess_mib=lambda: short_mib(self.steps))
-        run = LocalRun(self.device, Settings(**SETTINGS), self.expert)
+        run = LocalRun(self.device, ExpertSettings(**SETTINGS), self.expert)
 
         def count(_indices: Any, _features: Any) -> None:
             self.steps += 1
 
-        learner = ExpertLearner(self.expert, Settings(**SETTINGS), on_batch=count)
+        learner = ExpertLearner(self.expert, ExpertSettings(**SETTINGS), on_batch=count)
         run.train(learner, Round("global", number, {}, {}, guard), np.random.default_rng(0), evaluated=0)
         return guard
 

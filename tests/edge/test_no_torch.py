@@ -67,7 +67,7 @@ from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.cache import PrefixCache
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.engine.expert import Expert, Layout
-from fleetune.edge.methods.base import Device, Round, Settings
+from fleetune.edge.methods.base import Device, Round, ExpertSettings
 from fleetune.edge.methods.local import ExpertLearner, LocalRun
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.resources.costs import Costs
@@ -89,7 +89,7 @@ device = Device(
     store=JobStore(pathlib.Path(sys.argv[3]), "r", "j"),
     progress=lambda share, loss: None,
 )
-settings = Settings(
+settings = ExpertSettings(
     rank=4, targets="query,value", classes=2, seed=0, max_depth=2, depth=2, epochs=1, batch=12, weight_decay=0.0,
     optimiser=sys.argv[4], learning_rate=float(sys.argv[5]),
 )

@@ -18,7 +18,7 @@ from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.engine.expert import Expert, Factors, Layout
 from fleetune.edge.engine.gate import Gate
 from fleetune.edge.engine.model import Model
-from fleetune.edge.methods.base import Device, Round, Settings
+from fleetune.edge.methods.base import Device, ExpertSettings, Round
 from fleetune.edge.methods.fedms.method import FedMS
 from fleetune.edge.methods.local import ExpertLearner, LocalRun
 from fleetune.edge.pack.pack import Pack
@@ -70,7 +70,7 @@ def train(device: Device, factors: Factors, *, guard: Guard | None = None, **cha
     """An expert before and after a round of training."""
     expert = Expert.initial(Layout.of(device.backbone.pack.manifest, 2), seed=0)
     before, round_ = expert.copy(), Round("global", 1, {}, {}, guard or Guard())
-    run = LocalRun(device, Settings(**{**SETTINGS, **changes}), expert)
+    run = LocalRun(device, ExpertSettings(**{**SETTINGS, **changes}), expert)
     run.train(ExpertLearner(expert, run.settings, factors=factors), round_, np.random.default_rng(0), evaluated=0)
     return before, expert
 

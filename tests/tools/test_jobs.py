@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import msgspec
 import pytest
 
 from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.methods import METHODS
-from fleetune.edge.methods.base import Round, Settings, read_settings
+from fleetune.edge.methods.base import ExpertSettings, Round, read_settings
 from fleetune.edge.methods.fedms.method import FedMSSettings
-from fleetune.edge.pack.manifest import Backbone, Manifest, Quantisation
+from fleetune.edge.methods.pfedmoe.method import PFedMoESettings
+from fleetune.edge.pack.manifest import Backbone, Extractor, Manifest, Quantisation
 from fleetune.edge.protocol.errors import ConfigError, MessageError
 from fleetune.edge.resources.guard import Guard
 from fleetune.server.job import RuleSettings
@@ -32,13 +34,14 @@ MANIFEST = Manifest(
     quantisation=Quantisation(type="nf4", block_size=64, code=(0.0,) * 16),
     opset=20,
     files={},
+    extractor=Extractor("dan", representation=32, gate=8, shapes={"extractor.fc1.bias": (32,)}, sha256="cd" * 32),
 )
 
 
-def jobs(*options: str, classes: int = 3) -> Any:
+def jobs(*options: str, classes: int = 3, manifest: Manifest = MANIFEST) -> Any:
     parser = argparse.ArgumentParser()
     add_job_options(parser)
-    return build_jobs(parser.parse_args(options), MANIFEST, classes=classes)
+    return build_jobs(parser.parse_args(options), manifest, classes=classes)
 
 
 def test_fedms_is_the_default() -> None:
@@ -66,8 +69,9 @@ def test_options_arrive_in_the_job() -> None:
 
 
 def test_a_device_understands_the_settings_of_every_job() -> None:
-    for job in jobs("--job", "fedms", "--job", "standalone", "--job", "frozen-head"):
-        kind = FedMSSettings if job.method == "fedms" else Settings
+    kinds = {"fedms": FedMSSettings, "pfedmoe": PFedMoESettings}
+    for job in jobs(*(part for method in METHODS for part in ("--job", method))):
+        kind = kinds.get(job.method, ExpertSettings)
         announced = Round("prepare", 0, {**job.settings, "depth": 1}, {}, Guard())
         assert read_settings(announced, kind).batch == 16
         assert job.method in METHODS
@@ -91,6 +95,21 @@ def test_every_tensor_that_a_device_may_send_has_its_shape() -> None:
     assert not {"gate.weight", "gate.bias"} & set(job.shapes)
 
 
+def test_devices_with_different_backbones_share_the_extractor_alone() -> None:
+    (job,) = jobs("--job", "pfedmoe", "--global-rounds", "4", "--personal-rounds", "2", "--gate", "element")
+    assert (job.backbone, job.quantisation) == ("cd" * 32, "")
+    assert job.shapes == {"extractor.fc1.bias": (32,)}
+    assert job.rounds == {"train": 6}
+    assert job.settings["gate"] == "element"
+    assert not {"rank", "targets", "mix"} & job.settings.keys()
+
+
+def test_a_pack_without_an_extractor_has_none_to_share() -> None:
+    with pytest.raises(ConfigError, match="--job pfedmoe") as caught:
+        jobs("--job", "pfedmoe", manifest=msgspec.structs.replace(MANIFEST, extractor=None))
+    assert "--extractor" in caught.value.remedy
+
+
 def test_standalone_has_as_many_training_rounds_as_both_stages() -> None:
     (job,) = jobs("--job", "standalone", "--global-rounds", "4", "--personal-rounds", "2")
     assert job.rounds == {"train": 6}
@@ -108,6 +127,7 @@ def test_standalone_has_as_many_training_rounds_as_both_stages() -> None:
     ("--learning-rate", "inf"),
     ("--gate-learning-rate", "0"),
     ("--gate-learning-rate", "nan"),
+    ("--shared-learning-rate", "0"),
     ("--weight-decay", "-0.1"),
     ("--weight-decay", "nan"),
     ("--max-depth", "0"),
@@ -140,7 +160,7 @@ def test_a_device_refuses_settings_that_it_cannot_train_with(name: str, value: f
     (job,) = jobs("--job", "standalone")
     announced = Round("prepare", 0, {**job.settings, "depth": 1, name: value}, {}, Guard())
     with pytest.raises(MessageError, match=name):
-        read_settings(announced, Settings)
+        read_settings(announced, ExpertSettings)
 
 
 def test_the_rule_is_the_jobs() -> None:

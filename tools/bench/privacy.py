@@ -25,7 +25,7 @@ from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.cache import PrefixCache
 from fleetune.edge.engine.dataset import Dataset, read_dataset
 from fleetune.edge.engine.expert import Factors
-from fleetune.edge.methods.base import Device, Round, Settings
+from fleetune.edge.methods.base import Device, ExpertSettings, Round
 from fleetune.edge.methods.baselines.frozen_head import FrozenHead
 from fleetune.edge.methods.fedms.method import FedMS
 from fleetune.edge.pack.pack import Pack
@@ -223,7 +223,7 @@ class _Fleet:
     def alone(self, devices: int) -> float:
         """Accuracy, mean over the devices, where each learns from its own samples alone and nothing leaves it."""
         settings = {**self._job(Variant(devices, "AB", math.inf)).settings, "depth": _DEPTH}
-        common = {name: value for name, value in settings.items() if name in Settings.__struct_fields__}
+        common = {name: value for name, value in settings.items() if name in ExpertSettings.__struct_fields__}
         with self._scratch() as scratch:
             heads = [FrozenHead(device) for device in self._devices(devices, scratch)]
             outcomes = [head.run(Round("train", 1, common, {}, Guard())) for head in heads]

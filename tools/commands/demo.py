@@ -74,6 +74,8 @@ _TRAINED = (
     "sal_threshold",
     "gate_rank",
     "gate_learning_rate",
+    "shared_learning_rate",
+    "gate",
     "gate_split",
     "mix",
     "rule",

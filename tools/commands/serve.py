@@ -109,9 +109,10 @@ def add_job_options(parser: argparse.ArgumentParser, *, jobs: str = "fedms", max
         "--job",
         dest="jobs",
         action="append",
-        choices=("fedms", "standalone", "frozen-head"),
+        choices=("fedms", "pfedmoe", "standalone", "frozen-head"),
         metavar="METHOD",
-        help=f"fedms, standalone or frozen-head; may be given several times (default: {jobs})",
+        help="fedms: one backbone for all devices; pfedmoe: a backbone for each kind of board, and a small extractor "
+        f"that all share; standalone and frozen-head: nothing is shared; may be given several times (default: {jobs})",
     )
     group.add_argument("--global-rounds", type=int, default=6, metavar="N", help="FedMS stage 1 (default: %(default)s)")
     group.add_argument(
@@ -153,7 +154,21 @@ def add_job_options(parser: argparse.ArgumentParser, *, jobs: str = "fedms", max
         "--gate-rank", type=int, default=8, metavar="N", help="of the gate adapter (default: %(default)s)"
     )
     group.add_argument(
-        "--gate-learning-rate", type=float, default=1e-4, metavar="X", help="of the gate (default: %(default)s)"
+        "--gate-learning-rate", type=float, metavar="X", help="of the gate (default: 1e-4, with pfedmoe 1e-3)"
+    )
+    group.add_argument(
+        "--shared-learning-rate",
+        type=float,
+        default=1e-3,
+        metavar="X",
+        help="pfedmoe: of the extractor that all share (default: %(default)s)",
+    )
+    group.add_argument(
+        "--gate",
+        choices=("sample", "element", "fixed"),
+        default="sample",
+        help="pfedmoe: what weighs the shared and the private model: a network for each sample, a weight for each "
+        "element of the representation, or one half each (default: %(default)s)",
     )
     group.add_argument(
         "--gate-split", choices=("train", "val"), default="train", help="samples of the gate (default: %(default)s)"

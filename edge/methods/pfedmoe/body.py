@@ -68,24 +68,24 @@ class BackboneBody:
     """
 
     def __init__(self, run: LocalRun, expert: Expert) -> None:
-        self._run, self.learned, self.gradient = run, expert, Expert(expert.layout)
+        self.run, self.learned, self.gradient = run, expert, Expert(expert.layout)
         self._graph: tuple[Suffix, StepGraph] | None = None
 
     def groups(self, batch: Indices) -> Iterator[tuple[Indices, Tensors]]:
         """Hidden states and masks at the boundary."""
-        groups = split(np.arange(len(batch)), self._run.micro_batch)
-        parts = self._run.prefix.parts([batch[rows] for rows in groups])
+        groups = split(np.arange(len(batch)), self.run.micro_batch)
+        parts = self.run.prefix.parts([batch[rows] for rows in groups])
         for rows, (hidden, mask) in zip(groups, parts, strict=True):
             yield rows, {"h": hidden, "mask": mask}
 
     def step(self, others: Tensors, into: Tensors, data: Tensors) -> Tensors:
         """Run a step, in one graph, or where memory is short block by block."""
-        suffix = self._run.suffix
+        suffix = self.run.suffix
         names = {"head.weight": "head.weight", "head.bias": "head.bias"}
         if not suffix.recompute:
             names = graph_names(self.learned.layout, suffix.depth)
         if self._graph is None or self._graph[0] is not suffix:
-            session, frozen = self._run.device.backbone.fused(0 if suffix.recompute else suffix.depth, "mixture")
+            session, frozen = self.run.device.backbone.fused(0 if suffix.recompute else suffix.depth, "mixture")
             learned = {name: self.learned.tensors[full] for full, name in names.items()}
             self._graph = suffix, StepGraph(BoundGraph(session), {**learned, **others}, frozen)
         graph = self._graph[1]
@@ -108,7 +108,7 @@ class BackboneBody:
 
     def representation(self, indices: Indices) -> FloatArray:
         """Features, mapped."""
-        return self.learned.logits(self._run.features(self.learned, indices))
+        return self.learned.logits(self.run.features(self.learned, indices))
 
 
 class NetworkBody:
