@@ -12,10 +12,9 @@ from fleetune.edge.engine.bound import BoundGraph
 from fleetune.edge.engine.expert import Expert
 from fleetune.edge.engine.fused import graph_names
 from fleetune.edge.engine.parameters import Parameters
-from fleetune.edge.engine.prefix import split
+from fleetune.edge.engine.prefix import Prefix, split
 from fleetune.edge.engine.sessions import Sessions
 from fleetune.edge.engine.suffix import Suffix
-from fleetune.edge.methods.local import LocalRun
 from fleetune.edge.methods.pfedmoe.extractor import Samples
 from fleetune.edge.methods.pfedmoe.step import StepGraph
 
@@ -59,6 +58,18 @@ class Body(Protocol):
         ...
 
 
+class Run(Protocol):
+    """A backbone's suffix on a device: a :class:`~fleetune.edge.methods.local.LocalRun`."""
+
+    suffix: Suffix
+    prefix: Prefix
+    micro_batch: int
+
+    def features(self, expert: Expert, indices: Indices) -> FloatArray:
+        """Features [n, d] of some samples."""
+        ...
+
+
 class BackboneBody:
     """The active blocks of a backbone with their adapters; an expert's head maps features to the representation.
 
@@ -67,7 +78,7 @@ class BackboneBody:
         expert: The adapters and that map.
     """
 
-    def __init__(self, run: LocalRun, expert: Expert) -> None:
+    def __init__(self, run: Run, expert: Expert) -> None:
         self.run, self.learned, self.gradient = run, expert, Expert(expert.layout)
         self._graph: tuple[Suffix, StepGraph] | None = None
 
@@ -85,7 +96,7 @@ class BackboneBody:
         if not suffix.recompute:
             names = graph_names(self.learned.layout, suffix.depth)
         if self._graph is None or self._graph[0] is not suffix:
-            session, frozen = self.run.device.backbone.fused(0 if suffix.recompute else suffix.depth, "mixture")
+            session, frozen = suffix.backbone.fused(0 if suffix.recompute else suffix.depth, "mixture")
             learned = {name: self.learned.tensors[full] for full, name in names.items()}
             self._graph = suffix, StepGraph(BoundGraph(session), {**learned, **others}, frozen)
         graph = self._graph[1]

@@ -1,0 +1,90 @@
+"""A fleet whose devices have different backbones: real processes share one extractor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fleetune.edge.engine.dataset import read_dataset
+from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.messages import encode
+from fleetune.edge.resources.costs import measure
+from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal, Started
+
+LACK_OF_DEVICES = 19
+ROUNDS = ("--job", "pfedmoe", "--global-rounds", "2", "--personal-rounds", "1", "--epochs", "2")
+
+
+@pytest.fixture(scope="module")
+def costs(sharing_packs: tuple[Pack, Pack], text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """What training costs here, for each pack."""
+    found, folder = [], tmp_path_factory.mktemp("costs")
+    for pack in sharing_packs:
+        longest = int(read_dataset(text_data, pack).lengths.max())
+        found.append(folder / f"{pack.sha256}.json")
+        found[-1].write_bytes(encode(measure(pack, threads=1, longest=longest)))
+    return found
+
+
+def start(fleet: Any, packs: tuple[Pack, Pack], costs: list[Path], *more: str) -> Any:
+    fleet.pack = packs[0].path
+    serve = fleet.serve(*ROUNDS, *more)
+    for device, pack, known in zip(("big", "small"), packs, costs, strict=True):
+        fleet.agent(device, "--pack", str(pack.path), "--costs", str(known))
+    return serve
+
+
+def test_devices_with_different_backbones_train_one_extractor(
+    make_fleet: Any, any_broker: str, sharing_packs: tuple[Pack, Pack], costs: list[Path]
+) -> None:
+    fleet = make_fleet(any_broker)
+    serve = start(fleet, sharing_packs, costs)
+    assert serve.wait() == 0, serve.output
+    records = fleet.records()
+    assert isinstance(records[-1], Finished)
+    announced = [record.announcement.stage for record in records if isinstance(record, Announced)]
+    assert announced == ["prepare", "train", "train", "train"]
+    updates = [record for record in records if isinstance(record, Accepted) and record.into]
+    assert sorted(update.manifest.device for update in updates) == ["big"] * 3 + ["small"] * 3
+    (started,) = [record for record in records if isinstance(record, Started)]
+    shared = sharing_packs[0].manifest.extractor
+    assert shared is not None
+    shapes = started.jobs[0].shapes
+    assert shapes == shared.shapes
+    journal = Journal(fleet.folder / "aggregator")
+    versions = [record.version for record in records if isinstance(record, Closed)]
+    # The extractor is the mean over both devices, each weighted by its samples.
+    before = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    first = [update for update in updates if update.into == versions[1]]
+    sent = {update.manifest.device: journal.load_update(update, shapes) for update in first}
+    samples = {update.manifest.device: update.manifest.samples for update in first}
+    after = journal.load_globals("pfedmoe", versions[1])
+    journal.close()
+    assert set(sent) == {"big", "small"}
+    assert samples["big"] > samples["small"]
+    total = sum(samples.values())
+    for name in shapes:
+        mean = sum(samples[device] / total * tensors[name] for device, tensors in sent.items())
+        np.testing.assert_allclose(after[name] - before[name], mean, atol=1e-5)
+    last = [record.manifest.metrics for record in records if isinstance(record, Accepted)][-1]
+    assert {"test_global", "test_local", "test_mixture", "gate_local", "peak_mib", "cpu_s"} <= last.keys()
+
+
+def test_a_device_without_the_extractor_declines_and_says_what_to_do(
+    make_fleet: Any, embedded: str, sharing_packs: tuple[Pack, Pack], costs: list[Path], tiny_bert_pack: Pack
+) -> None:
+    fleet = make_fleet(embedded)
+    fleet.pack = sharing_packs[0].path
+    serve = fleet.serve(*ROUNDS)
+    agent = fleet.agent("small", "--pack", str(tiny_bert_pack.path))
+    fleet.agent("big", "--costs", str(costs[0]))
+    assert serve.wait() == LACK_OF_DEVICES, serve.output
+    assert "small: the job pfedmoe shares an extractor" in serve.output
+    assert "fleetune pack --extractor" in agent.output
+    agent.kill()
+    mended = fleet.agent("small", "--pack", str(sharing_packs[1].path), "--costs", str(costs[1]))
+    again = fleet.serve(*ROUNDS)
+    assert again.wait() == 0, again.output + mended.output
