@@ -7,9 +7,6 @@ from numpy.typing import NDArray
 
 from fleetune.edge.pack.manifest import Image
 
-_AT_ONCE = 64
-"""Pictures that are resized at once: so many floats are there beside the rest."""
-
 
 def to_patches(pictures: NDArray[np.uint8], spec: Image) -> NDArray[np.float32]:
     """Resize, normalise and cut pictures.
@@ -33,13 +30,11 @@ def normalise(pictures: NDArray[np.uint8], spec: Image) -> NDArray[np.float32]:
     return normal.astype(np.float32, copy=False)
 
 
-def thumbnails(pictures: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Resize grey [n, h, w] or colour [n, h, w, 3], a few at a time: uint8 [n, 3, side, side]."""
-    out = np.empty((len(pictures), 3, side, side), dtype=np.uint8)
-    for start in range(0, len(pictures), _AT_ONCE):
-        some = pictures[start : start + _AT_ONCE]
-        scaled = _resize((some[..., None] if some.ndim == 3 else some).astype(np.float32), side)
-        out[start : start + _AT_ONCE] = np.rint(scaled).astype(np.uint8).transpose(0, 3, 1, 2)
+def thumbnails(pictures: NDArray[np.uint8], side: int) -> NDArray[np.float32]:
+    """Resize grey [n, h, w] or colour [n, h, w, 3]: float32 [n, 3, side, side] from 0 to 255."""
+    scaled = _resize((pictures[..., None] if pictures.ndim == 3 else pictures).astype(np.float32), side)
+    out = np.empty((len(pictures), 3, side, side), dtype=np.float32)
+    out[...] = scaled.transpose(0, 3, 1, 2)
     return out
 
 

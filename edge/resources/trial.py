@@ -134,13 +134,15 @@ def _measure(request: Request) -> Trial:
     rng = np.random.default_rng(0)
     optimiser = Adam(layout.size, 1e-4)
     labels = np.zeros(request.micro_batch, dtype=np.int64)
+    if pack.manifest.extractor is not None:  # packed to be shared: a step is one of the whole mixture
+        rehearsal = importlib.import_module("fleetune.edge.methods.pfedmoe.rehearsal")
     base = peak_mib()
 
     def part(length: int) -> Part:
         hidden = rng.standard_normal((request.micro_batch, length, pack.manifest.width), dtype=np.float32)
         return hidden, np.ones((request.micro_batch, 1, length), dtype=np.float32)
 
-    def step(of: Part) -> None:
+    def adapt(of: Part) -> None:
         suffix.step(*of, labels, expert, gradient)
         optimiser.step(expert.vector, gradient.vector)
 
@@ -161,6 +163,7 @@ def _measure(request: Request) -> Trial:
     frozen_mib = peak_mib()
     backbone.give_back()
     suffix = Suffix(backbone, request.depth, recompute=request.recompute)
+    step = adapt if pack.manifest.extractor is None else rehearsal.step_of(suffix, request.micro_batch)
     eighths = (3, 4, 5, 6, 7, 8) if pack.manifest.text is not None else (8,)
     for length in [max(1, request.length * some // 8) for some in eighths]:
         step(part(length))

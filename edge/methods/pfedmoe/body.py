@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,9 +12,9 @@ from fleetune.edge.engine.bound import BoundGraph
 from fleetune.edge.engine.expert import Expert
 from fleetune.edge.engine.fused import graph_names
 from fleetune.edge.engine.parameters import Parameters
-from fleetune.edge.engine.prefix import Prefix, split
+from fleetune.edge.engine.prefix import split
 from fleetune.edge.engine.sessions import Sessions
-from fleetune.edge.engine.suffix import Suffix
+from fleetune.edge.engine.suffix import Part, Suffix
 from fleetune.edge.methods.pfedmoe.extractor import Samples
 from fleetune.edge.methods.pfedmoe.step import StepGraph
 
@@ -58,14 +58,33 @@ class Body(Protocol):
         ...
 
 
+class Parts(Protocol):
+    """Hidden states at the boundary: a :class:`~fleetune.edge.engine.prefix.Prefix`."""
+
+    def parts(self, groups: Sequence[Indices], /) -> Iterator[Part]:
+        """Hidden states and mask of each group of samples in turn."""
+        ...
+
+
 class Run(Protocol):
-    """A backbone's suffix on a device: a :class:`~fleetune.edge.methods.local.LocalRun`."""
+    """A backbone's suffix on a device, as it is now: a :class:`~fleetune.edge.methods.local.LocalRun`."""
 
-    suffix: Suffix
-    prefix: Prefix
-    micro_batch: int
+    @property
+    def suffix(self) -> Suffix:
+        """The active blocks."""
+        ...
 
-    def features(self, expert: Expert, indices: Indices) -> FloatArray:
+    @property
+    def prefix(self) -> Parts:
+        """What they start from."""
+        ...
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples that go through them at once."""
+        ...
+
+    def features(self, expert: Expert, indices: Indices, /) -> FloatArray:
         """Features [n, d] of some samples."""
         ...
 

@@ -31,18 +31,18 @@ class Samples(Protocol):
 
 
 class Pictures:
-    """Pictures of 32 by 32 pixels from −1 to 1.
+    """Pictures of 32 by 32 pixels from −1 to 1, resized whenever they are seen.
 
     Args:
-        pixels: Uint8 [n, 3, 32, 32].
+        images: Grey [n, h, w] or colour [n, h, w, 3], of any size.
     """
 
-    def __init__(self, pixels: NDArray[np.uint8]) -> None:
-        self._pixels = pixels
+    def __init__(self, images: NDArray[np.uint8]) -> None:
+        self._images = images
 
     def __call__(self, indices: Indices) -> Mapping[str, FloatArray]:
         """``sample`` [n, 3, 32, 32]."""
-        found = self._pixels[indices].astype(np.float32)
+        found = thumbnails(self._images[indices], SIDE)
         found /= 127.5
         found -= 1
         return {"sample": found}
@@ -68,7 +68,7 @@ class TokenRows:
 def samples_of(dataset: Dataset, backbone: Backbone) -> Samples:
     """What an extractor sees of a device's samples."""
     if isinstance(dataset, ImageDataset):
-        return Pictures(thumbnails(dataset.images, SIDE))
+        return Pictures(dataset.images)
     return TokenRows(dataset, backbone)
 
 
