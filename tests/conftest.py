@@ -188,6 +188,21 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def picture_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A device's data file: 24 grey pictures of 28 pixels, of two classes: one is brighter on its left."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 120, (24, 28, 28)), np.arange(24) % 2
+    for image, label in zip(images, labels, strict=True):
+        image[:, slice(0, 14) if label else slice(14, 28)] += 100
+    path = tmp_path_factory.mktemp("pictures") / "pictures.safetensors"
+    splits = np.repeat(np.array([0, 1, 2], np.uint8), (12, 6, 6))
+    safetensors.numpy.save_file(
+        {"images": images.astype(np.uint8), "labels": labels.astype(np.int64), "split": splits}, path
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
 def poisoned_pack(tiny_bert_pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Pack:
     """The random BERT, in which the embedding of the word "cold" is not a number: line 7 of ``train`` has it."""
     folder = tmp_path_factory.mktemp("poisoned") / "pack"

@@ -23,6 +23,7 @@ from fleetune.edge.protocol.modelfile import (
     LOCAL,
     REMEDY,
     Card,
+    GateKind,
     Mix,
     read_model_file,
     write_model_file,
@@ -59,21 +60,23 @@ class Model:
         Raises:
             ModelError: It is damaged, of another schema, or was trained on another pack.
         """
-        card, tensors = read_model_file(path)
-        _check_pack(path, card, pack)
-        if card.boundary >= card.blocks:
-            raise _damaged(path, f"field boundary: {card.boundary} is not below the {card.blocks} blocks")
+        card, tensors = read_model_of(path, pack)
+        if card.kind == "pfedmoe":
+            raise ModelError(
+                f"{path} holds a mixture with a shared extractor (pFedMoE), no global expert",
+                "answer with it by `fleetune predict`; it has no export",
+            )
         parts = (GLOBAL, LOCAL, GATE) if card.kind == "mixture" else (GLOBAL,)
         for name in tensors:
             if not name.startswith(parts):
-                raise _damaged(path, f"tensor {name} has no place in a file of kind {card.kind}")
+                raise damaged(path, f"tensor {name} has no place in a file of kind {card.kind}")
         try:
             global_ = _expert(path, card, tensors, GLOBAL, pack)
             if card.kind == "global":
                 return cls(card, global_)
             return cls(card, global_, _expert(path, card, tensors, LOCAL, pack), _gate(path, tensors, pack))
         except DataError as error:
-            raise _damaged(path, error.what) from error
+            raise damaged(path, error.what) from error
 
     def write(self, path: Path) -> None:
         """Replace ``path``, atomically."""
@@ -109,12 +112,13 @@ class Model:
 def card_for(
     pack: Pack,
     *,
-    kind: Literal["global", "mixture"],
+    kind: Literal["global", "mixture", "pfedmoe"],
     job: str,
     run: str,
     classes: int,
     max_depth: int,
     mix: Mix,
+    gate: GateKind | None = None,
 ) -> Card:
     """The card of what a job trains on a pack; ``max_depth`` is the deepest that any device of the job may train."""
     manifest = pack.manifest
@@ -132,17 +136,34 @@ def card_for(
         classes=classes,
         boundary=manifest.blocks - max_depth,
         mix=mix,
+        extractor=None if gate is None or manifest.extractor is None else manifest.extractor.sha256,
+        gate=gate,
     )
+
+
+def read_model_of(path: Path, pack: Pack) -> tuple[Card, Mapping[str, NDArray[np.float32]]]:
+    """Read a model file and see that it belongs to a pack.
+
+    Raises:
+        ModelError: It is damaged, of another schema, or was trained on another pack.
+    """
+    card, tensors = read_model_file(path)
+    _check_pack(path, card, pack)
+    if card.boundary >= card.blocks:
+        raise damaged(path, f"field boundary: {card.boundary} is not below the {card.blocks} blocks")
+    return card, tensors
 
 
 def _check_pack(path: Path, card: Card, pack: Pack) -> None:
     manifest = pack.manifest
+    shared = None if manifest.extractor is None else manifest.extractor.sha256
     for what, theirs, own in (
         ("the backbone", card.backbone, manifest.backbone.sha256),
         ("weights", card.weights, manifest.files[WEIGHTS_FILE].sha256),
         ("blocks:", card.blocks, manifest.blocks),
         ("adapters of rank", card.rank, manifest.rank),
         ("adapters on", ",".join(card.targets), ",".join(manifest.targets)),
+        *([("the extractor", card.extractor, shared)] if card.extractor is not None else []),
     ):
         if theirs != own:
             raise ModelError(
@@ -151,7 +172,8 @@ def _check_pack(path: Path, card: Card, pack: Pack) -> None:
             )
 
 
-def _damaged(path: Path, why: str) -> ModelError:
+def damaged(path: Path, why: str) -> ModelError:
+    """The error of a model file that holds what it cannot."""
     return ModelError(f"{path} is damaged: {why}", REMEDY)
 
 
@@ -161,9 +183,9 @@ def _expert(path: Path, card: Card, tensors: Tensors, part: str, pack: Pack) -> 
     needed = {"head.weight", "head.bias"}
     needed |= {f"{name[:-1]}{side}" for name in own if name.startswith("blocks.") for side in "AB"}
     if missing := needed - own.keys():
-        raise _damaged(path, f"tensor {part}{min(missing)} is missing")
+        raise damaged(path, f"tensor {part}{min(missing)} is missing")
     if own["head.bias"].shape != (card.classes,):  # before anything of that many classes is made
-        raise _damaged(path, f"tensor {part}head.bias does not have {card.classes} classes")
+        raise damaged(path, f"tensor {part}head.bias does not have {card.classes} classes")
     expert = Expert(Layout.of(pack.manifest, card.classes))
     expert.load(own)
     return expert
@@ -172,10 +194,10 @@ def _expert(path: Path, card: Card, tensors: Tensors, part: str, pack: Pack) -> 
 def _gate(path: Path, tensors: Tensors, pack: Pack) -> Gate:
     own = {name: tensor for name, tensor in tensors.items() if name.startswith(GATE)}
     if missing := {*ADAPTER, *HEAD} - own.keys():
-        raise _damaged(path, f"tensor {min(missing)} is missing")
+        raise damaged(path, f"tensor {min(missing)} is missing")
     a = own["gate.A"]
     if a.ndim != 2 or a.shape[0] != pack.manifest.width:
-        raise _damaged(path, f"tensor gate.A has the shape {a.shape}")
+        raise damaged(path, f"tensor gate.A has the shape {a.shape}")
     gate = Gate(pack.manifest.width, a.shape[1], seed=0)
     gate.load(own)
     return gate

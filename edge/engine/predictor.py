@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetune.edge.engine.dataset import Dataset
+from fleetune.edge.engine.dataset import Dataset, ImageDataset
 from fleetune.edge.engine.expert import Expert
 from fleetune.edge.engine.inference import Inference
 from fleetune.edge.engine.loss import softmax
@@ -28,7 +29,8 @@ class Prediction:
 
     Attributes:
         logits: Class scores [n, classes].
-        gate: Weights [n, 2] of the global and the local expert, where both were asked.
+        gate: Weights [n, 2] of the global and the local expert, or of the shared and the private representation, where
+            both were asked.
     """
 
     logits: FloatArray
@@ -40,20 +42,15 @@ class Prediction:
         return softmax(self.logits)
 
 
-class Predictor:
-    """Runs an expert, or a mixture in one prefix pass and two suffix passes.
+class Answers(ABC):
+    """Answers for texts, pictures, or the samples of a data file.
 
     Args:
-        pack: The pack that it was trained on.
-        model: Who answers, as :meth:`Model.choose <fleetune.edge.engine.model.Model.choose>` finds it.
-        threads: Threads of ONNX Runtime; 0 means one for each core.
+        pack: The pack that the model was trained on.
     """
 
-    def __init__(self, pack: Pack, model: Expert | Mixture, *, threads: int = 0) -> None:
-        self._manifest, self._model = pack.manifest, model
-        experts = [model] if isinstance(model, Expert) else [model.global_, model.local]
-        self._inference = Inference(pack, experts, threads=threads)
-        text = pack.manifest.text
+    def __init__(self, pack: Pack) -> None:
+        self._manifest, text = pack.manifest, pack.manifest.text
         self._tokeniser = (
             None
             if text is None
@@ -80,15 +77,47 @@ class Predictor:
         if self._manifest.image is None:
             raise DataError("the pack takes text, not pictures", "use a vision pack")
         patches = to_patches(pictures, self._manifest.image)
-        return self.run(patches, np.ones((len(patches), 1, patches.shape[1]), dtype=np.float32))
+        return self.run(patches, np.ones((len(patches), 1, patches.shape[1]), dtype=np.float32), pictures)
 
     def samples(self, dataset: Dataset, indices: NDArray[np.int64]) -> Prediction:
         """Classify some samples of a data file."""
         rows = dataset.rows(self, indices)
-        return self.run(rows, token_mask(dataset.lengths[indices], rows.shape[1]))
+        pictures = dataset.images[indices] if isinstance(dataset, ImageDataset) else None
+        return self.run(rows, token_mask(dataset.lengths[indices], rows.shape[1]), pictures)
 
-    def run(self, sample: FloatArray, mask: FloatArray) -> Prediction:
+    @abstractmethod
+    def run(self, sample: FloatArray, mask: FloatArray, pictures: NDArray[np.uint8] | None = None) -> Prediction:
+        """Classify token rows or patches.
+
+        Args:
+            sample: Token rows or patches [b, t, e].
+            mask: 1 for each real one [b, 1, t].
+            pictures: What the patches were cut from.
+        """
+
+    @abstractmethod
+    def token_rows(self, ids: NDArray[np.int64]) -> FloatArray:
+        """Look up token embeddings: ids [b, t] → [b, t, d]."""
+
+
+class Predictor(Answers):
+    """Runs an expert, or a mixture in one prefix pass and two suffix passes.
+
+    Args:
+        pack: The pack that it was trained on.
+        model: Who answers, as :meth:`Model.choose <fleetune.edge.engine.model.Model.choose>` finds it.
+        threads: Threads of ONNX Runtime; 0 means one for each core.
+    """
+
+    def __init__(self, pack: Pack, model: Expert | Mixture, *, threads: int = 0) -> None:
+        super().__init__(pack)
+        self._model = model
+        experts = [model] if isinstance(model, Expert) else [model.global_, model.local]
+        self._inference = Inference(pack, experts, threads=threads)
+
+    def run(self, sample: FloatArray, mask: FloatArray, pictures: NDArray[np.uint8] | None = None) -> Prediction:
         """Classify token rows or patches [b, t, e] with their mask [b, 1, t]."""
+        del pictures
         answer, model = self._inference.run(sample, mask), self._model
         if isinstance(model, Expert):
             return Prediction(model.logits(answer.features[0]), None)

@@ -41,6 +41,7 @@ _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 
 Tensors = dict[str, NDArray[np.float32]]
 Mix = Literal["logits", "features"]
+GateKind = Literal["sample", "element", "fixed"]
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,7 +50,8 @@ class Card(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     Attributes:
         schema: Version of the layout.
         kit: Version of Fleetune that wrote the file.
-        kind: ``global`` holds the global expert alone; ``mixture`` also the local expert and the gate.
+        kind: ``global`` holds the global expert alone; ``mixture`` also the local expert and the gate; ``pfedmoe`` a
+            device's mixture with the extractor that its fleet shares.
         job: The job that trained it.
         run: The job's run.
         pack: SHA-256 of the pack's manifest.
@@ -62,11 +64,13 @@ class Card(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         boundary: The gate sees the mean over real tokens of the hidden states before this block, computed under the
             global expert: L less the deepest that any device of the job may train.
         mix: Whether experts are mixed at their logits or at their features.
+        extractor: SHA-256 of what devices must have alike to share an extractor; of a ``pfedmoe`` alone.
+        gate: What weighs the shared and the private representation; likewise.
     """
 
     schema: int = SCHEMA
     kit: Word
-    kind: Literal["global", "mixture"]
+    kind: Literal["global", "mixture", "pfedmoe"]
     job: Word
     run: Word
     pack: Sha256
@@ -78,6 +82,8 @@ class Card(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     classes: Annotated[int, msgspec.Meta(ge=2, le=MAX_CLASSES)]
     boundary: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
     mix: Mix
+    extractor: Sha256 | None = None
+    gate: GateKind | None = None
 
 
 class _Version(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ import pytest
 from fleetune.edge.agent.state import JobStore
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.cache import PrefixCache
-from fleetune.edge.engine.dataset import read_dataset
+from fleetune.edge.engine.dataset import ImageDataset, read_dataset
 from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.engine.parameters import Parameters, initial
 from fleetune.edge.methods.base import Device, Outcome, Round
@@ -23,9 +23,11 @@ from fleetune.edge.methods.pfedmoe.extractor import Extractor, samples_of
 from fleetune.edge.methods.pfedmoe.gate import ElementGate, FixedGate, SampleGate
 from fleetune.edge.methods.pfedmoe.method import MixtureLearner, PFedMoE, PFedMoESettings
 from fleetune.edge.methods.pfedmoe.mixture import HEADER, Mixture
+from fleetune.edge.methods.pfedmoe.model import SharedAnswers, SharedModel
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.errors import PackError
+from fleetune.edge.protocol.errors import ModelError, PackError
 from fleetune.edge.protocol.messages import Announcement
+from fleetune.edge.protocol.modelfile import FILE, read_model_file, write_model_file
 from fleetune.edge.resources.costs import Costs
 from fleetune.edge.resources.guard import Guard
 from fleetune.edge.resources.planner import Plan
@@ -285,11 +287,80 @@ def test_a_device_begins_a_round_with_the_extractor_that_came_down(
     far = {name: np.full(shape, 3.0, np.float32) for name, shape in manifest.extractor.shapes.items()}
     device = make(sharing_packs[1])
     (outcome,) = play(device, 1, far)
-    kept = device.store.load("mixture")
-    assert kept is not None
+    kept = SharedModel.read(device.store.folder / FILE, device.backbone.pack, device.backbone.sessions)
     start = initial(manifest.extractor.shapes, 0).tensors
     for name, gained in outcome.tensors.items():
-        np.testing.assert_allclose(kept[name], start[name] + 3 + gained, atol=1e-5)
+        np.testing.assert_allclose(kept.extractor.tensors[name], start[name] + 3 + gained, atol=1e-5)
+
+
+# --- the model file -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["sample", "element", "fixed"])
+def trained(request: pytest.FixtureRequest, make: Make, sharing_packs: tuple[Pack, Pack]) -> tuple[Device, Outcome]:
+    """A device after two rounds, and what it measured in the last."""
+    device = make(sharing_packs[1])
+    return device, play(device, 2, gate=request.param)[-1]
+
+
+@pytest.mark.parametrize("expert", ["mixture", "global", "local"])
+def test_the_model_file_answers_as_was_measured(expert: str, trained: tuple[Device, Outcome]) -> None:
+    device, outcome = trained
+    answers = SharedAnswers(device.store.folder / FILE, device.backbone.pack, expert, threads=1)
+    test = device.dataset.indices("test")
+    found = answers.samples(device.dataset, test)
+    right = (found.logits.argmax(axis=1) == device.dataset.labels[test]).mean()
+    assert right == outcome.metrics[f"test_{expert}"]
+    if expert == "mixture":
+        assert found.gate is not None
+        np.testing.assert_allclose(found.gate.sum(axis=1), 1, atol=1e-6)
+        assert found.gate[:, 1].mean() == pytest.approx(float(outcome.metrics["gate_local"]), abs=1e-3)
+    else:
+        assert found.gate is None
+
+
+def test_pictures_are_answered_as_the_data_file_s(
+    sharing_dinov2_pack: Pack, picture_data: Path, tmp_path: Path
+) -> None:
+    backbone, data = Backbone(sharing_dinov2_pack, threads=1), read_dataset(picture_data, sharing_dinov2_pack)
+    store = JobStore(tmp_path / "private", "r1", "job")
+    plan = Plan(2, 4, recompute=False, cache="f16", cache_mib=1.0, peak_mib=60.0, cpu_s=1.0, seconds=1.0, joules=None)
+    cache = PrefixCache(tmp_path / "cache", backbone, data, micro_batch=4)
+    device = Device("cam-01", backbone, data, cache, plan, COSTS, store, lambda _share, _loss: None)
+    outcome = play(device, 1, representation=500)[-1]
+    assert outcome.tensors["extractor.conv1.weight"].any()
+    answers = SharedAnswers(store.folder / FILE, sharing_dinov2_pack, "mixture", threads=1)
+    test = data.indices("test")
+    found = answers.samples(data, test)
+    assert (found.logits.argmax(axis=1) == data.labels[test]).mean() == outcome.metrics["test"]
+    assert isinstance(data, ImageDataset)
+    np.testing.assert_allclose(answers.pictures(data.images[test]).logits, found.logits, atol=1e-4)
+
+
+def test_a_model_file_of_another_extractor_is_refused(
+    trained: tuple[Device, Outcome], sharing_packs: tuple[Pack, Pack], tiny_bert_pack: Pack
+) -> None:
+    file = trained[0].store.folder / FILE
+    with pytest.raises(ModelError, match="was trained on"):
+        SharedAnswers(file, sharing_packs[0], "mixture")
+    with pytest.raises(ModelError, match="was trained on"):
+        SharedAnswers(file, tiny_bert_pack, "mixture")
+
+
+def test_a_damaged_model_file_is_named(trained: tuple[Device, Outcome]) -> None:
+    device, _ = trained
+    file = device.store.folder / FILE
+    card, tensors = read_model_file(file)
+    for damage, what in (
+        ({"header.bias": np.zeros(5, np.float32)}, "header.bias"),
+        ({"stray": np.zeros(1, np.float32)}, "stray"),
+    ):
+        write_model_file(file, card, {**tensors, **damage})
+        with pytest.raises(ModelError, match=what):
+            SharedAnswers(file, device.backbone.pack, "mixture")
+    write_model_file(file, card, {name: tensor for name, tensor in tensors.items() if name != "header.weight"})
+    with pytest.raises(ModelError, match=r"header\.weight is missing"):
+        SharedAnswers(file, device.backbone.pack, "mixture")
 
 
 # --- packs that do not fit ----------------------------------------------------------------------------------

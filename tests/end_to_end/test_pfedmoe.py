@@ -11,6 +11,7 @@ import pytest
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.messages import encode
+from fleetune.edge.protocol.modelfile import FILE
 from fleetune.edge.resources.costs import measure
 from fleetune.server.journal import Accepted, Announced, Closed, Finished, Journal, Started
 
@@ -35,6 +36,14 @@ def start(fleet: Any, packs: tuple[Pack, Pack], costs: list[Path], *more: str) -
     for device, pack, known in zip(("big", "small"), packs, costs, strict=True):
         fleet.agent(device, "--pack", str(pack.path), "--costs", str(known))
     return serve
+
+
+def answer(fleet: Any, device: str, pack: Pack, command: str, *more: str) -> str:
+    """What a command says about the model file of a device."""
+    (file,) = (fleet.folder / device / "runs").glob(f"*/pfedmoe/{FILE}")
+    done = fleet.start(command, str(file), "--pack", str(pack.path), *more)
+    done.wait()
+    return str(done.output)
 
 
 def test_devices_with_different_backbones_train_one_extractor(
@@ -71,6 +80,10 @@ def test_devices_with_different_backbones_train_one_extractor(
         np.testing.assert_allclose(after[name] - before[name], mean, atol=1e-5)
     last = [record.manifest.metrics for record in records if isinstance(record, Accepted)][-1]
     assert {"test_global", "test_local", "test_mixture", "gate_local", "peak_mib", "cpu_s"} <= last.keys()
+    predicted = answer(fleet, "small", sharing_packs[1], "predict", "--data", str(fleet.data["small"]))
+    assert "mixture: " in predicted
+    refused = answer(fleet, "small", sharing_packs[1], "export", "--out", str(fleet.folder / "out.onnx"))
+    assert "it has no export" in refused
 
 
 def test_a_device_without_the_extractor_declines_and_says_what_to_do(

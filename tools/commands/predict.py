@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fleetune.tools.commands.options import add_command, add_pack, add_threads, check_threads
 
 if TYPE_CHECKING:
-    from fleetune.edge.engine.predictor import Prediction, Predictor
+    from fleetune.edge.engine.predictor import Answers, Prediction
     from fleetune.edge.pack.pack import Pack
 
 _AT_ONCE = 16
@@ -56,16 +56,23 @@ def _run(args: argparse.Namespace) -> None:
 
     from fleetune.edge.engine.model import Model
     from fleetune.edge.engine.predictor import Predictor
+    from fleetune.edge.methods.pfedmoe.model import SharedAnswers
     from fleetune.edge.pack.pack import Pack
+    from fleetune.edge.protocol.modelfile import read_model_file
 
     check_threads(args.threads)
     pack = Pack.open(args.pack)
-    model = Model.read(args.model, pack)
-    name, chosen = model.choose(args.expert)
-    predictor = Predictor(pack, chosen, threads=args.threads)
+    card = read_model_file(args.model)[0]
+    predictor: Answers
+    if card.kind == "pfedmoe":
+        name = args.expert or "mixture"
+        predictor = SharedAnswers(args.model, pack, name, threads=args.threads)
+    else:
+        name, chosen = Model.read(args.model, pack).choose(args.expert)
+        predictor = Predictor(pack, chosen, threads=args.threads)
     right = count = 0
     if args.data:
-        predictions: Iterator[tuple[Prediction, Any]] = _labelled(args.data, pack, predictor, model.card.classes)
+        predictions: Iterator[tuple[Prediction, Any]] = _labelled(args.data, pack, predictor, card.classes)
     else:
         predictions = _typed(predictor)
     for prediction, labels in predictions:
@@ -86,7 +93,7 @@ def _run(args: argparse.Namespace) -> None:
         print(f"{name}: {right} of {count} right, {100 * right / count:.1f} %", file=sys.stderr)  # noqa: T201
 
 
-def _typed(predictor: Predictor) -> Iterator[tuple[Prediction, None]]:
+def _typed(predictor: Answers) -> Iterator[tuple[Prediction, None]]:
     """One text a line, answered as it comes; an empty one too, so that answers keep in step with texts."""
     from fleetune.edge.protocol.errors import DataError
 
@@ -98,7 +105,7 @@ def _typed(predictor: Predictor) -> Iterator[tuple[Prediction, None]]:
         yield predictor.texts([text.strip()]), None
 
 
-def _labelled(data: Path, pack: Pack, predictor: Predictor, classes: int) -> Iterator[tuple[Prediction, Any]]:
+def _labelled(data: Path, pack: Pack, predictor: Answers, classes: int) -> Iterator[tuple[Prediction, Any]]:
     """The test samples of a data file."""
     from fleetune.edge.engine.dataset import read_dataset
     from fleetune.edge.engine.prefix import split

@@ -42,10 +42,15 @@ class Pictures:
 
     def __call__(self, indices: Indices) -> Mapping[str, FloatArray]:
         """``sample`` [n, 3, 32, 32]."""
-        found = thumbnails(self._images[indices], SIDE)
-        found /= 127.5
-        found -= 1
-        return {"sample": found}
+        return {"sample": resized(self._images[indices])}
+
+
+def resized(images: NDArray[np.uint8]) -> FloatArray:
+    """Pictures, grey [n, h, w] or colour [n, h, w, 3], as a shared CNN sees them: [n, 3, 32, 32] from −1 to 1."""
+    found = thumbnails(images, SIDE)
+    found /= 127.5
+    found -= 1
+    return found
 
 
 class TokenRows:

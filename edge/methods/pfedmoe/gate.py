@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fleetune.edge.engine.parameters import Parameters, initial
 from fleetune.edge.engine.sessions import Sessions
+from fleetune.edge.protocol.modelfile import GateKind
 
 FloatArray = NDArray[np.float32]
 Weights = tuple[FloatArray, FloatArray]
@@ -203,3 +204,21 @@ def _initial(inputs: int, hidden: int, seed: int) -> Parameters:
     found.load(initial(maps, seed).tensors)
     found.load({name: np.ones(found.tensors[name].shape) for name in (*norms, *_SWITCH) if not name.endswith(".bias")})
     return found
+
+
+def gate_of(kind: GateKind, sessions: Sessions, inputs: int, hidden: int, representation: int, *, seed: int) -> Gate:
+    """A gate as it begins.
+
+    Args:
+        kind: What weighs.
+        sessions: The pack's graphs.
+        inputs: Width of what it sees.
+        hidden: Width of its hidden layer.
+        representation: Width of what it weighs.
+        seed: Seed of its initial values.
+    """
+    if kind == "fixed":
+        return FixedGate(representation)
+    if kind == "element":
+        return ElementGate(representation)
+    return SampleGate(sessions, inputs, hidden, representation, seed)

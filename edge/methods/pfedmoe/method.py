@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from fleetune.edge.engine.dataset import Dataset
 from fleetune.edge.engine.expert import Expert, Layout
+from fleetune.edge.engine.model import card_for
 from fleetune.edge.engine.optimiser import Optimiser
 from fleetune.edge.engine.parameters import Parameters, initial, views
 from fleetune.edge.engine.prefix import split
-from fleetune.edge.engine.sessions import Sessions
 from fleetune.edge.methods.base import (
     Count,
     Device,
@@ -31,14 +31,14 @@ from fleetune.edge.methods.base import (
 from fleetune.edge.methods.local import Indices, LocalRun, accuracy, diverged, is_finite, optimiser_of
 from fleetune.edge.methods.pfedmoe.body import BackboneBody
 from fleetune.edge.methods.pfedmoe.extractor import Extractor, Samples, samples_of
-from fleetune.edge.methods.pfedmoe.gate import ElementGate, FixedGate, Gate, SampleGate
+from fleetune.edge.methods.pfedmoe.gate import gate_of
 from fleetune.edge.methods.pfedmoe.mixture import HEADER, Mixture
+from fleetune.edge.methods.pfedmoe.model import SharedModel
 from fleetune.edge.pack.manifest import Manifest
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import PackError
 from fleetune.edge.protocol.messages import Announcement
-
-_STATE = "mixture"
+from fleetune.edge.protocol.modelfile import FILE, GateKind
 
 
 class PFedMoESettings(Settings, frozen=True, kw_only=True):
@@ -57,7 +57,7 @@ class PFedMoESettings(Settings, frozen=True, kw_only=True):
     representation: Count
     shared_learning_rate: Rate
     gate_learning_rate: Rate
-    gate: Literal["sample", "element", "fixed"]
+    gate: GateKind
     gate_split: Literal["train", "val"]
     gate_epochs: Count
 
@@ -201,14 +201,14 @@ class PFedMoE:
             return Outcome({"samples": len(device.dataset.indices("train"))})
         run = LocalRun(device, settings, expert)
         mixture = self._mixture(settings, run, expert, gate_input)
-        mixture.load(device.store.load(_STATE) or {})
+        self._resume(mixture)
         shared = mixture.extractor.learned
         shared.load(initial(shared.shapes, settings.seed).tensors)
         shared.add(announced.tensors)
         start = shared.vector.copy()
         loss = self._train(announced, settings, run, mixture)
         metrics = {"loss": loss, **self._scores(mixture)}
-        device.store.save(_STATE, mixture.tensors)  # after the scores: they refuse what is not finite
+        self._keep(settings, mixture, boundary)  # after the scores: they refuse what is not finite
         return Outcome(metrics, views(shared.vector - start, shared.shapes), run.depth)
 
     def _mixture(self, settings: PFedMoESettings, run: LocalRun, expert: Expert, gate_input: FloatArray) -> Mixture:
@@ -224,9 +224,33 @@ class PFedMoE:
             Extractor(backbone.sessions, extractor, self._samples),
             BackboneBody(run, expert),
             initial(header, settings.seed, what="the header"),
-            gate_of(settings, backbone.sessions, gate_input.shape[1], shared.gate, width),
+            gate_of(settings.gate, backbone.sessions, gate_input.shape[1], shared.gate, width, seed=settings.seed),
             gate_input,
         )
+
+    def _resume(self, mixture: Mixture) -> None:
+        """Go on from the model file, if there is one."""
+        file, backbone = self._device.store.folder / FILE, self._device.backbone
+        if file.is_file():
+            kept = SharedModel.read(file, backbone.pack, backbone.sessions)
+            mixture.load({**kept.expert.tensors, **kept.header.tensors, **kept.gate.tensors})
+
+    def _keep(self, settings: PFedMoESettings, mixture: Mixture, boundary: int) -> None:
+        """Write the model file: what this device goes on from, and what its owner takes home."""
+        store, pack = self._device.store, self._device.backbone.pack
+        card = card_for(
+            pack,
+            kind="pfedmoe",
+            job=store.job,
+            run=store.run,
+            classes=settings.classes,
+            max_depth=pack.manifest.blocks - boundary,
+            mix="features",
+            gate=settings.gate,
+        )
+        expert = mixture.body.learned
+        assert isinstance(expert, Expert)
+        SharedModel(card, mixture.extractor.learned, expert, mixture.header, mixture.gate).write(store.folder / FILE)
 
     def _train(self, announced: Round, settings: PFedMoESettings, run: LocalRun, mixture: Mixture) -> float:
         dataset = self._device.dataset
@@ -257,20 +281,3 @@ class PFedMoE:
                     "gate_local": float(found.weights.mean()),
                 }
         return metrics
-
-
-def gate_of(settings: PFedMoESettings, sessions: Sessions, inputs: int, hidden: int, representation: int) -> Gate:
-    """The gate that a job asks for.
-
-    Args:
-        settings: The job's.
-        sessions: The pack's graphs.
-        inputs: Width of what it sees.
-        hidden: Width of its hidden layer.
-        representation: Width of what it weighs.
-    """
-    if settings.gate == "fixed":
-        return FixedGate(representation)
-    if settings.gate == "element":
-        return ElementGate(representation)
-    return SampleGate(sessions, inputs, hidden, representation, settings.seed)
