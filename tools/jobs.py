@@ -146,7 +146,7 @@ def build_jobs(
         Job(
             id=method,
             method=method,
-            **_alike(method, manifest),
+            **_alike(method, manifest, mixed="pfedmoe" in methods),
             shapes=_shapes(method, manifest, classes, args.gate_rank, private=privacy is not None),
             rounds=rounds.get(method, every),
             settings=common | own.get(method, adapters),
@@ -163,10 +163,12 @@ def _or(given: float | None, default: float) -> float:
     return default if given is None else given
 
 
-def _alike(method: str, manifest: Manifest) -> dict[str, str]:
-    """What the packs of all devices have in common: one backbone, or of several backbones the extractor."""
+def _alike(method: str, manifest: Manifest, *, mixed: bool) -> dict[str, str]:
+    """What the packs of all devices have in common: one backbone, or of several backbones the extractor, or nothing."""
     if method == "pfedmoe" and manifest.extractor is not None:
         return {"backbone": manifest.extractor.sha256, "quantisation": ""}
+    if mixed and method in ("standalone", "frozen-head"):
+        return {"backbone": "", "quantisation": ""}
     return {"backbone": manifest.backbone.sha256, "quantisation": manifest.quantisation.type}
 
 

@@ -161,4 +161,5 @@ class Backbone:
             for index, block in enumerate(blocks)
             for name, tensor in self._block_weights(block).items()
         } | self._outer
+        self.sessions.close("suffix_", "mixture_", keep=f"{stem}_{depth}")  # another method's, of a job before
         return self.sessions.session(f"{stem}_{depth}"), weights

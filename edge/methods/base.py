@@ -242,6 +242,26 @@ class SameBackbone:
         return job_shapes(manifest, settings)
 
 
+class NothingShared(SameBackbone):
+    """What all methods have in common that share nothing: a job may leave open which backbones its devices have."""
+
+    @classmethod
+    def check_fit(cls, pack: Pack, announced: Announcement) -> None:
+        """See that the pack is the job's, if the job names one.
+
+        Raises:
+            PackError: It is another one.
+        """
+        if announced.backbone:
+            super().check_fit(pack, announced)
+
+    @classmethod
+    def shapes(cls, manifest: Manifest, settings: Mapping[str, Any]) -> Shapes:
+        """None."""
+        del manifest, settings
+        return {}
+
+
 class _Sizes(msgspec.Struct, frozen=True):
     classes: Classes
     max_depth: Count

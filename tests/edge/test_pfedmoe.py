@@ -77,7 +77,7 @@ def mixture_on(device: Device, gate: Any = None) -> Mixture:
     header = initial(dict(zip(HEADER, ((width, 2), (2,)), strict=True)), 1)
     shared = initial(manifest.extractor.shapes, 2)
     gate = gate or SampleGate(backbone.sessions, manifest.width, manifest.extractor.gate, width, 0)
-    extractor = Extractor(backbone.sessions, shared, samples_of(device.dataset, backbone))
+    extractor = Extractor(backbone.sessions, shared, samples_of(device.dataset, backbone), chunk=4)
     return Mixture(extractor, BackboneBody(run, expert), header, gate, pooled)
 
 
@@ -129,9 +129,10 @@ def test_the_gradient_is_torchs(make: Make, sharing_packs: tuple[Pack, Pack], be
     body = mixture.body.learned.active(2) if isinstance(mixture.body.learned, Expert) else {}
     leaves = {name: torch.tensor(tensor, requires_grad=True) for name, tensor in {**learned, **body}.items()}
     rows = torch.tensor(device.dataset.rows(device.backbone, batch))
+    rows = torch.nn.functional.layer_norm(rows, (64,))
     tokens = (rows @ leaves["extractor.fc1.weight"] + leaves["extractor.fc1.bias"]).relu()
     mean = (tokens * mask[:, 0, :, None]).sum(1) / mask.sum(2)
-    shared = (mean @ leaves["extractor.fc2.weight"] + leaves["extractor.fc2.bias"]).relu()
+    shared = mean @ leaves["extractor.fc2.weight"] + leaves["extractor.fc2.bias"]
     features = bert_reference.features(hidden, mask, range(1, 3), {n: leaves[n] for n in body if "head" not in n})
     private = features @ leaves["head.weight"] + leaves["head.bias"]
     mixed = alpha[:, :1] * shared + alpha[:, 1:] * private

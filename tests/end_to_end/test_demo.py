@@ -95,8 +95,9 @@ def test_the_same_command_goes_on_where_it_stopped(finished: tuple[Path, dict[st
 
 def test_the_report_holds_what_was_measured(finished: tuple[Path, dict[str, Any], str]) -> None:
     out, report, _ = finished
-    assert report["backbone"]["sha256_before"] == report["backbone"]["sha256_after"]
-    assert len(report["backbone"]["sha256_before"]) == 64
+    (backbone,) = report["backbones"]
+    assert backbone["sha256_before"] == backbone["sha256_after"]
+    assert len(backbone["sha256_before"]) == 64
     assert report["transport"]["protocol"] == 5
     assert "rumqttd" in report["transport"]["broker"]
     assert set(report["summary"]["accuracy"]) == ACCURACIES
@@ -153,8 +154,9 @@ def test_a_fleet_trains_a_vision_transformer_on_pictures(tmp_path: Path) -> None
     code, output = end(demo(tmp_path / "run", *FEW, "--task", "images", "--job", "fedms"))
     assert code == 0, output
     report = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
-    assert report["backbone"]["architecture"] == "dinov2"
-    assert report["backbone"]["sha256_before"] == report["backbone"]["sha256_after"]
+    (backbone,) = report["backbones"]
+    assert backbone["architecture"] == "dinov2"
+    assert backbone["sha256_before"] == backbone["sha256_after"]
     assert report["data"]["classes"] == 10
     assert [device["blocks_total"] for device in report["devices"]] == [12] * 4
     assert set(report["summary"]["accuracy"]) == {"global_expert", "local_expert", "mixture"}

@@ -250,7 +250,7 @@ class GuardedFleet:
         """Have the broker read its files again, and wait until it has."""
         before = broker.log.stat().st_size
         assert reload_broker(self.broker_folder), "no broker runs from here"
-        assert wait_until(lambda: broker.heard_reload(before)), broker.log.read_text()
+        assert wait_until(lambda: broker.heard_reload(before), 30), broker.log.read_text()
 
     # --- whom a broker sees ---------------------------------------------------------------------------------------
 

@@ -104,6 +104,13 @@ def test_devices_with_different_backbones_share_the_extractor_alone() -> None:
     assert not {"rank", "targets", "mix"} & job.settings.keys()
 
 
+def test_baselines_beside_it_are_for_any_backbone_too() -> None:
+    _, beside = jobs("--job", "pfedmoe", "--job", "standalone")
+    assert (beside.backbone, beside.quantisation) == ("", "")
+    (alone,) = jobs("--job", "standalone")
+    assert alone.backbone == "ab" * 32
+
+
 def test_a_pack_without_an_extractor_has_none_to_share() -> None:
     with pytest.raises(ConfigError, match="--job pfedmoe") as caught:
         jobs("--job", "pfedmoe", manifest=msgspec.structs.replace(MANIFEST, extractor=None))

@@ -114,14 +114,17 @@ def make_report(*, baselines: bool = True) -> Report:
         "seed": 17,
         "seconds": 171.0,
         "transport": {"broker": "rumqttd", "protocol": 5, "url": "mqtt://127.0.0.1:18830"},
-        "backbone": {
-            "id": "minilm",
-            "architecture": "bert",
-            "blocks": 6,
-            "source_sha256": "5" * 64,
-            "sha256_before": "e" * 64,
-            "sha256_after": "e" * 64,
-        },
+        "method": "fedms",
+        "backbones": [
+            {
+                "id": "minilm",
+                "architecture": "bert",
+                "blocks": 6,
+                "source_sha256": "5" * 64,
+                "sha256_before": "e" * 64,
+                "sha256_after": "e" * 64,
+            }
+        ],
         "data": {"name": "reviews", "train": 300, "val": 60, "test": 100, "classes": 2},
         "settings": {"global_rounds": GLOBAL_ROUNDS, "learning_rate": 0.002},
         "devices": devices,
@@ -352,7 +355,7 @@ def test_a_budget_that_the_summary_calls_broken_is_not_called_held(render: Calla
 
 def test_a_changed_backbone_shows_as_changed(render: Callable[[Report], Page]) -> None:
     report = make_report()
-    report["backbone"]["sha256_after"] = "f" * 64
+    report["backbones"][0]["sha256_after"] = "f" * 64
     assert render(report).badges["Backbone changed"] == "broken"
 
 

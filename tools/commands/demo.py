@@ -19,19 +19,28 @@ def register(subparsers: Any) -> None:
         summary="run a whole fleet on this machine",
         description=(
             "Run a whole fleet on this machine: the embedded MQTT 5 broker, the aggregator and four device agents,\n"
-            "each a process of its own, with the budgets of four different boards. They train FedMS on a real\n"
-            "backbone and real data; the baselines run on the same splits. Leaves report.json and report.html.\n"
-            "Ctrl-C stops all processes; the same command goes on where it stopped. Needs the `all` extra."
+            "each a process of its own, with the budgets of four different boards. They train FedMS, or pFedMoE\n"
+            "with two backbones in one fleet, on real data; the baselines run on the same splits. Leaves report.json\n"
+            "and report.html. Ctrl-C stops all processes; the same command goes on where it stopped. Needs the `all`\n"
+            "extra."
         ),
         examples=(
             "  fleetune demo\n"
             "  fleetune demo --out runs/images --task images\n"
+            "  fleetune demo --out runs/mixed --method pfedmoe      two backbones in one fleet\n"
             "  fleetune demo --out runs/mine --backbone models/my-bert --global-rounds 10 --seed 7\n"
             "  fleetune demo --out runs/lab --broker mqtt://127.0.0.1:1883      use a broker that runs already\n"
         ),
     )
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path("runs/demo"), help="folder of the run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--method",
+        choices=("fedms", "pfedmoe"),
+        default="fedms",
+        help="fedms: all boards have one backbone; pfedmoe: small boards have one of fewer blocks, and all share a "
+        "small extractor (default: %(default)s)",
     )
     parser.add_argument(
         "--task",
@@ -51,7 +60,7 @@ def register(subparsers: Any) -> None:
         help="training samples of each device; a quarter as many validate, half as many test (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    add_job_options(parser, jobs="all three", max_depth=4)
+    add_job_options(parser, jobs="the method and both baselines", max_depth=4)
     parser.set_defaults(run=_run)
 
 
@@ -98,9 +107,13 @@ def _run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--samples: {args.samples} is out of range", "use 16 or more")
     check_options(args)
     check_rule(rule_of(args), updates=_DEVICES)
-    jobs = args.jobs or ["frozen-head", "standalone", "fedms"]
-    if "fedms" not in jobs:
-        raise ConfigError(f"--job: {', '.join(jobs)} without fedms", "add --job fedms: the report is about it")
+    jobs = args.jobs or ["frozen-head", "standalone", args.method]
+    other = "fedms" if args.method == "pfedmoe" else "pfedmoe"
+    if args.method not in jobs or other in jobs:
+        raise ConfigError(
+            f"--job: {', '.join(jobs)} with --method {args.method}",
+            f"add --job {args.method} and leave out --job {other}: the report is about {args.method}",
+        )
 
     from fleetune.tools.demo.folder import RunFolder
     from fleetune.tools.demo.run import DemoOptions, check_report, print_summary, run_demo
@@ -116,6 +129,7 @@ def _run(args: argparse.Namespace) -> None:
         fetch(task.backbone, local=args.backbone)  # a wrong path is found before the run's folder is taken
     options = DemoOptions(
         task=task,
+        method=args.method,
         jobs=trained,
         max_depth=args.max_depth,
         epochs=args.epochs,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,18 +41,13 @@ class RunFolder:
 
     @property
     def pack(self) -> Path:
-        """The pack."""
+        """The pack; of a fleet with several backbones, that of the large boards."""
         return self.path / "pack"
 
     @property
     def fleet(self) -> Path:
         """The fleet file."""
         return self.path / "fleet.yaml"
-
-    @property
-    def costs(self) -> Path:
-        """What training costs on this machine."""
-        return self.path / "costs.json"
 
     @property
     def aggregator(self) -> Path:
@@ -148,6 +143,7 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     profile: str
     memory: str
     cpu: float
+    few_blocks: bool = False
 
 
 class _Template(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -155,61 +151,116 @@ class _Template(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     devices: list[_Entry]
 
 
+@dataclass(frozen=True)
+class Kit:
+    """What a device is given beside its samples.
+
+    Attributes:
+        pack: Folder of its pack.
+        costs: What training costs with it on this machine.
+    """
+
+    pack: Path
+    costs: Path
+
+
 def prepare(
-    folder: RunFolder, task: Task, *, max_depth: int | None, epochs: int, batch: int, say: Callable[[str], None]
-) -> Pack:
-    """Make what is not there yet: the pack, the data, the costs, the fleet file and the identities.
+    folder: RunFolder,
+    task: Task,
+    *,
+    mixed: bool,
+    max_depth: int | None,
+    epochs: int,
+    batch: int,
+    say: Callable[[str], None],
+) -> dict[str, Kit]:
+    """Make what is not there yet: packs, data, costs, the fleet file and the identities.
 
     Args:
         folder: The run's folder.
         task: Backbone and data.
+        mixed: Whether small boards have a backbone of fewer blocks, and all share an extractor.
         max_depth: Deepest that any device may train; all blocks if None.
         epochs: Local epochs a round.
         batch: Samples an optimiser step.
         say: Is told what happens next.
+
+    Returns:
+        Device → what it is given.
     """
-    if not folder.pack.exists():
-        say(f"packs the backbone {task.backbone}")
-        task.write_pack(folder.pack)
-    pack = Pack.open(folder.pack)
     template = read_yaml(Path(__file__).with_name("fleet.yaml"), _Template, "install Fleetune again").value
+    large = Kit(folder.pack, folder.path / "costs.json")
+    small = Kit(folder.path / "pack-small", folder.path / "costs-small.json")
+    kits = {entry.id: small if mixed and entry.few_blocks else large for entry in template.devices}
+    for kit in dict.fromkeys(kits.values()):
+        if not kit.pack.exists():
+            blocks = task.few_blocks if kit is small else None
+            say(f"packs {f'the first {blocks} blocks of ' if blocks else ''}the backbone {task.backbone}")
+            task.write_pack(kit.pack, extractor=mixed, blocks=blocks)
+    packs = {kit: Pack.open(kit.pack) for kit in dict.fromkeys(kits.values())}
     files = {entry.id: folder.data(entry.id, task.suffix) for entry in template.devices}
     if not all(file.exists() for file in files.values()):
         say(f"splits the data set {task.data} among {len(files)} devices")
         task.write_data(list(files.values()))
-    datasets = {device: read_dataset(file, pack) for device, file in files.items()}
-    if not folder.costs.exists():
-        costs = measure(
-            pack,
-            threads=1,
-            longest=max(int(dataset.lengths.max()) for dataset in datasets.values()),
-            at_once=len(files),  # as many as will share the machine
-            on_trial=lambda done, total: say(f"measures what training costs on this machine ({done} of {total})"),
-        )
-        write_atomic(folder.costs, encode(costs))
-    costs = read_costs(folder.costs)
+    datasets = {device: read_dataset(file, packs[kits[device]]) for device, file in files.items()}
+    for kit, pack in packs.items():
+        if not kit.costs.exists():
+            costs = measure(
+                pack,
+                threads=1,
+                longest=max(int(dataset.lengths.max()) for dataset in datasets.values()),
+                at_once=len(files),  # as many as will share the machine
+                on_trial=lambda done, total: say(f"measures what training costs on this machine ({done} of {total})"),
+            )
+            write_atomic(kit.costs, encode(costs))
     if not folder.fleet.exists():
-        some = next(iter(datasets.values()))
-        workload = Workload.of(
-            some, pack.manifest, epochs=epochs, batch=batch, max_depth=max_depth or pack.manifest.blocks
-        )
-        write_atomic(folder.fleet, _fleet_file(template, costs, workload).encode())
+        options = {
+            kit: _Choices(
+                read_costs(kit.costs),
+                Workload.of(
+                    next(dataset for device, dataset in datasets.items() if kits[device] == kit),
+                    pack.manifest,
+                    epochs=epochs,
+                    batch=batch,
+                    max_depth=min(max_depth or pack.manifest.blocks, pack.manifest.blocks),
+                ),
+            )
+            for kit, pack in packs.items()
+        }
+        write_atomic(folder.fleet, _fleet_file(template, {id_: options[kit] for id_, kit in kits.items()}).encode())
     states = [(entry.id, folder.device(entry.id)) for entry in template.devices]
-    make_identities(folder.authority, template.fleet, folder.pack, folder.aggregator, states)
-    return pack
+    make_identities(folder.authority, template.fleet, [kit.pack for kit in packs], folder.aggregator, states)
+    return kits
 
 
-def _fleet_file(template: _Template, costs: Costs, workload: Workload) -> str:
-    plans = candidates(costs, workload)
-    one, deepest = (
-        min(plan.cpu_s for plan in plans if plan.depth == depth) * (1 + TIME_MARGIN)
-        for depth in (1, workload.max_depth)
-    )
+@dataclass(frozen=True)
+class _Choices:
+    """What a device could plan.
+
+    Attributes:
+        costs: What training costs.
+        workload: What a round asks for.
+    """
+
+    costs: Costs
+    workload: Workload
+
+    def cpu_s(self, depth: int) -> float:
+        """CPU seconds of a round of the cheapest plan of a depth, with the planner's margin."""
+        plans = candidates(self.costs, self.workload)
+        return min(plan.cpu_s for plan in plans if plan.depth == depth) * (1 + TIME_MARGIN)
+
+
+def _fleet_file(template: _Template, choices: Mapping[str, _Choices]) -> str:
+    spans = {device: (choice.cpu_s(1), choice.cpu_s(choice.workload.max_depth)) for device, choice in choices.items()}
     devices = [
         {
             "id": entry.id,
             "profile": entry.profile,
-            "budget": {"memory": entry.memory, "cpu_seconds": round(one + entry.cpu * (deepest - one), 2)},
+            "budget": {
+                "memory": entry.memory,
+                "cpu_seconds": round(spans[entry.id][0] + entry.cpu * (spans[entry.id][1] - spans[entry.id][0]), 2),
+            },
         }
         for entry in template.devices
     ]

@@ -14,20 +14,22 @@ from fleetune.tools.commands.options import IDENTITY
 
 
 def make_identities(
-    folder: Path, fleet: str, pack: Path, aggregator: Path, devices: Iterable[tuple[str, Path]]
+    folder: Path, fleet: str, packs: Iterable[Path], aggregator: Path, devices: Iterable[tuple[str, Path]]
 ) -> None:
     """Make what is not there yet.
 
     Args:
         folder: Of the authority.
         fleet: Name of the fleet.
-        pack: To be signed.
+        packs: To be signed.
         aggregator: State folder of the aggregator.
         devices: Id and state folder of each device.
     """
     made = (folder / AUTHORITY_FILE).exists()
     with closing(Authority(folder) if made else Authority.make(folder, fleet, Site(("127.0.0.1",)))) as authority:
-        sign_file(pack, authority.make_member("publisher", folder / "publisher"), authority.now())
+        publisher = authority.make_member("publisher", folder / "publisher")
+        for pack in packs:
+            sign_file(pack, publisher, authority.now())
         if not (aggregator / IDENTITY / FILE).exists():
             authority.make_member("aggregator", aggregator / IDENTITY)
         for device, state in devices:

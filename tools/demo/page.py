@@ -16,18 +16,25 @@ from fleetune.tools.demo import plots
 
 Report = Mapping[str, Any]
 
-_METHODS = {
-    "frozen_head": (
-        "frozen-head",
-        "Frozen backbone + head",
-        "each device alone trains a head and nothing else",
-    ),
+_BASELINES = {
+    "frozen_head": ("frozen-head", "Frozen backbone + head", "each device alone trains a head and nothing else"),
     "standalone": ("standalone", "Stand-alone adapters", "each device alone trains adapters and a head"),
-    "global_expert": ("global", "Global expert", "stage 1: adapters and head averaged over the fleet"),
-    "local_expert": ("local", "Local expert", "stage 2: each device's own copy, trained on its own samples"),
-    "mixture": ("mixture", "Mixture", "the gate weighs global and local expert for every sample"),
 }
-"""Accuracy in the report → its colour among the plots', its name, and what it is."""
+_METHODS = {
+    "fedms": {
+        **_BASELINES,
+        "global_expert": ("global", "Global expert", "stage 1: adapters and head averaged over the fleet"),
+        "local_expert": ("local", "Local expert", "stage 2: each device's own copy, trained on its own samples"),
+        "mixture": ("mixture", "Mixture", "the gate weighs global and local expert for every sample"),
+    },
+    "pfedmoe": {
+        **_BASELINES,
+        "global_expert": ("global", "Shared extractor", "the header on what the fleet trains together, alone"),
+        "local_expert": ("local", "Private model", "the header on the device's own backbone and adapters, alone"),
+        "mixture": ("mixture", "Mixture", "the gate weighs both representations for every sample"),
+    },
+}
+"""Method → accuracy in the report → its colour among the plots', its name, and what it is."""
 
 
 def write_page(report: Report, path: Path) -> None:
@@ -51,6 +58,8 @@ def write_page(report: Report, path: Path) -> None:
         report=report,
         devices=devices,
         rounds=_rounds(devices[0]),
+        backbone=report["backbones"][0],
+        method=plots.METHODS[report["method"]],
         badges=_badges(report),
         methods=_methods(report),
         ticks=_ticks(devices),
@@ -106,7 +115,7 @@ class Method:
 
 
 def _badges(report: Report) -> list[Badge]:
-    summary, backbone, devices = report["summary"], report["backbone"], report["devices"]
+    summary, devices = report["summary"], report["devices"]
     memory = [device["id"] for device in devices if device["peak_mib"] > device["budget_mib"]]
     cpu = [device["id"] for device in devices if max(device["cpu_s"]) > device["budget_cpu_s"]]
     badges = []
@@ -118,7 +127,7 @@ def _badges(report: Report) -> list[Badge]:
             badges.append(Badge(True, f"{name} budgets held"))
         else:
             badges.append(Badge(False, f"{name} budget broken: {', '.join(over) or 'see the run'}"))
-    same = backbone["sha256_before"] == backbone["sha256_after"]
+    same = all(one["sha256_before"] == one["sha256_after"] for one in report["backbones"])
     return [*badges, Badge(same, "Backbone unchanged" if same else "Backbone changed")]
 
 
@@ -126,7 +135,7 @@ def _methods(report: Report) -> list[Method]:
     """The accuracies that the report has, from the least to the most trained."""
     scale = _ticks(report["devices"])
     methods = []
-    for key, (colour, name, meaning) in _METHODS.items():
+    for key, (colour, name, meaning) in _METHODS[report["method"]].items():
         having = [device for device in report["devices"] if key in device["accuracy"]]
         if not having:
             continue
@@ -162,11 +171,12 @@ def _place(value: float, ticks: Sequence[float]) -> float:
 
 
 def _rounds(device: Mapping[str, Any]) -> dict[str, int]:
-    """Training rounds of each stage of FedMS and of the stand-alone adapters."""
+    """Training rounds of each stage of FedMS, of pFedMoE and of the stand-alone adapters."""
     kinds = [(entry["job"], entry["stage"]) for entry in device["history"]]
     return {
         "global": kinds.count(("fedms", "global")),
         "personal": kinds.count(("fedms", "personal")),
+        "pfedmoe": kinds.count(("pfedmoe", "train")),
         "standalone": kinds.count(("standalone", "train")),
     }
 

@@ -93,11 +93,26 @@ _LINES: Mapping[str, Mapping[str, Any]] = {
         "marker": "s",
         "markersize": 3.6,
     },
-    "global": {"label": "FedMS: global expert", "linewidth": 2.0, "marker": "o", "markersize": 4.4},
+    "global": {"linewidth": 2.0, "marker": "o", "markersize": 4.4},
     # The gate often follows one expert, so the mixture runs on top of a broad local line.
-    "local": {"label": "FedMS: local expert", "linewidth": 6.0, "alpha": 0.42, "solid_capstyle": "round"},
-    "mixture": {"label": "FedMS: mixture", "linewidth": 1.8, "marker": "D", "markersize": 4.2},
+    "local": {"linewidth": 6.0, "alpha": 0.42, "solid_capstyle": "round"},
+    "mixture": {"linewidth": 1.8, "marker": "D", "markersize": 4.2},
 }
+
+
+METHODS = {"fedms": "FedMS", "pfedmoe": "pFedMoE"}
+"""Method that a report is about → how it is written."""
+
+_PARTS = {
+    "fedms": {"global": "global expert", "local": "local expert", "mixture": "mixture"},
+    "pfedmoe": {"global": "shared extractor alone", "local": "private model alone", "mixture": "mixture"},
+}
+
+
+def _line(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """How a line of the accuracies is drawn."""
+    method, style = report["method"], _LINES[name]
+    return style if "label" in style else {"label": f"{METHODS[method]}: {_PARTS[method][name]}", **style}
 
 
 def accuracy(report: Mapping[str, Any]) -> str:
@@ -112,18 +127,18 @@ def accuracy(report: Mapping[str, Any]) -> str:
             for name, points in series.items():
                 if points:
                     drawn.add(name)
-                    axes.plot(list(points), list(points.values()), color=COLOURS[name], **_LINES[name])
+                    axes.plot(list(points), list(points.values()), color=COLOURS[name], **_line(report, name))
             head = device["accuracy"].get("frozen_head")
             if head is not None:
                 drawn.add("frozen-head")
-                axes.axhline(head, color=COLOURS["frozen-head"], **_LINES["frozen-head"])
-            if series["mixture"]:
+                axes.axhline(head, color=COLOURS["frozen-head"], **_line(report, "frozen-head"))
+            if series["mixture"] and report["method"] == "fedms":
                 _stage_two(axes, min(series["mixture"]), max(series["mixture"]))
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         low, high = panels[0].get_ylim()
         panels[0].set_ylim(low, high + _HEADROOM * (high - low))
         _name_axes(panels, x="rounds of training", y="test accuracy")
-        styles = {name: style for name, style in _LINES.items() if name in drawn}
+        styles = {name: _line(report, name) for name in _LINES if name in drawn}
         _legend(figure, [Line2D([], [], color=COLOURS[name], **style) for name, style in styles.items()])
 
     ends = {
@@ -142,7 +157,7 @@ def accuracy_series(device: Device) -> dict[str, Series]:
     A device scores the global expert that it receives, before it trains on, so what round ``r`` reports is
     the global expert after ``r - 1`` rounds, and the last global expert is scored in stage 2. There both
     experts start as that one, and the final evaluation, which trains nothing, takes the place of the last
-    round's scores.
+    round's scores. In pFedMoE it scores all parts after it has trained them.
     """
     lines: dict[str, Series] = {"standalone": {}, "global": {}, "local": {}, "mixture": {}}
     for entry in device["history"]:
@@ -151,6 +166,9 @@ def accuracy_series(device: Device) -> dict[str, Series]:
             lines["standalone"][number] = entry["test"]
         elif kind == ("fedms", "global"):
             lines["global"][number - 1] = entry["test"]
+        elif kind == ("pfedmoe", "train"):
+            for name in ("global", "local", "mixture"):
+                lines[name][number] = entry[f"test_{name}"]
         elif kind in (("fedms", "personal"), ("fedms", "evaluate")):
             if not lines["mixture"]:
                 for name in ("global", "local", "mixture"):
@@ -207,14 +225,14 @@ def memory(report: Mapping[str, Any]) -> str:
 
 
 def cpu(report: Mapping[str, Any]) -> str:
-    """CPU seconds of every training round of FedMS against the budget, one panel and scale a device."""
+    """CPU seconds of every training round against the budget, one panel and scale a device."""
     devices = report["devices"]
 
     def draw(figure: Figure) -> None:
         broken = False
         panels = _panels(figure, devices, share_y=False)
         for axes, device in zip(panels, devices, strict=True):
-            budget, rounds = device["budget_cpu_s"], training_rounds(device["history"])
+            budget, rounds = device["budget_cpu_s"], training_rounds(device["history"], report["method"])
             seconds = [entry["cpu_s"] for entry in rounds]
             over = _over(seconds, [budget] * len(seconds))
             broken |= any(over)
@@ -226,7 +244,7 @@ def cpu(report: Mapping[str, Any]) -> str:
             axes.set_ylim(0, max(budget, device["plan"]["cpu_s"], *seconds) * (1 + _HEADROOM))
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
             _stage_two_of(axes, rounds)
-        _name_axes(panels, x="round of FedMS", y="CPU seconds")
+        _name_axes(panels, x=f"round of {METHODS[report['method']]}", y="CPU seconds")
         _legend(
             figure,
             [
@@ -242,17 +260,17 @@ def cpu(report: Mapping[str, Any]) -> str:
 
 
 def depth(report: Mapping[str, Any]) -> str:
-    """Active depth by rounds of FedMS, one panel a device."""
+    """Active depth by rounds, one panel a device."""
     devices = report["devices"]
     schedule: dict[int, int] = {}
     for device in devices:
-        for entry in training_rounds(device["history"]):
+        for entry in training_rounds(device["history"], report["method"]):
             schedule[entry["round"]] = max(entry["depth"], schedule.get(entry["round"], 0))
 
     def draw(figure: Figure) -> None:
         panels = _panels(figure, devices, share_y=True)
         for axes, device in zip(panels, devices, strict=True):
-            rounds = training_rounds(device["history"])
+            rounds = training_rounds(device["history"], report["method"])
             numbers, depths = [entry["round"] for entry in rounds], [entry["depth"] for entry in rounds]
             _steps(axes, list(schedule), list(schedule.values()), **_SCHEDULE)
             _steps(axes, numbers, depths, color=COLOURS["measured"], fill=True, alpha=0.16, linewidth=0)
@@ -262,7 +280,7 @@ def depth(report: Mapping[str, Any]) -> str:
             axes.set_ylim(0, device["blocks_total"] * (1 + _HEADROOM))
             axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
             _stage_two_of(axes, rounds)
-        _name_axes(panels, x="round of FedMS", y="active blocks")
+        _name_axes(panels, x=f"round of {METHODS[report['method']]}", y="active blocks")
         _legend(
             figure,
             [
@@ -274,7 +292,7 @@ def depth(report: Mapping[str, Any]) -> str:
         )
 
     texts = [f"{d['id']}: {', '.join(map(str, d['blocks_active']))} of {d['blocks_total']} blocks" for d in devices]
-    return _render("depth", "Active depth by rounds of FedMS", texts, _rows(devices) * 195 + 62, draw)
+    return _render("depth", "Active depth by rounds", texts, _rows(devices) * 195 + 62, draw)
 
 
 def _over(values: Sequence[float], budgets: Sequence[float]) -> list[bool]:

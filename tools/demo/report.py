@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.messages import Announcement, UpdateManifest
@@ -19,6 +19,10 @@ ACCURACIES = ("frozen_head", "standalone", "global_expert", "local_expert", "mix
 """What is compared, from the least to the most."""
 
 
+Main = Literal["fedms", "pfedmoe"]
+"""Methods that a report can be about."""
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """What the journal does not know.
@@ -28,7 +32,8 @@ class RunFacts:
         seed: Seed of the run.
         broker: Name and version of the broker.
         url: Its address.
-        sha256_before: Hash of the packed weights before the run.
+        method: What the report is about.
+        sha256_before: Device → hash of its packed weights before the run.
         sha256_after: And after it.
         settings: The options of the run.
     """
@@ -37,38 +42,46 @@ class RunFacts:
     seed: int
     broker: str
     url: str
-    sha256_before: str
-    sha256_after: str
+    method: Main
+    sha256_before: Mapping[str, str]
+    sha256_after: Mapping[str, str]
     settings: Mapping[str, Any]
 
 
-def build_report(journal: Path, fleet: Fleet, pack: Pack, data: Mapping[str, Any], facts: RunFacts) -> dict[str, Any]:
+def build_report(
+    journal: Path, fleet: Fleet, packs: Mapping[str, Pack], data: Mapping[str, Any], facts: RunFacts
+) -> dict[str, Any]:
     """Assemble the report.
 
     Args:
         journal: Folder of the aggregator.
         fleet: The fleet.
-        pack: The pack that was used.
+        packs: Device → its pack.
         data: What the devices trained on, for people.
         facts: What the journal does not know.
     """
     history = _history(journal)
-    devices = [_device(device, history[device.id], pack) for device in fleet.devices]
-    return {
-        "schema": 1,
-        "kit": version("fleetune"),
-        "fleet": fleet.name,
-        "seed": facts.seed,
-        "seconds": round(facts.seconds, 1),
-        "transport": {"broker": facts.broker, "protocol": 5, "url": facts.url},
-        "backbone": {
+    devices = [_device(device, history[device.id], packs[device.id], facts.method) for device in fleet.devices]
+    backbones = {
+        pack.sha256: {
             "id": pack.manifest.backbone.id,
             "architecture": pack.manifest.backbone.architecture,
             "blocks": pack.manifest.blocks,
             "source_sha256": pack.manifest.backbone.sha256,
-            "sha256_before": facts.sha256_before,
-            "sha256_after": facts.sha256_after,
-        },
+            "sha256_before": facts.sha256_before[device],
+            "sha256_after": facts.sha256_after[device],
+        }
+        for device, pack in packs.items()
+    }
+    return {
+        "schema": 1,
+        "kit": version("fleetune"),
+        "fleet": fleet.name,
+        "method": facts.method,
+        "seed": facts.seed,
+        "seconds": round(facts.seconds, 1),
+        "transport": {"broker": facts.broker, "protocol": 5, "url": facts.url},
+        "backbones": sorted(backbones.values(), key=lambda one: -one["blocks"]),
         "data": dict(data),
         "settings": dict(facts.settings),
         "devices": devices,
@@ -94,9 +107,9 @@ def build_report(journal: Path, fleet: Fleet, pack: Pack, data: Mapping[str, Any
 Entry = dict[str, Any]
 
 
-def training_rounds(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The entries of a device's history in which it trained for FedMS."""
-    return [entry for entry in history if entry["job"] == "fedms" and trains(entry["stage"])]
+def training_rounds(history: Sequence[Mapping[str, Any]], method: str) -> list[Mapping[str, Any]]:
+    """The entries of a device's history in which it trained for the method that the report is about."""
+    return [entry for entry in history if entry["job"] == method and trains(entry["stage"])]
 
 
 def _history(journal: Path) -> dict[str, list[Entry]]:
@@ -115,13 +128,13 @@ def _history(journal: Path) -> dict[str, list[Entry]]:
     return history
 
 
-def _device(device: FleetDevice, history: Sequence[Entry], pack: Pack) -> dict[str, Any]:
-    training = training_rounds(history)
-    first = next(entry for entry in history if entry["job"] == "fedms")
+def _device(device: FleetDevice, history: Sequence[Entry], pack: Pack, method: Main) -> dict[str, Any]:
+    training = training_rounds(history, method)
+    first = next(entry for entry in history if entry["job"] == method)
     plan = {name.removeprefix("plan_"): value for name, value in first.items() if name.startswith("plan_")}
     last = {entry["job"]: entry for entry in history}
     accuracy = {name: last[job]["test"] for name, job in _BASELINES.items() if job in last}
-    accuracy |= {name: last["fedms"][metric] for name, metric in _EXPERTS.items()}
+    accuracy |= {name: last[method][metric] for name, metric in _EXPERTS.items()}
     return {
         "id": device.id,
         "profile": device.profile.name,
@@ -130,6 +143,7 @@ def _device(device: FleetDevice, history: Sequence[Entry], pack: Pack) -> dict[s
         "peak_mib": max(entry["peak_mib"] for entry in history),
         "budget_cpu_s": device.budget.cpu_s,
         "cpu_s": [entry["cpu_s"] for entry in training],
+        "backbone": pack.manifest.backbone.id,
         "blocks_total": pack.manifest.blocks,
         "blocks_active": [entry["depth"] for entry in training],
         "plan": plan,
@@ -138,7 +152,7 @@ def _device(device: FleetDevice, history: Sequence[Entry], pack: Pack) -> dict[s
         "bytes_down": history[-1]["bytes_down"],
         "samples": first["samples"],
         "accuracy": accuracy,
-        "gate_local": last["fedms"]["gate_local"],
+        "gate_local": last[method]["gate_local"],
         "history": [
             {name: value for name, value in entry.items() if not name.startswith("plan_") and name != "boot"}
             for entry in history

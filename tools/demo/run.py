@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -19,10 +20,10 @@ from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.edge.protocol.files import write_atomic
 from fleetune.profiles.fleet import Fleet, read_fleet
 from fleetune.server.broker import free_port
-from fleetune.tools.demo.folder import RunFolder, prepare
+from fleetune.tools.demo.folder import Kit, RunFolder, prepare
 from fleetune.tools.demo.page import write_page
 from fleetune.tools.demo.processes import Processes, processes
-from fleetune.tools.demo.report import RunFacts, build_report
+from fleetune.tools.demo.report import Main, RunFacts, build_report
 from fleetune.tools.demo.task import Task
 from fleetune.tools.demo.watch import Watch
 
@@ -33,6 +34,7 @@ class DemoOptions:
 
     Attributes:
         task: Backbone and data.
+        method: What the report is about: ``fedms`` or ``pfedmoe``.
         jobs: Options of ``fleetune serve`` that say what is trained.
         max_depth: Deepest that any device may train; all blocks if None.
         epochs: Local epochs a round.
@@ -42,6 +44,7 @@ class DemoOptions:
     """
 
     task: Task
+    method: Main
     jobs: list[str]
     max_depth: int | None
     epochs: int
@@ -81,20 +84,22 @@ def _run(folder: RunFolder, options: DemoOptions, console: Console, start: float
                 said = step
                 _print_line(console, start, step)
 
-        pack = prepare(
+        kits = prepare(
             folder,
             options.task,
+            mixed=options.method == "pfedmoe",
             max_depth=options.max_depth,
             epochs=options.epochs,
             batch=options.batch,
             say=say,
         )
     fleet = read_fleet(folder.fleet)
-    before = pack.weights_sha256()
+    packs = {device: Pack.open(kit.pack) for device, kit in kits.items()}
+    before = {device: pack.weights_sha256() for device, pack in packs.items()}
     with processes() as running:
         address = options.broker or _start_broker(folder, running)
         with Watch(address, fleet) as watch:
-            _start_fleet(folder, options, fleet, address, running)
+            _start_fleet(folder, options, kits, fleet, address, running)
             _follow(watch, running, console, start)
         running.stop([device.id for device in fleet.devices])
     facts = RunFacts(
@@ -102,13 +107,14 @@ def _run(folder: RunFolder, options: DemoOptions, console: Console, start: float
         seed=options.task.seed,
         broker=f"rumqttd (iotcore {version('iotcore')})" if options.broker is None else "external",
         url=str(address),
+        method=options.method,
         sha256_before=before,
-        sha256_after=Pack.open(folder.pack).weights_sha256(),
+        sha256_after={device: Pack.open(kit.pack).weights_sha256() for device, kit in kits.items()},
         settings=options.record,
     )
     task = options.task
     data = {"name": task.data, "train": task.train, "val": task.val, "test": task.test, "classes": task.classes}
-    return build_report(folder.aggregator, fleet, pack, data, facts)
+    return build_report(folder.aggregator, fleet, packs, data, facts)
 
 
 def _start_broker(folder: RunFolder, running: Processes) -> BrokerAddress:
@@ -118,16 +124,24 @@ def _start_broker(folder: RunFolder, running: Processes) -> BrokerAddress:
 
 
 def _start_fleet(
-    folder: RunFolder, options: DemoOptions, fleet: Fleet, address: BrokerAddress, running: Processes
+    folder: RunFolder,
+    options: DemoOptions,
+    kits: Mapping[str, Kit],
+    fleet: Fleet,
+    address: BrokerAddress,
+    running: Processes,
 ) -> None:
-    common = ["--fleet", str(folder.fleet), "--pack", str(folder.pack), "--broker", str(address)]
+    common = ["--fleet", str(folder.fleet), "--broker", str(address)]
     common += [] if address.is_local else ["--insecure"]  # messages are signed all the same
-    serve = ["serve", *common, "--state", str(folder.aggregator), "--classes", str(options.task.classes)]
-    running.start("aggregator", folder.log("aggregator"), [*serve, *options.jobs])
+    serve = ["serve", *common, "--pack", str(folder.pack), "--state", str(folder.aggregator)]
+    running.start(
+        "aggregator", folder.log("aggregator"), [*serve, "--classes", str(options.task.classes), *options.jobs]
+    )
     for device in fleet.devices:
-        data, state = folder.data(device.id, options.task.suffix), folder.device(device.id)
-        agent = ["agent", *common, "--id", device.id, "--data", str(data), "--state", str(state)]
-        running.start(device.id, folder.log(device.id), [*agent, "--threads", "1", "--costs", str(folder.costs)])
+        data, state, kit = folder.data(device.id, options.task.suffix), folder.device(device.id), kits[device.id]
+        agent = ["agent", *common, "--pack", str(kit.pack), "--id", device.id, "--data", str(data)]
+        agent += ["--state", str(state), "--threads", "1", "--costs", str(kit.costs)]
+        running.start(device.id, folder.log(device.id), agent)
 
 
 def _follow(watch: Watch, running: Processes, console: Console, start: float) -> None:
@@ -182,5 +196,5 @@ def check_report(report: dict[str, Any]) -> None:
         raise RunFailedError(
             f"the memory budget of {', '.join(over)} was exceeded", "see report.json; please report this as a bug"
         )
-    if report["backbone"]["sha256_before"] != report["backbone"]["sha256_after"]:
+    if any(backbone["sha256_before"] != backbone["sha256_after"] for backbone in report["backbones"]):
         raise RunFailedError("the backbone's weights changed during the run", "check the disk")

@@ -54,12 +54,23 @@ class Task:
         return {"text": 2, "images": 10}[self.name]
 
     @property
+    def few_blocks(self) -> int:
+        """Blocks of the backbone that small boards have where a fleet has several."""
+        return {"text": 3, "images": 6}[self.name]
+
+    @property
     def suffix(self) -> str:
         """Suffix of a device's data file."""
         return {"text": ".jsonl", "images": ".safetensors"}[self.name]
 
-    def write_pack(self, out: Path) -> None:
-        """Fetch the backbone and pack it."""
+    def write_pack(self, out: Path, *, extractor: bool = False, blocks: int | None = None) -> None:
+        """Fetch the backbone and pack it.
+
+        Args:
+            out: Where the pack goes.
+            extractor: Whether the pack gets an extractor to share.
+            blocks: How many of its blocks are packed, from the input; all by default.
+        """
         from fleetune.tools.pack.write import write_pack
         from fleetune.tools.require import require_pack_extra
 
@@ -73,6 +84,8 @@ class Task:
             licence="unknown" if self.local else asset.licence,
             origin=str(self.local or asset.carrier),
             image_size=56 if self.name == "images" else None,
+            blocks=blocks,
+            extractor=extractor,
         )
 
     def write_data(self, files: list[Path]) -> None:

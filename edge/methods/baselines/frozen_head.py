@@ -16,7 +16,7 @@ from fleetune.edge.methods.base import (
     Metrics,
     Outcome,
     Round,
-    SameBackbone,
+    NothingShared,
     read_settings,
     task_layout,
 )
@@ -28,7 +28,7 @@ _PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3)
 """Strengths of the L2 penalty, from which ``val`` picks one."""
 
 
-class FrozenHead(SameBackbone):
+class FrozenHead(NothingShared):
     """Logistic regression with an L2 penalty on standardised features, by full-batch Adam."""
 
     def __init__(self, device: Device) -> None:

@@ -8,7 +8,7 @@ from fleetune.edge.methods.base import (
     ExpertSettings,
     Outcome,
     Round,
-    SameBackbone,
+    NothingShared,
     random_for,
     read_settings,
     task_layout,
@@ -18,7 +18,7 @@ from fleetune.edge.methods.local import ExpertLearner, LocalRun, accuracy
 _STATE = "standalone"
 
 
-class Standalone(SameBackbone):
+class Standalone(NothingShared):
     """One private expert from the job's initial values."""
 
     def __init__(self, device: Device) -> None:
@@ -30,7 +30,7 @@ class Standalone(SameBackbone):
         settings = read_settings(announced, ExpertSettings)
         expert = Expert.initial(task_layout(device, settings), settings.seed)
         if announced.stage == "prepare":
-            device.cache.prefix(device.backbone.blocks - settings.max_depth, expert)
+            device.cache.prefix(max(0, device.backbone.blocks - settings.max_depth), expert)
             return Outcome({"samples": len(dataset.indices("train"))})
         expert.load(device.store.load(_STATE) or {})
         local = LocalRun(device, settings, expert)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.dataset import Dataset, ImageDataset
 from fleetune.edge.engine.parameters import Parameters
-from fleetune.edge.engine.prefix import CHUNK, split, token_mask
+from fleetune.edge.engine.prefix import split, token_mask
 from fleetune.edge.engine.sessions import Sessions
 from fleetune.edge.pack.patches import thumbnails
 
@@ -90,7 +90,7 @@ class Extractor:
         gradient: Sum of the gradients of θ over micro-batches.
     """
 
-    def __init__(self, sessions: Sessions, learned: Parameters, samples: Samples, *, chunk: int = CHUNK) -> None:
+    def __init__(self, sessions: Sessions, learned: Parameters, samples: Samples, *, chunk: int) -> None:
         self._sessions, self.learned, self.samples, self._chunk = sessions, learned, samples, chunk
         self.gradient = learned.blank()
 

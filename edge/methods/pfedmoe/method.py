@@ -195,7 +195,7 @@ class PFedMoE:
         assert manifest.extractor is not None
         check_labels(device, settings)
         expert = Expert.initial(Layout.of(manifest, manifest.extractor.representation), settings.seed)
-        boundary = manifest.blocks - min(settings.max_depth, manifest.blocks)
+        boundary = max(0, manifest.blocks - settings.max_depth)
         gate_input = device.cache.prefix(boundary, expert).pooled
         if announced.stage == "prepare":
             return Outcome({"samples": len(device.dataset.indices("train"))})
@@ -221,7 +221,7 @@ class PFedMoE:
         header = dict(zip(HEADER, ((width, settings.classes), (settings.classes,)), strict=True))
         extractor = Parameters(shared.shapes, what="the extractor")
         return Mixture(
-            Extractor(backbone.sessions, extractor, self._samples),
+            Extractor(backbone.sessions, extractor, self._samples, chunk=run.micro_batch),
             BackboneBody(run, expert),
             initial(header, settings.seed, what="the header"),
             gate_of(settings.gate, backbone.sessions, gate_input.shape[1], shared.gate, width, seed=settings.seed),

@@ -64,7 +64,7 @@ def step_of(suffix: Suffix, micro_batch: int) -> Callable[[Part], None]:
     width = shared.representation
     stand_in = _Part(suffix, micro_batch, manifest, (np.empty(0, np.float32), np.empty(0, np.float32)))
     body = BackboneBody(stand_in, Expert.initial(Layout.of(manifest, width), 0))
-    extractor = Extractor(backbone.sessions, initial(shared.shapes, 0), stand_in)
+    extractor = Extractor(backbone.sessions, initial(shared.shapes, 0), stand_in, chunk=micro_batch)
     header = initial(dict(zip(HEADER, ((width, _CLASSES), (_CLASSES,)), strict=True)), 0)
     gate = SampleGate(backbone.sessions, manifest.width, shared.gate, width, 0)
     seen = np.random.default_rng(0).standard_normal((micro_batch, manifest.width), dtype=np.float32)
