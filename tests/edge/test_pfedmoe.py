@@ -77,8 +77,9 @@ def mixture_on(device: Device, gate: Any = None) -> Mixture:
     header = initial(dict(zip(HEADER, ((width, 2), (2,)), strict=True)), 1)
     shared = initial(manifest.extractor.shapes, 2)
     gate = gate or SampleGate(backbone.sessions, manifest.width, manifest.extractor.gate, width, 0)
+    gate.load({"gate.norm2.weight": np.array([0.7, -0.4], np.float32)})
     extractor = Extractor(backbone.sessions, shared, samples_of(device.dataset, backbone), chunk=4)
-    return Mixture(extractor, BackboneBody(run, expert), header, gate, pooled)
+    return Mixture(extractor, BackboneBody(run, expert), header, gate, pooled.__getitem__)
 
 
 def gradients(mixture: Mixture, batch: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
@@ -215,6 +216,13 @@ def test_an_element_gate_begins_with_halves_and_learns() -> None:
         rise = ((shared - 0.5) * upstream[0] + (private - 0.5) * upstream[1]).sum() / step
         assert gate.gradient.vector[element] == pytest.approx(rise, rel=1e-2, abs=1e-3)
         gate.learned.vector[element] = 0
+
+
+def test_a_fresh_gate_weighs_both_equally(sharing_packs: tuple[Pack, Pack]) -> None:
+    gate = SampleGate(Backbone(sharing_packs[0], threads=1).sessions, 64, 128, 256, seed=5)
+    x = np.random.default_rng(0).standard_normal((7, 64), dtype=np.float32)
+    for weights in (gate.forward(x), gate.weights(x)):
+        np.testing.assert_array_equal(np.stack(weights), np.full((2, 7, 256), 0.5, np.float32))
 
 
 # --- rounds -------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fleetune.tools.pack.graph import Graph, Shape, Tensor
 
@@ -142,17 +141,12 @@ class DeepAveragingNetwork:
     def forward(self, graph: Graph, sample: Tensor, mask: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
         """The representation [b, m]."""
         assert mask is not None
-        rows = graph.layer_norm(
-            graph.reshape(sample, ("n", self.embedding)), *(graph.constant(value) for value in self._affine), _EPSILON
-        )
+        weight, bias = graph.constant(np.ones(self.embedding)), graph.constant(np.zeros(self.embedding))
+        rows = graph.layer_norm(graph.reshape(sample, ("n", self.embedding)), weight, bias, _EPSILON)
         tokens = _linear_relu(graph, rows, "fc1", tensors)
         share = graph.div(mask, graph.sum(mask, -1))
         mean = graph.matmul(share, graph.reshape(tokens, ("b", "t", self.hidden)))
         return graph.gemm(graph.reshape(mean, ("b", self.hidden)), tensors["fc2.weight"], tensors["fc2.bias"])
-
-    @property
-    def _affine(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        return np.ones(self.embedding, np.float32), np.zeros(self.embedding, np.float32)
 
 
 _EPSILON = 1e-5

@@ -14,9 +14,9 @@ from fleetune.edge.methods.base import (
     ExpertSettings,
     FloatArray,
     Metrics,
+    NothingShared,
     Outcome,
     Round,
-    NothingShared,
     read_settings,
     task_layout,
 )

@@ -6,9 +6,9 @@ from fleetune.edge.engine.expert import Expert
 from fleetune.edge.methods.base import (
     Device,
     ExpertSettings,
+    NothingShared,
     Outcome,
     Round,
-    NothingShared,
     random_for,
     read_settings,
     task_layout,

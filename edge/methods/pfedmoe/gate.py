@@ -21,6 +21,7 @@ MOMENTUM = 0.1
 
 _RUNNING = "running."
 _SWITCH = ("gate.switch.mean_weight", "gate.switch.variance_weight")
+_LAST = "gate.norm2.weight"
 
 
 class Gate(Protocol):
@@ -69,7 +70,8 @@ class SampleGate:
     """``softmax(BN(σ(BN(SN(x) W₁ + b₁)) W₂ + b₂))``, SN being switchable normalisation (Yi et al., 2024, figure 3).
 
     It is trained over whole batches, whose means and variances also enter running ones; these count elsewhere. A batch
-    of one sample has no variance and enters none.
+    of one sample has no variance and enters none. The weight of the last normalisation begins at zero, so that a fresh
+    gate weighs both equally: at one it would tell samples apart by its random initial values.
 
     Args:
         sessions: The pack's graphs.
@@ -202,7 +204,8 @@ def _initial(inputs: int, hidden: int, seed: int) -> Parameters:
     }
     found = Parameters({**maps, **norms, **dict.fromkeys(_SWITCH, (2,))}, what="the gate")
     found.load(initial(maps, seed).tensors)
-    found.load({name: np.ones(found.tensors[name].shape) for name in (*norms, *_SWITCH) if not name.endswith(".bias")})
+    ones = [name for name in (*norms, *_SWITCH) if not name.endswith(".bias") and name != _LAST]
+    found.load({name: np.ones(found.tensors[name].shape) for name in ones})
     return found
 
 

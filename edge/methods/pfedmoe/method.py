@@ -225,7 +225,7 @@ class PFedMoE:
             BackboneBody(run, expert),
             initial(header, settings.seed, what="the header"),
             gate_of(settings.gate, backbone.sessions, gate_input.shape[1], shared.gate, width, seed=settings.seed),
-            gate_input,
+            gate_input.__getitem__,
         )
 
     def _resume(self, mixture: Mixture) -> None:

@@ -5,7 +5,7 @@ Fleets and the paper's experiments train by the same code; they differ in their 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,15 +48,15 @@ class Mixture:
         body: F.
         header: ``header.weight`` [m, c] and ``header.bias`` [c].
         gate: Weighs both.
-        gate_input: What the gate sees of every sample [n, inputs].
+        see: What the gate sees of some samples [n, inputs].
     """
 
     def __init__(
-        self, extractor: Extractor, body: Body, header: Parameters, gate: Gate, gate_input: FloatArray
+        self, extractor: Extractor, body: Body, header: Parameters, gate: Gate, see: Callable[[Indices], FloatArray]
     ) -> None:
         self.extractor, self.body, self.header, self.gate = extractor, body, header, gate
         self.header_gradient = header.blank()
-        self._gate_input = gate_input
+        self._see = see
 
     def gradient(self, batch: Indices, labels: NDArray[np.int64]) -> float:
         """Replace the gradients of θ, ω, header and gate by those of the batch's mean cross-entropy.
@@ -71,7 +71,7 @@ class Mixture:
         parts = (self.extractor, self.body)
         for vector in (*(part.gradient.vector for part in parts), self.header_gradient.vector):
             vector[...] = 0
-        x = self._gate_input[batch]
+        x = self._see(batch)
         weights = self.gate.forward(x)
         upstream = np.empty_like(weights[0]), np.empty_like(weights[1])
         hot = np.zeros((len(batch), len(self.header.tensors["header.bias"])), dtype=np.float32)
@@ -105,7 +105,7 @@ class Mixture:
         Returns:
             The summed cross-entropy.
         """
-        x, both = self._gate_input[batch], self.representations(batch)
+        x, both = self._see(batch), self.representations(batch)
         weights = self.gate.forward(x)
         loss, slope = cross_entropy(self._logits(weights, both), labels)
         back = slope @ self.header.tensors["header.weight"].T
@@ -120,7 +120,7 @@ class Mixture:
     def scores(self, indices: Indices) -> Scores:
         """What the mixture, and each of its parts alone, makes of some samples."""
         both = self.representations(indices)
-        weights = self.gate.weights(self._gate_input[indices])
+        weights = self.gate.weights(self._see(indices))
         return Scores(
             self._logits(weights, both), self._header(both[0]), self._header(both[1]), weights[1].mean(axis=1)
         )

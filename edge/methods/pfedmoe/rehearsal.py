@@ -68,7 +68,7 @@ def step_of(suffix: Suffix, micro_batch: int) -> Callable[[Part], None]:
     header = initial(dict(zip(HEADER, ((width, _CLASSES), (_CLASSES,)), strict=True)), 0)
     gate = SampleGate(backbone.sessions, manifest.width, shared.gate, width, 0)
     seen = np.random.default_rng(0).standard_normal((micro_batch, manifest.width), dtype=np.float32)
-    mixture = Mixture(extractor, body, header, gate, seen)
+    mixture = Mixture(extractor, body, header, gate, seen.__getitem__)
     trained = [
         (one.vector, gradient.vector, Adam(one.vector.size, _RATE))
         for one, gradient in (
