@@ -115,6 +115,19 @@ def test_a_quick_run_measures_and_learns(minilm: Path, tmp_path: Path) -> None:
     assert "share of" in done.stdout
 
 
+def test_a_quick_run_trains_a_mixture_as_torch_does(tmp_path: Path) -> None:
+    pytest.importorskip("rich", reason="the table needs rich: pip install 'fleetune[all]'")
+    out = tmp_path / "mixture.json"
+    command = [sys.executable, "-m", "fleetune.tools.cli", "bench", "mixture", "--quick", "--json", out]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = {item["name"].split(": ")[1]: item for item in json.loads(out.read_text(encoding="utf-8"))["figures"]}
+    assert figures["loss of the last step"]["ratio"] == pytest.approx(1, abs=1e-3)
+    assert figures["loss of the last step"]["value"] < 2.5  # ten classes by chance: 2.303
+    assert figures["peak memory"]["ratio"] < 0.5
+    assert figures["a step"]["value"] > 0
+
+
 def test_a_quick_run_answers_with_two_experts_for_little_more_than_one(minilm: Path, tmp_path: Path) -> None:
     pytest.importorskip("rich", reason="the table needs rich: pip install 'fleetune[all]'")
     del minilm

@@ -20,12 +20,13 @@ def register(subparsers: Any) -> None:
         description=(
             "Measure Fleetune beside its peers on this machine, in turns, in one run, several times; prints medians,\n"
             "ranges and ratios. `step` trains adapters, `infer` answers one sample at a time, both beside PEFT on\n"
-            "torch; `plan` holds predicted memory and time against measured ones, and trains under hard limits.\n"
-            "`round` is a round in which nobody trains, beside Flower; `fleet` hundreds of agents and thousands of\n"
-            "updates on one aggregator; `bytes` what each codec puts on the link, and at which accuracy; `chaos`\n"
-            "kills, cuts off, fills up and garbles small fleets, and looks at what is left on disk (as root);\n"
-            "`attacks` has malicious devices lie to every rule, and says what each costs where nobody lies; `privacy`\n"
-            "what noise costs in accuracy, by ε and by the number of devices.\n"
+            "torch; `mixture` trains pFedMoE's two CNNs and their gate beside torch; `plan` holds predicted memory\n"
+            "and time against measured ones, and trains under hard limits. `round` is a round in which nobody trains,\n"
+            "beside Flower; `fleet` hundreds of agents and thousands of updates on one aggregator; `bytes` what each\n"
+            "codec puts on the link, and at which accuracy; `chaos` kills, cuts off, fills up and garbles small\n"
+            "fleets, and looks at what is left on disk (as root); `attacks` has malicious devices lie to every rule,\n"
+            "and says what each costs where nobody lies; `privacy` what noise costs in accuracy, by ε and by the\n"
+            "number of devices.\n"
             "Peers are installed into an environment of their own in the cache (1.3 GB), never into Fleetune's.\n"
             "Needs the `all` extra."
         ),
@@ -44,9 +45,10 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "name",
         metavar="NAME",
-        choices=("step", "infer", "plan", "round", "fleet", "bytes", "chaos", "attacks", "privacy"),
-        help="step: a training step; infer: an answer; plan: predictions, and rounds under hard limits; round, fleet, "
-        "bytes: what travels; chaos: faults; attacks: devices that lie; privacy: accuracy under noise",
+        choices=("step", "mixture", "infer", "plan", "round", "fleet", "bytes", "chaos", "attacks", "privacy"),
+        help="step: a training step; mixture: one of pFedMoE; infer: an answer; plan: predictions, and rounds under "
+        "hard limits; round, fleet, bytes: what travels; chaos: faults; attacks: devices that lie; privacy: accuracy "
+        "under noise",
     )
     parser.add_argument("--quick", action="store_true", help="fewer models, samples and repeats: under two minutes")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to this file")
@@ -54,7 +56,7 @@ def register(subparsers: Any) -> None:
         "--peers",
         metavar="LIST",
         help="all: PEFT in fp32 on all blocks; same: on the same blocks; nf4: in 4 bits; deployed, streams: two ways "
-        "to run Flower; none (default: all that a benchmark has; infer has only `same`)",
+        "to run Flower; torch; none (default: all that a benchmark has; infer has only `same`)",
     )
     parser.add_argument(
         "--threads", type=int, default=2, metavar="N", help="threads of every contender (default: %(default)s)"
@@ -74,12 +76,13 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.edge.protocol.files import FolderLock, write_atomic
     from fleetune.tools.assets import cache_root
-    from fleetune.tools.bench import attacks, chaos, fleet, infer, plan, privacy, rounds, step
+    from fleetune.tools.bench import attacks, chaos, fleet, infer, mixture, plan, privacy, rounds, step
     from fleetune.tools.bench import bytes as bytes_
     from fleetune.tools.terminal import open_console, show_steps
 
     run, known = {
         "step": (step.bench_step, step.PEERS),
+        "mixture": (mixture.bench_mixture, mixture.PEERS),
         "infer": (infer.bench_infer, infer.PEERS),
         "plan": (plan.bench_plan, plan.PEERS),
         "round": (rounds.bench_round, rounds.PEERS),

@@ -148,17 +148,18 @@ class NetworkBody:
         sessions: Its graphs.
         learned: Its tensors, under their names in the graphs.
         pictures: What the extractor sees too.
-        chunk: Samples that are evaluated at once.
+        micro_batch: Samples that go through the networks at once.
     """
 
-    def __init__(self, sessions: Sessions, learned: Parameters, pictures: Samples, *, chunk: int = 256) -> None:
+    def __init__(self, sessions: Sessions, learned: Parameters, pictures: Samples, *, micro_batch: int = 16) -> None:
         self._sessions, self.learned, self.gradient = sessions, learned, learned.blank()
-        self._pictures, self._chunk = pictures, chunk
+        self._pictures, self._micro_batch = pictures, micro_batch
         self._graph: StepGraph | None = None
 
     def groups(self, batch: Indices) -> Iterator[tuple[Indices, Tensors]]:
-        """The whole batch at once."""
-        yield np.arange(len(batch)), {}
+        """Nothing beside the extractor's samples."""
+        for rows in split(np.arange(len(batch)), self._micro_batch):
+            yield rows, {}
 
     def step(self, others: Tensors, into: Tensors, data: Tensors) -> Tensors:
         """Run a step."""
@@ -172,7 +173,7 @@ class NetworkBody:
 
     def representation(self, indices: Indices) -> FloatArray:
         """The private representation [n, m] of some samples."""
-        parts = (self._pictures(some) for some in split(indices, self._chunk))
+        parts = (self._pictures(some) for some in split(indices, self._micro_batch))
         return np.concatenate(
             [self._sessions.run("body", {**part, **self.learned.tensors})["representation"] for part in parts]
         )

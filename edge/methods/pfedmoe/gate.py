@@ -83,7 +83,7 @@ class SampleGate:
 
     def __init__(self, sessions: Sessions, inputs: int, hidden: int, representation: int, seed: int) -> None:
         self._sessions, self._width = sessions, representation
-        self.learned = _initial(inputs, hidden, seed)
+        self.learned = initial_gate(inputs, hidden, seed)
         self.gradient = self.learned.blank()
         self._running: dict[str, FloatArray] = {}
         for norm, width in (("switch", inputs), ("norm1", hidden), ("norm2", 2)):
@@ -190,7 +190,8 @@ class ElementGate:
         return found
 
 
-def _initial(inputs: int, hidden: int, seed: int) -> Parameters:
+def initial_gate(inputs: int, hidden: int, seed: int) -> Parameters:
+    """What a gate that sees so many numbers learns, as it begins."""
     maps = {
         "gate.fc1.weight": (inputs, hidden),
         "gate.fc1.bias": (hidden,),
