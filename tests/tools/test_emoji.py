@@ -136,6 +136,14 @@ def test_one_emoji_has_one_name_and_one_group_whatever_a_vendor_calls_it(sets: l
     ]
 
 
+def test_where_vendors_disagree_the_first_ones_group_counts_for_all(tmp_path: Path) -> None:
+    made = []
+    for vendor, own in (("new", {"Animals_Nature": ["crab"]}), ("old", {"Food_Drink": ["crab"]})):
+        files = package(vendor, {"crab": colour("red")}, metadata=categories(**own))
+        made.append(read_set(tarball(tmp_path, vendor, files)))
+    assert [emoji.group for emoji in catalogue(made)] == [NATURE, NATURE]
+
+
 def test_who_does_it_is_no_other_subject_but_what_is_done_is(sets: list[EmojiSet]) -> None:
     subjects = {emoji.name: emoji.subject for emoji in catalogue(sets)}
     assert subjects["man-dancing"] == subjects["woman-dancing"]

@@ -207,6 +207,7 @@ GOOD = array(1, 3072, bytes(3072))
         {b"data": bytes(3072), b"labels": [1]},
         {b"data": array(1, 3072, bytes(3071)), b"labels": [1]},
         {b"data": array(1, 3071, bytes(3071)), b"labels": [1]},
+        {b"data": array(2, 1536, bytes(3072)), b"labels": [1, 1]},
         {b"data": array(-1, 3072, bytes(3072)), b"labels": [1]},
         {b"data": array(2**30, 3072, bytes(3072)), b"labels": [1]},
         {b"data": array(1, 3072, bytes(3072), code=b"O8"), b"labels": [1]},

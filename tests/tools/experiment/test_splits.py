@@ -91,7 +91,10 @@ def test_each_client_has_the_least_that_was_asked_for_and_two_classes(labels: La
     for seed in range(10):
         dealt = dirichlet(labels, 10, rng(seed), alpha=0.1, least=100)
         assert min(len(rows) for rows in dealt) >= 100
-        assert min(len(np.unique(labels[rows])) for rows in dealt) >= 2
+    halves = labels % 2
+    for seed in range(10):
+        dealt = dirichlet(halves, 3, rng(seed), alpha=0.1, least=10)
+        assert {len(np.unique(halves[rows])) for rows in dealt} == {2}
 
 
 def test_what_no_draw_gives_is_refused(labels: Labels) -> None:
@@ -111,7 +114,9 @@ def test_natural_clients_are_the_groups() -> None:
     assert [rows.tolist() for rows in natural(np.array([2, 0, 2, 1, 0]))] == [[1, 4], [3], [0, 2]]
 
 
-@pytest.mark.parametrize("counts", [(100, 100), (8, 5, 1), (2, 2, 2, 2, 2), (1, 1), (7, 93), (3, 3, 3, 3, 3, 3)])
+@pytest.mark.parametrize(
+    "counts", [(100, 100), (8, 5, 1), (2, 1), (2, 2, 2, 2, 2), (1, 1), (7, 93), (3, 3, 3, 3, 3, 3)]
+)
 def test_a_fifth_of_a_clients_samples_is_held_out_of_every_class(counts: tuple[int, ...]) -> None:
     own = rng(3).permutation(np.repeat(np.arange(len(counts)), counts))
     out = held_out(own, rng())
@@ -143,7 +148,10 @@ def test_a_subject_is_learned_from_or_measured_by_never_both() -> None:
 
 def test_a_subject_larger_than_a_fifth_is_learned_from() -> None:
     subjects = np.array([0] * 30 + [*range(1, 71)])
-    assert not held_out_subjects(subjects, np.zeros(100, dtype=np.int64), rng())[:30].any()
+    for seed in range(10):
+        out = held_out_subjects(subjects, np.zeros(100, dtype=np.int64), rng(seed))
+        assert not out[:30].any()
+        assert out.sum() == 20
 
 
 def test_thinning_keeps_the_shares_of_classes() -> None:
