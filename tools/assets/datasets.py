@@ -250,8 +250,8 @@ def fashion_mnist_clients(
     _check_counts(clients, train, val, test)
     if not 0 < alpha < float("inf"):
         raise DataError(f"alpha is {alpha}", "choose an alpha above 0, such as 0.5")
-    seen_images, seen_labels = _labelled(directory, "train")
-    unseen_images, unseen_labels = _labelled(directory, "t10k")
+    seen_images, seen_labels = read_fashion_mnist(directory, "train")
+    unseen_images, unseen_labels = read_fashion_mnist(directory, "t10k")
     for want, have, what in ((train + val, len(seen_labels), "training"), (test, len(unseen_labels), "test")):
         if clients * want > have:
             raise DataError(
@@ -272,7 +272,7 @@ def fashion_mnist_clients(
     return dealt
 
 
-def _labelled(directory: Path, part: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+def read_fashion_mnist(directory: Path, part: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Images uint8 [N, 28, 28] and labels uint8 [N] of one part of the data set."""
     images = read_idx(directory / f"{part}-images-idx3-ubyte.gz", 3)
     labels = read_idx(directory / f"{part}-labels-idx1-ubyte.gz", 1)

@@ -11,7 +11,7 @@ import msgspec
 
 from fleetune.edge.protocol.errors import UNDECODABLE, AssetError
 from fleetune.edge.protocol.files import read_bytes
-from fleetune.tools.assets import focus_vit
+from fleetune.tools.assets import emoji, focus_vit
 from fleetune.tools.assets.carriers import UnavailableError, bring, sha256_of
 from fleetune.tools.assets.registry import ASSETS, Asset
 from fleetune.tools.assets.staging import fill, locked, staged
@@ -22,7 +22,7 @@ _MAX_RECORD = 1 << 20
 
 @dataclass(frozen=True)
 class _Converter:
-    """Makes a Hugging Face format directory of a backbone that is carried as something else.
+    """Makes of what is carried what is used: a Hugging Face format directory, or pictures.
 
     Attributes:
         version: Counts the changes of `convert`: a directory made by another version is made again.
@@ -51,7 +51,8 @@ class _Record:
 _CONVERTERS: dict[str, _Converter] = {
     "focus-vit": _Converter(
         focus_vit.VERSION, lambda source, target: focus_vit.convert(source / focus_vit.ONNX_FILE, target)
-    )
+    ),
+    "emoji-8": _Converter(emoji.VERSION, emoji.convert),
 }
 
 
@@ -69,7 +70,8 @@ def fetch(name: str, *, local: Path | None = None, cache: Path | None = None) ->
     Args:
         name: A key of `ASSETS`.
         local: A folder that the user gives instead. A backbone's is used as it is, so that any weights of
-            one's own can be packed; a data set's must hold the pinned files.
+            one's own can be packed; a data set's must hold the pinned files, and where they are not used as they
+            are, the cache gets what is made of them.
         cache: The cache's folder, if not `cache_root()`. Files in it are hashed anew on every call.
 
     Returns:
@@ -77,15 +79,17 @@ def fetch(name: str, *, local: Path | None = None, cache: Path | None = None) ->
 
     Raises:
         AssetError: The asset is unknown, cannot be had, or has other bytes than the ones pinned.
+        ConfigError: What makes a data set of the pinned files is not installed.
         UnsupportedBackboneError: A carried backbone cannot be converted.
     """
     asset = _find(name)
-    if local is not None:
-        return _local(asset, local)
+    given = None if local is None else _local(asset, local)
     converter = _CONVERTERS.get(name)
+    if given is not None and (converter is None or asset.kind == "backbone"):
+        return given
     if converter is None:
         return fetch_carrier(name, cache=cache)
-    return _converted(asset, converter, cache)
+    return _converted(asset, converter, given, cache)
 
 
 def fetch_carrier(name: str, *, cache: Path | None = None) -> Path:
@@ -160,14 +164,14 @@ def _local(asset: Asset, folder: Path) -> Path:
     return folder
 
 
-def _converted(asset: Asset, converter: _Converter, cache: Path | None) -> Path:
-    """A backbone's converted directory, made when the cache has none."""
+def _converted(asset: Asset, converter: _Converter, given: Path | None, cache: Path | None) -> Path:
+    """The converted directory, made when the cache has none."""
     root = _folder(cache)
     target = root / f"{asset.name}-{asset.digest[:12]}-v{converter.version}"
     try:
         if _intact(asset, converter, target):
             return target
-        source = fetch_carrier(asset.name, cache=cache)
+        source = given or fetch_carrier(asset.name, cache=cache)
         with staged(root) as scratch:
             files = scratch / "files"
             files.mkdir()

