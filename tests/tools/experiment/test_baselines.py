@@ -222,6 +222,15 @@ def test_a_clients_batches_do_not_depend_on_who_else_plays() -> None:
     assert np.array_equal(values(alone.models[2]), values(together.models[2]))
 
 
+def test_each_round_has_its_own_order_of_samples() -> None:
+    first, second = build("standalone"), build("standalone")
+    first.play((1,))
+    second.models[1].load_state_dict(first.models[1].state_dict())
+    first.play((1,))  # its second round
+    second.play((1,))  # from the same values, but its first
+    assert np.abs(values(first.models[1]) - values(second.models[1])).max() > 1e-6
+
+
 @pytest.mark.parametrize("name", EQUAL)
 def test_averaging_bodies_needs_equal_models(name: str) -> None:
     with pytest.raises(ConfigError, match=r"needs equal models; client a has .*hidden=24.*client c has .*hidden=20"):
@@ -466,6 +475,22 @@ def test_fedproto_answers_by_the_nearest_prototype_of_its_own_classes() -> None:
             own.header.bias.fill_(0)
             own.header.weight.fill_(0)
         assert method.accuracies()[place] == pytest.approx(wanted)
+
+
+def test_fedproto_never_answers_with_a_class_that_a_client_does_not_have() -> None:
+    strange = replace(FEDERATION.clients[1], test=samples([2] * 8, 0))
+    clients = (FEDERATION.clients[0], strange, *FEDERATION.clients[2:])
+    method = FedProto(replace(FEDERATION, clients=clients), [LARGE] * 4, replace(HYPER, learning_rate=1e-6))
+    skilled = FedAvg(FEDERATION, [LARGE] * 4, replace(HYPER, epochs=3))
+    for _ in range(8):
+        skilled.play(EVERYBODY)
+    for model in method.models:
+        model.load_state_dict(skilled.shared)
+    method.play(EVERYBODY)
+    with torch.no_grad():
+        hidden = method.models[1].body(as_pictures(strange.test.images))
+    assert (torch.cdist(hidden, method.prototypes).argmin(1) == 2).any()  # it would, if it could
+    assert method.accuracies()[1] == 0
 
 
 def test_fedproto_draws_representations_to_prototypes() -> None:

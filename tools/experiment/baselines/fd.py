@@ -56,7 +56,7 @@ class FD(Baseline):
         self._has = torch.zeros(clients, classes, dtype=torch.bool)
 
     def teacher(self, client: int) -> tuple[Tensor, Tensor]:
-        """What others answer for each class [classes, classes], and for which classes there is an answer [classes]."""
+        """What others answer for each class [classes, classes], and whether anybody does [classes]; zeros where not."""
         others = self._has.clone()
         others[client] = False
         number = others.sum(0)
@@ -68,21 +68,21 @@ class FD(Baseline):
         sums, counts = torch.zeros(len(sampled), classes, classes), torch.zeros(len(sampled), classes)
         for client, own_sums, own_counts in zip(sampled, sums, counts, strict=True):
             model = self.models[client]
-            flops += self._train(client, [model], self._loss(model, *self.teacher(client), own_sums, own_counts))
+            flops += self._train(client, [model], self._loss(model, self.teacher(client)[0], own_sums, own_counts))
         self._has[:, (counts > 0).any(0)] = False
         self._has[list(sampled)] |= counts > 0
         self._answered[list(sampled)] = sums / counts.clamp(min=1)[:, :, None]
         classes_sent = int((counts > 0).sum()) + sum(int(self.teacher(client)[1].sum()) for client in sampled)
         return Cost(classes_sent * classes, flops)
 
-    def _loss(self, model: Classifier, taught: Tensor, known: Tensor, sums: Tensor, counts: Tensor) -> Loss:
+    def _loss(self, model: Classifier, taught: Tensor, sums: Tensor, counts: Tensor) -> Loss:
         """By labels and by the others' answers; adds what the model answers up."""
 
         def loss(pictures: Tensor, labels: Tensor) -> Tensor:
             logits = model(pictures)
             sums.index_add_(0, labels, logits.detach().softmax(1))
             counts.index_add_(0, labels, torch.ones(len(labels)))
-            regulariser = -(taught[labels] * logits.log_softmax(1)).sum(1) * known[labels]
+            regulariser = -(taught[labels] * logits.log_softmax(1)).sum(1)
             return functional.cross_entropy(logits, labels) + self._settings.weight * regulariser.mean()
 
         return loss
