@@ -36,6 +36,7 @@ COMMANDS = (
     "broker",
     "assets",
     "bench",
+    "experiment",
 )
 """Modules of ``fleetune.tools.commands``, in the order in which the help lists them."""
 
