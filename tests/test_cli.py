@@ -170,7 +170,7 @@ def test_the_help_lists_every_command() -> None:
     text = fleetune("--help").stdout
     assert len(subcommands()) > 1
     for command in subcommands():
-        assert re.search(rf"^ +{command} +\S", text, re.MULTILINE)
+        assert re.search(rf"^ +{command}\s+\S", text, re.MULTILINE)
 
 
 def test_what_travels_is_encoded_as_the_codec_that_the_protocol_names() -> None:

@@ -134,7 +134,9 @@ def _run(args: argparse.Namespace) -> None:
         print(results)  # noqa: T201
         return
     for one in grids:
-        table = Table(*one.head, title=one.title, title_justify="left")
+        table = Table(title=one.title, title_justify="left")
+        for place, name in enumerate(one.head):
+            table.add_column(name, justify="right" if place else "left", no_wrap=not place)
         for row in one.rows:
             table.add_row(*row)
         open_console(stderr=False).print(table)

@@ -18,7 +18,7 @@ from fleetune.tools.bench.figures import Grid
 from fleetune.tools.experiment.run import Record, Setting
 
 _INK = "#5f6b7a"
-_COLOURS = "#b2559a #868e99 #2a7ab9 #10946f #c97b04 #d0432f #5b6abf #3f8f9f #a07f2a #7a7a7a".split()
+_COLOURS = ("#b2559a", "#868e99", "#2a7ab9", "#10946f", "#c97b04", "#d0432f", "#5b6abf", "#3f8f9f", "#a07f2a")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Row:
         best_spread: Its standard deviation over the seeds.
         last: Last round, likewise.
         last_spread: Its standard deviation.
+        target: Accuracy that costs are counted to.
         lead: Of its best round over pFedMoE's, seed by seed: negative where pFedMoE is better.
         lead_spread: Its standard deviation.
         rounds: Rounds to the target, mean over the seeds; None where one never gets there.
@@ -46,6 +47,7 @@ class Row:
     best_spread: float
     last: float
     last_spread: float
+    target: float
     lead: float
     lead_spread: float
     rounds: float | None
@@ -79,6 +81,7 @@ def rows(records: Sequence[Record], target: float | None = None) -> list[Row]:
                     method,
                     *_mean([run.best for run in runs]),
                     *_mean([run.accuracy[-1] for run in runs]),
+                    goal,
                     *_mean(leads),
                     rounds=fmean(end + 1 for _, end in reached) if whole else None,
                     sent=fmean(run.sent[end] for run, end in reached) if whole else None,
@@ -100,15 +103,17 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
 
 def grid(split: str, found: Sequence[Row]) -> Grid:
     """The table of a split."""
-    head = ("method", "best round", "last round", "beside the first", "rounds to target", "MB sent", "GFLOP", "s")
+    first = found[0].method
+    target = f"{100 * found[0].target:.1f} %"
+    title = f"{split}: accuracy in %; lead beside {first} in points; what it takes to reach {target}"
     return Grid(
-        split,
-        head,
+        title,
+        ("method", "best round", "last round", "lead", "rounds", "MB sent", "GFLOP", "s"),
         [
             (
                 row.method,
-                f"{100 * row.best:.1f} ± {100 * row.best_spread:.1f} %",
-                f"{100 * row.last:.1f} ± {100 * row.last_spread:.1f} %",
+                f"{100 * row.best:.1f} ± {100 * row.best_spread:.1f}",
+                f"{100 * row.last:.1f} ± {100 * row.last_spread:.1f}",
                 "" if row is found[0] else f"{100 * row.lead:+.1f} ± {100 * row.lead_spread:.1f}",
                 *("never" if value is None else f"{scale * value:,.0f}" for value, scale in _costs(row)),
             )

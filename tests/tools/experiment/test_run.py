@@ -107,8 +107,9 @@ def test_rows_are_means_over_the_seeds_and_leads_are_seed_by_seed() -> None:
 
 
 def test_a_table_says_never_where_the_target_was_not_reached() -> None:
-    ours = Row("s", "pfedmoe", 0.8, 0, 0.7, 0, 0, 0, 2.5, 25e6, 3.0, 1.0)
-    found = [ours, Row("s", "x", 0.6, 0, 0.6, 0, -0.2, 0.1, None, None, None, None)]
+    ours = Row("s", "pfedmoe", 0.8, 0, 0.7, 0, 0.75, 0, 0, 2.5, 25e6, 3.0, 1.0)
+    found = [ours, Row("s", "x", 0.6, 0, 0.6, 0, 0.75, -0.2, 0.1, None, None, None, None)]
     table = grid("s", found)
+    assert "75.0 %" in table.title
     assert table.rows[0][3:6] == ("", "2", "100")
     assert table.rows[1][3:5] == ("-20.0 ± 10.0", "never")

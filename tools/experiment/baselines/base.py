@@ -151,10 +151,6 @@ class Baseline(ABC):
         """How many samples a client trains on."""
         return len(self._federation.clients[client].train.labels)
 
-    def _classes(self, client: int) -> int:
-        """How many classes a client trains on."""
-        return len(np.unique(self._federation.clients[client].train.labels))
-
     def _mean(self, modules: Sequence[nn.Module], sampled: Sequence[int]) -> State:
         """Mean of what a round's clients hold, each client counting as much as it has samples."""
         samples = [self._samples(client) for client in sampled]
