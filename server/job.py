@@ -16,8 +16,9 @@ class Job:
     Attributes:
         id: Its name, a level of its topics.
         method: Name of the method.
-        backbone: Hash of the backbone's weights before they were quantised.
-        quantisation: How the pack stores them.
+        backbone: Hash of what all devices have alike: of the backbone's weights before they were quantised, or in
+            pFedMoE of the shared extractor; empty where nothing is shared.
+        quantisation: How their packs store weights; empty where devices may differ in it.
         shapes: Full name → shape of every tensor that a device may send; anything else is refused.
         rounds: Rounds of each training stage.
         settings: Hyper-parameters that do not change from round to round.

@@ -145,12 +145,13 @@ class Announcement(_Struct, frozen=True):
         run: Id of the run that the job belongs to; what a device keeps from another run has no part in it.
         job: Name of the job.
         version: Grows by one with every announcement of the job.
-        method: ``fedms``, ``standalone`` or ``frozen-head``.
+        method: ``fedms``, ``pfedmoe``, ``standalone`` or ``frozen-head``.
         stage: What devices do.
         round: Rounds in which devices train, up to this one and with it.
         rounds: All of them in the job; preparation and evaluation do not count.
-        backbone: Hash of the backbone's weights before they were quantised; a device with another one declines.
-        quantisation: How the pack stores them; a device with another one declines.
+        backbone: Hash of what all devices must have alike: of the backbone's weights before they were quantised, or in
+            pFedMoE of the shared extractor; a device with another one declines. Empty where nothing is shared.
+        quantisation: How the pack stores weights, likewise; empty where devices may differ in it.
         settings: Hyper-parameters of the method.
         issued: Unix time at which it was said, by the aggregator's clock; it grows with every announcement.
         expires: Unix time after which the announcement is void.
@@ -191,7 +192,7 @@ class UpdateManifest(_Struct, frozen=True):
         job: Its job.
         version: The announcement that it answers.
         issued: When that was issued.
-        backbone: Hash of the backbone's weights.
+        backbone: That of the announcement.
         samples: Weight of the update in the mean; 1 where it is private.
         metrics: What the device measured in the round.
         payload: What the round added to the tensors that it started from; absent if nothing goes up.
