@@ -73,7 +73,7 @@ class Adam:
 class Sgd:
     """Stochastic gradient descent with momentum and decoupled weight decay (Loshchilov and Hutter 2019, algorithm 1).
 
-    Half of Adam's state.
+    Half of Adam's state; without momentum a quarter.
 
     Args:
         size: Number of parameters.
@@ -84,13 +84,16 @@ class Sgd:
 
     def __init__(self, size: int, learning_rate: float, *, weight_decay: float = 0.0, momentum: float = 0.9) -> None:
         self._rate, self._decay, self._momentum = learning_rate, weight_decay, momentum
-        self._velocity, self._update = np.zeros((2, size), dtype=np.float32)
+        self._velocity = np.zeros(size if momentum else 0, dtype=np.float32)
+        self._update = np.zeros(size, dtype=np.float32)
 
     def step(self, parameters: FloatArray, gradient: FloatArray) -> None:
         """Update ``parameters`` in place."""
-        self._velocity *= self._momentum
-        self._velocity += gradient
-        np.multiply(self._velocity, self._rate, out=self._update)
+        if self._momentum:
+            self._velocity *= self._momentum
+            self._velocity += gradient
+            gradient = self._velocity
+        np.multiply(gradient, self._rate, out=self._update)
         if self._decay:
             parameters *= 1 - self._rate * self._decay
         parameters -= self._update
