@@ -58,6 +58,32 @@ class Strategy(Protocol):
         ...
 
 
+class OneStage:
+    """``rounds["train"]`` rounds of one kind, after one in which devices compute what is frozen for good.
+
+    Attributes:
+        shared: Prefixes of the global tensors that go down and come up in every round; none where devices train alone.
+    """
+
+    shared: tuple[str, ...] = ()
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds in which devices train."""
+        return self._job.rounds["train"]
+
+    def next(self, closed: Sequence[ClosedRound]) -> NextRound | None:
+        """The round after these."""
+        if not closed:
+            return NextRound("prepare", self._job.schedule.start)
+        if len(closed) > self.rounds:
+            return None
+        return NextRound("train", depth_after(closed, self._job), broadcast=self.shared, trained=self.shared)
+
+
 def trains(stage: Stage) -> bool:
     """Whether devices train in a round of this stage, so that it counts as one."""
     return stage in ("global", "personal", "train")

@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from fleetune.server.job import Job
-from fleetune.server.strategies.base import ClosedRound, NextRound, depth_after
+from fleetune.server.strategies.base import OneStage
 
 
-class Standalone:
-    """``rounds["train"]`` rounds of private training, under the same schedule as a federation."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-
-    @property
-    def rounds(self) -> int:
-        """Number of rounds in which devices train."""
-        return self._job.rounds["train"]
-
-    def next(self, closed: Sequence[ClosedRound]) -> NextRound | None:
-        """The round after these."""
-        if not closed:
-            return NextRound("prepare", self._job.schedule.start)
-        if len(closed) > self.rounds:
-            return None
-        return NextRound("train", depth_after(closed, self._job))
+class Standalone(OneStage):
+    """Private training, under the same schedule as a federation."""
 
 
-class FrozenHead(Standalone):
+class FrozenHead(OneStage):
     """One round: a head on the frozen backbone."""

@@ -53,12 +53,7 @@ class Trainer:
         self._mixture = Mixture(extractor, body, header, gate, self.flat)
         self._steps = [
             (learned.vector, gradient.vector, Sgd(learned.vector.size, RATE, momentum=0.0))
-            for learned, gradient in (
-                (extractor.learned, extractor.gradient),
-                (body.learned, body.gradient),
-                (header, self._mixture.header_gradient),
-                (gate.learned, gate.gradient),
-            )
+            for learned, gradient in self._mixture.parts
         ]
 
     def __call__(self, indices: Indices) -> Mapping[str, NDArray[np.float32]]:

@@ -148,15 +148,9 @@ class PFedMoE:
         mixture, labels, train = self._mixture(own), own.pictures.labels, own.pictures.train
         held = rng.permutation(train)[: int(self._own.held_out * len(train))]
         rates = self._own.shared_learning_rate, None, None, self._own.gate_learning_rate
-        parts = [
-            (own.kept, mixture.extractor.gradient),
-            (own.body, mixture.body.gradient),
-            (own.header, mixture.header_gradient),
-            (own.gate.learned, own.gate.gradient),
-        ]
         steps = [
             (part.vector, gradient.vector, Sgd(part.vector.size, rate or self._hyper.learning_rate, momentum=0.0))
-            for (part, gradient), rate in zip(parts, rates, strict=True)
+            for (part, gradient), rate in zip(mixture.parts, rates, strict=True)
         ]
         for _ in range(self._hyper.epochs):
             for batch in split(rng.permutation(np.setdiff1d(train, held)), self._hyper.batch):

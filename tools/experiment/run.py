@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -158,13 +159,8 @@ def play_all(setting: Setting, wanted: Sequence[Case], folder: Path, say: Callab
 def models(setting: Setting, clients: int) -> list[Cnn]:
     """The private model of each client."""
     if setting.model == "mixed":
-        return [cnn for cnn, _ in zip(_in_turn(), range(clients), strict=False)]
+        return list(itertools.islice(itertools.cycle(CNNS.values()), clients))
     return [CNNS[setting.model]] * clients
-
-
-def _in_turn() -> Iterator[Cnn]:
-    while True:
-        yield from CNNS.values()
 
 
 def _play(setting: Setting, case: Case, federation: Federation, what: str, say: Callable[[str], None]) -> Record:

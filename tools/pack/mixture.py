@@ -119,10 +119,10 @@ def _moments(graph: Graph, x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 
 def _normalised(
-    graph: Graph, x: Tensor, mean: Tensor, variance: Tensor, name: str, all_: Mapping[str, Tensor]
+    graph: Graph, x: Tensor, mean: Tensor, variance: Tensor, name: str, tensors: Mapping[str, Tensor]
 ) -> Tensor:
     normal = graph.div(graph.sub(x, mean), graph.unary("Sqrt", graph.add(variance, EPSILON)))
-    return graph.add(graph.mul(normal, all_[f"gate.{name}.weight"]), all_[f"gate.{name}.bias"])
+    return graph.add(graph.mul(normal, tensors[f"gate.{name}.weight"]), tensors[f"gate.{name}.bias"])
 
 
 def _batch_norm(graph: Graph, x: Tensor, name: str, tensors: Mapping[str, Tensor], moments: _Moments) -> Tensor:
@@ -141,7 +141,7 @@ def _switch_norm(graph: Graph, x: Tensor, tensors: Mapping[str, Tensor], moments
 
 
 def _weighted(graph: Graph, weights: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """``w₁ · first + w₂ · second`` with ``w = softmax(weights)``: with two, ``w₁`` is a sigmoid of their difference."""
+    """``w₁ · first + w₂ · second`` with ``w = softmax(weights)``."""
     both = graph.reshape(graph.softmax(weights), (1, 2))
     one, other = (graph.gemm(both, graph.constant(pick)) for pick in _PICKS)
     return graph.add(graph.mul(first, one), graph.mul(second, other))

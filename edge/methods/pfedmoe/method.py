@@ -13,7 +13,7 @@ from fleetune.edge.engine.dataset import Dataset
 from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.engine.model import card_for
 from fleetune.edge.engine.optimiser import Optimiser
-from fleetune.edge.engine.parameters import Parameters, initial, views
+from fleetune.edge.engine.parameters import initial, views
 from fleetune.edge.engine.prefix import split
 from fleetune.edge.methods.base import (
     Count,
@@ -102,9 +102,7 @@ class MixtureLearner:
     def narrow(self, depth: int) -> None:
         """Train no more than the top ``depth`` blocks of the private model."""
         self._tail = self.expert.layout.tail(depth)
-        self._start(self.expert.vector[self._tail].size)
-
-    def _start(self, size: int) -> None:
+        size = self.expert.vector[self._tail].size
         if self._body is None:
             self._body = optimiser_of(self._settings, size)
         else:
@@ -203,7 +201,6 @@ class PFedMoE:
         mixture = self._mixture(settings, run, expert, gate_input)
         self._resume(mixture)
         shared = mixture.extractor.learned
-        shared.load(initial(shared.shapes, settings.seed).tensors)
         shared.add(announced.tensors)
         start = shared.vector.copy()
         loss = self._train(announced, settings, run, mixture)
@@ -219,7 +216,7 @@ class PFedMoE:
             self._samples = samples_of(self._device.dataset, backbone)
         width = shared.representation
         header = dict(zip(HEADER, ((width, settings.classes), (settings.classes,)), strict=True))
-        extractor = Parameters(shared.shapes, what="the extractor")
+        extractor = initial(shared.shapes, settings.seed, what="the extractor")
         return Mixture(
             Extractor(backbone.sessions, extractor, self._samples, chunk=run.micro_batch),
             BackboneBody(run, expert),

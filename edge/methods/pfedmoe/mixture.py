@@ -58,6 +58,16 @@ class Mixture:
         self.header_gradient = header.blank()
         self._see = see
 
+    @property
+    def parts(self) -> tuple[tuple[Parameters, Parameters], ...]:
+        """What is learned and its gradient: of the extractor, the private model, the header, and the gate."""
+        return (
+            (self.extractor.learned, self.extractor.gradient),
+            (self.body.learned, self.body.gradient),
+            (self.header, self.header_gradient),
+            (self.gate.learned, self.gate.gradient),
+        )
+
     def gradient(self, batch: Indices, labels: NDArray[np.int64]) -> float:
         """Replace the gradients of θ, ω, header and gate by those of the batch's mean cross-entropy.
 
@@ -68,9 +78,8 @@ class Mixture:
         Returns:
             The summed cross-entropy.
         """
-        parts = (self.extractor, self.body)
-        for vector in (*(part.gradient.vector for part in parts), self.header_gradient.vector):
-            vector[...] = 0
+        for _, gradient in self.parts:
+            gradient.vector[...] = 0
         x = self._see(batch)
         weights = self.gate.forward(x)
         upstream = np.empty_like(weights[0]), np.empty_like(weights[1])
@@ -87,12 +96,8 @@ class Mixture:
             total += cross_entropy(found["logits"], labels[rows])[0]
             upstream[0][rows], upstream[1][rows] = found["grad.alpha.global"], found["grad.alpha.local"]
         self.gate.backward(x, upstream)
-        for vector in (
-            *(part.gradient.vector for part in parts),
-            self.header_gradient.vector,
-            self.gate.gradient.vector,
-        ):
-            vector /= len(batch)
+        for _, gradient in self.parts:
+            gradient.vector /= len(batch)
         return total
 
     def gate_gradient(self, batch: Indices, labels: NDArray[np.int64]) -> float:

@@ -69,15 +69,7 @@ def step_of(suffix: Suffix, micro_batch: int) -> Callable[[Part], None]:
     gate = SampleGate(backbone.sessions, manifest.width, shared.gate, width, 0)
     seen = np.random.default_rng(0).standard_normal((micro_batch, manifest.width), dtype=np.float32)
     mixture = Mixture(extractor, body, header, gate, seen.__getitem__)
-    trained = [
-        (one.vector, gradient.vector, Adam(one.vector.size, _RATE))
-        for one, gradient in (
-            (extractor.learned, extractor.gradient),
-            (body.learned, body.gradient),
-            (header, mixture.header_gradient),
-            (gate.learned, gate.gradient),
-        )
-    ]
+    trained = [(one.vector, gradient.vector, Adam(one.vector.size, _RATE)) for one, gradient in mixture.parts]
     batch, labels = np.arange(micro_batch), np.zeros(micro_batch, dtype=np.int64)
 
     def step(part: Part) -> None:
