@@ -33,7 +33,7 @@ class RunFacts:
         broker: Name and version of the broker.
         url: Its address.
         method: What the report is about.
-        sha256_before: Device → hash of its packed weights before the run.
+        sha256_before: Identity of a pack → hash of its weights before the run.
         sha256_after: And after it.
         settings: The options of the run.
     """
@@ -68,10 +68,10 @@ def build_report(
             "architecture": pack.manifest.backbone.architecture,
             "blocks": pack.manifest.blocks,
             "source_sha256": pack.manifest.backbone.sha256,
-            "sha256_before": facts.sha256_before[device],
-            "sha256_after": facts.sha256_after[device],
+            "sha256_before": facts.sha256_before[pack.sha256],
+            "sha256_after": facts.sha256_after[pack.sha256],
         }
-        for device, pack in packs.items()
+        for pack in packs.values()
     }
     return {
         "schema": 1,

@@ -94,8 +94,8 @@ def _run(folder: RunFolder, options: DemoOptions, console: Console, start: float
             say=say,
         )
     fleet = read_fleet(folder.fleet)
-    packs = {device: Pack.open(kit.pack) for device, kit in kits.items()}
-    before = {device: pack.weights_sha256() for device, pack in packs.items()}
+    packs = {kit: Pack.open(kit.pack) for kit in dict.fromkeys(kits.values())}
+    before = {pack.sha256: pack.weights_sha256() for pack in packs.values()}
     with processes() as running:
         address = options.broker or _start_broker(folder, running)
         with Watch(address, fleet) as watch:
@@ -109,12 +109,12 @@ def _run(folder: RunFolder, options: DemoOptions, console: Console, start: float
         url=str(address),
         method=options.method,
         sha256_before=before,
-        sha256_after={device: Pack.open(kit.pack).weights_sha256() for device, kit in kits.items()},
+        sha256_after={pack.sha256: Pack.open(kit.pack).weights_sha256() for kit, pack in packs.items()},
         settings=options.record,
     )
     task = options.task
     data = {"name": task.data, "train": task.train, "val": task.val, "test": task.test, "classes": task.classes}
-    return build_report(folder.aggregator, fleet, packs, data, facts)
+    return build_report(folder.aggregator, fleet, {device: packs[kit] for device, kit in kits.items()}, data, facts)
 
 
 def _start_broker(folder: RunFolder, running: Processes) -> BrokerAddress:
