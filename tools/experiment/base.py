@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -9,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetune.edge.protocol.errors import ConfigError
 from fleetune.tools.pack.extractors import Cnn
 
 
@@ -104,3 +106,23 @@ class Algorithm(Protocol):
     def accuracies(self) -> list[float]:
         """Share of each client's test samples that its model, as it would be used, gets right."""
         ...
+
+
+def check_loss(loss: float, method: str, number: int, client: Client, hyper: Hyper) -> None:
+    """See that a step gave a number.
+
+    Args:
+        loss: Of the step.
+        method: Which method took it.
+        number: Of the round.
+        client: Whose step it was.
+        hyper: What it was taken with.
+
+    Raises:
+        ConfigError: It did not.
+    """
+    if not math.isfinite(loss):
+        raise ConfigError(
+            f"{method} diverged in round {number}: the loss of client {client.name} is {loss}",
+            f"use a smaller learning rate than {hyper.learning_rate:g}",
+        )

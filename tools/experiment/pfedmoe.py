@@ -19,7 +19,7 @@ from fleetune.edge.methods.pfedmoe.extractor import Extractor
 from fleetune.edge.methods.pfedmoe.gate import Gate, gate_of
 from fleetune.edge.methods.pfedmoe.mixture import HEADER, Mixture
 from fleetune.edge.protocol.modelfile import GateKind
-from fleetune.tools.experiment.base import Client, Cost, Federation, Hyper
+from fleetune.tools.experiment.base import Client, Cost, Federation, Hyper, check_loss
 from fleetune.tools.experiment.flops import forward_flops, header_flops, training_flops
 from fleetune.tools.pack.extractors import SHARED_CNN, SIDE, Cnn
 from fleetune.tools.pack.mixture import BODY, EXTRACTOR, GATE, extractor_graph, gate_graphs, network_graphs
@@ -95,7 +95,7 @@ class PFedMoE:
     def __init__(
         self, federation: Federation, models: Sequence[Cnn], hyper: Hyper, own: MixtureHyper | None = None
     ) -> None:
-        self._hyper, self._own = hyper, own or MixtureHyper()
+        self._federation, self._hyper, self._own = federation, hyper, own or MixtureHyper()
         self._scratch = tempfile.TemporaryDirectory(prefix="fleetune-experiment-")
         shared = {f"{EXTRACTOR}{name}": shape for name, shape in SHARED_CNN.shapes.items()}
         self.shared = initial(shared, hyper.seed, what="the extractor")
@@ -144,6 +144,9 @@ class PFedMoE:
         return Cost(2 * len(sampled) * self.shared.vector.size, flops)
 
     def _train(self, number: int, own: _Own) -> None:
+        def check(loss: float) -> None:
+            check_loss(loss, type(self).__name__, self._round, self._federation.clients[number], self._hyper)
+
         rng = np.random.default_rng([self._hyper.seed, self._round, number])
         mixture, labels, train = self._mixture(own), own.pictures.labels, own.pictures.train
         held = rng.permutation(train)[: int(self._own.held_out * len(train))]
@@ -154,11 +157,11 @@ class PFedMoE:
         ]
         for _ in range(self._hyper.epochs):
             for batch in split(rng.permutation(np.setdiff1d(train, held)), self._hyper.batch):
-                mixture.gradient(batch, labels[batch])
+                check(mixture.gradient(batch, labels[batch]))
                 for vector, gradient, optimiser in steps[: 3 if len(held) else 4]:
                     optimiser.step(vector, gradient)
             for batch in split(held, self._hyper.batch):
-                mixture.gate_gradient(batch, labels[batch])
+                check(mixture.gate_gradient(batch, labels[batch]))
                 vector, gradient, optimiser = steps[3]
                 optimiser.step(vector, gradient)
 

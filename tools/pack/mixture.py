@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import onnx
 
+from fleetune.edge.methods.pfedmoe.gate import RUNNING, gate_shapes, running_shapes
 from fleetune.tools.pack.architectures import Architecture, Geometry
 from fleetune.tools.pack.compile import Outer, top_blocks
 from fleetune.tools.pack.extractors import Network
@@ -29,33 +30,7 @@ GATE = 128
 
 ALPHAS = ("alpha.global", "alpha.local")
 
-GATE_NORMS = ("switch", "norm1", "norm2")
-"""The gate's normalisations, which keep running means and variances."""
-
 _PICKS = np.eye(2, dtype=np.float32)[:, :, None]
-
-
-def gate_shapes(inputs: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    """Name → shape of what a gate learns.
-
-    Args:
-        inputs: Width of what it sees.
-        hidden: Width of its hidden layer.
-    """
-    return {
-        "gate.switch.weight": (inputs,),
-        "gate.switch.bias": (inputs,),
-        "gate.switch.mean_weight": (2,),
-        "gate.switch.variance_weight": (2,),
-        "gate.fc1.weight": (inputs, hidden),
-        "gate.fc1.bias": (hidden,),
-        "gate.norm1.weight": (hidden,),
-        "gate.norm1.bias": (hidden,),
-        "gate.fc2.weight": (hidden, 2),
-        "gate.fc2.bias": (2,),
-        "gate.norm2.weight": (2,),
-        "gate.norm2.bias": (2,),
-    }
 
 
 def gate_graphs(inputs: int, hidden: int) -> dict[str, onnx.ModelProto]:
@@ -70,12 +45,7 @@ def gate_graphs(inputs: int, hidden: int) -> dict[str, onnx.ModelProto]:
     graph = Graph(sizes_from=x)
     upstream = graph.input("gradient", ("b", 2))
     learned = {name: graph.input(name, shape) for name, shape in gate_shapes(inputs, hidden).items()}
-    widths = dict(zip(GATE_NORMS, (inputs, hidden, 2), strict=True))
-    running = {
-        f"{norm}.{what}": graph.input(f"running.{norm}.{what}", (1, width))
-        for norm, width in widths.items()
-        for what in ("mean", "variance")
-    }
+    running = {name: graph.input(f"{RUNNING}{name}", shape) for name, shape in running_shapes(inputs, hidden).items()}
     found: dict[str, Tensor] = {}
 
     def of_batch(norm: str, a: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,9 @@ Weights = tuple[FloatArray, FloatArray]
 MOMENTUM = 0.1
 """Share of a new batch in the running means and variances, as in torch."""
 
-_RUNNING = "running."
-_SWITCH = ("gate.switch.mean_weight", "gate.switch.variance_weight")
+RUNNING = "running."
+"""What the names of running means and variances begin with."""
+
 _LAST = "gate.norm2.weight"
 
 
@@ -85,10 +86,10 @@ class SampleGate:
         self._sessions, self._width = sessions, representation
         self.learned = initial_gate(inputs, hidden, seed)
         self.gradient = self.learned.blank()
-        self._running: dict[str, FloatArray] = {}
-        for norm, width in (("switch", inputs), ("norm1", hidden), ("norm2", 2)):
-            self._running[f"{_RUNNING}{norm}.mean"] = np.zeros((1, width), dtype=np.float32)
-            self._running[f"{_RUNNING}{norm}.variance"] = np.ones((1, width), dtype=np.float32)
+        self._running = {
+            f"{RUNNING}{name}": np.full(shape, float(name.endswith(".variance")), dtype=np.float32)
+            for name, shape in running_shapes(inputs, hidden).items()
+        }
 
     @property
     def tensors(self) -> Mapping[str, FloatArray]:
@@ -108,7 +109,7 @@ class SampleGate:
         if len(x) > 1:
             for name, value in found.items():
                 unbiased = value * (len(x) / (len(x) - 1)) if name.endswith("variance") else value
-                running = self._running[f"{_RUNNING}{name}"]
+                running = self._running[f"{RUNNING}{name}"]
                 running += MOMENTUM * (unbiased - running)
         return self._spread(alpha)
 
@@ -190,22 +191,42 @@ class ElementGate:
         return found
 
 
-def initial_gate(inputs: int, hidden: int, seed: int) -> Parameters:
-    """What a gate that sees so many numbers learns, as it begins."""
-    maps = {
+def gate_shapes(inputs: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Name → shape of what a gate learns.
+
+    Args:
+        inputs: Width of what it sees.
+        hidden: Width of its hidden layer.
+    """
+    return {
+        "gate.switch.weight": (inputs,),
+        "gate.switch.bias": (inputs,),
+        "gate.switch.mean_weight": (2,),
+        "gate.switch.variance_weight": (2,),
         "gate.fc1.weight": (inputs, hidden),
         "gate.fc1.bias": (hidden,),
+        "gate.norm1.weight": (hidden,),
+        "gate.norm1.bias": (hidden,),
         "gate.fc2.weight": (hidden, 2),
         "gate.fc2.bias": (2,),
+        "gate.norm2.weight": (2,),
+        "gate.norm2.bias": (2,),
     }
-    norms = {
-        f"gate.{norm}.{what}": (width,)
-        for norm, width in (("switch", inputs), ("norm1", hidden), ("norm2", 2))
-        for what in ("weight", "bias")
-    }
-    found = Parameters({**maps, **norms, **dict.fromkeys(_SWITCH, (2,))}, what="the gate")
+
+
+def running_shapes(inputs: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the means and variances that a gate's normalisations keep."""
+    widths = {"switch": inputs, "norm1": hidden, "norm2": 2}
+    return {f"{norm}.{what}": (1, width) for norm, width in widths.items() for what in ("mean", "variance")}
+
+
+def initial_gate(inputs: int, hidden: int, seed: int) -> Parameters:
+    """What a gate that sees so many numbers learns, as it begins."""
+    shapes = gate_shapes(inputs, hidden)
+    maps = {name: shape for name, shape in shapes.items() if name.startswith("gate.fc")}
+    found = Parameters(shapes, what="the gate")
     found.load(initial(maps, seed).tensors)
-    ones = [name for name in (*norms, *_SWITCH) if not name.endswith(".bias") and name != _LAST]
+    ones = [name for name in shapes if name not in maps and not name.endswith(".bias") and name != _LAST]
     found.load({name: np.ones(found.tensors[name].shape) for name in ones})
     return found
 

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("onnx", reason="needs onnx: pip install 'fleetune[pack]'")
 
+from fleetune.edge.protocol.errors import ConfigError
 from fleetune.tools.experiment.base import Client, Federation, Hyper, Samples
 from fleetune.tools.experiment.pfedmoe import MixtureHyper, PFedMoE
 from fleetune.tools.pack.extractors import CNNS
@@ -85,3 +86,12 @@ def test_options_learn_too(own: MixtureHyper, federation: Federation) -> None:
     for _ in range(10):
         method.play([0, 1, 2])
     assert np.mean(method.accuracies()) > 0.85
+
+
+def test_a_loss_that_is_no_number_ends_it_and_says_whose(federation: Federation) -> None:
+    method = PFedMoE(federation, MODELS, Hyper(epochs=20, batch=8, learning_rate=1e6))
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(ConfigError, match="PFedMoE diverged in round 1: the loss of client c0"),
+    ):
+        method.play([0, 1, 2])

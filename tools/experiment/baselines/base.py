@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch.nn import functional
 
 from fleetune.edge.protocol.errors import ConfigError
 from fleetune.tools.bench.torch_mixture import TorchCnn
-from fleetune.tools.experiment.base import Cost, Federation, Hyper
+from fleetune.tools.experiment.base import Cost, Federation, Hyper, check_loss
 from fleetune.tools.experiment.flops import forward_flops, header_flops, training_flops
 from fleetune.tools.pack.extractors import Cnn
 
@@ -135,12 +134,7 @@ class Baseline(ABC):
         optimiser = torch.optim.SGD(parameters, lr=self._hyper.learning_rate)
         for pictures, labels in self._batches(client):
             value = loss(pictures, labels)
-            if not isfinite(value.item()):
-                raise ConfigError(
-                    f"{type(self).__name__} diverged in round {self._round}: the loss of client "
-                    f"{self._federation.clients[client].name} is {value.item()}",
-                    f"use a smaller learning rate than {self._hyper.learning_rate:g}",
-                )
+            check_loss(value.item(), type(self).__name__, self._round, self._federation.clients[client], self._hyper)
             optimiser.zero_grad()
             value.backward()
             optimiser.step()
