@@ -116,7 +116,7 @@ def test_block_by_block_and_in_parts_the_gradient_is_that_of_the_whole_batch(
 
 def test_the_gradient_is_torchs(make: Make, sharing_packs: tuple[Pack, Pack], bert_reference: Any) -> None:
     torch = pytest.importorskip("torch", reason="needs torch: pip install 'fleetune[pack]'")
-    from fleetune.tools.bench.torch_mixture import TorchGate, as_torch, load, parameters_of
+    from fleetune.tools.pack.torch_networks import TorchGate, as_torch, load, parameters_of
 
     device = make(sharing_packs[0], micro_batch=16)
     mixture, batch = mixture_on(device), np.arange(8)

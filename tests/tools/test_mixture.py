@@ -14,19 +14,19 @@ onnx = pytest.importorskip("onnx", reason="needs onnx: pip install 'fleetune[pac
 import onnxruntime  # noqa: E402
 
 from fleetune.edge.methods.pfedmoe.gate import gate_shapes, running_shapes  # noqa: E402
-from fleetune.tools.bench.torch_mixture import (  # noqa: E402
-    TorchCnn,
-    TorchGate,
-    as_torch,
-    load,
-    parameters_of,
-)
 from fleetune.tools.pack.extractors import CNNS, SHARED_CNN, Cnn, DeepAveragingNetwork  # noqa: E402
 from fleetune.tools.pack.mixture import (  # noqa: E402
     ALPHAS,
     extractor_graph,
     gate_graphs,
     network_graphs,
+)
+from fleetune.tools.pack.torch_networks import (  # noqa: E402
+    TorchCnn,
+    TorchGate,
+    as_torch,
+    load,
+    parameters_of,
 )
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]

@@ -24,6 +24,7 @@ from fleetune.edge.protocol.errors import (
     UnsupportedBackboneError,
 )
 
+onnx = pytest.importorskip("onnx", reason="needs onnx: pip install 'fleetune[pack]'")
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'fleetune[pack]'")
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'fleetune[pack]'")
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -76,6 +77,28 @@ def test_the_check_passes(kind: str, request: pytest.FixtureRequest) -> None:
         "block 2: grad.h",
     } <= names
     assert not worst(checks)
+
+
+@pytest.mark.parametrize("kind", ["large", "small", "pictures"])
+def test_the_check_passes_for_packs_that_share_an_extractor(kind: str, request: pytest.FixtureRequest) -> None:
+    pack, source = sharing(kind, request)
+    checks = check_pack(pack, source)
+    depth = pack.manifest.blocks
+    assert {
+        "extractor: representation",
+        "gate: gradients",
+        f"mixture of depth {depth}, fused: gradients of the private model",
+        f"mixture of depth {depth}, block by block: gradients of the extractor",
+    } <= {check.what for check in checks}
+    assert not worst(checks)
+
+
+def sharing(kind: str, request: pytest.FixtureRequest) -> tuple[Pack, Path]:
+    """A pack with an extractor, and the backbone that it was made from."""
+    if kind == "pictures":
+        return request.getfixturevalue("sharing_dinov2_pack"), request.getfixturevalue("tiny_dinov2")
+    packs: tuple[Pack, Pack] = request.getfixturevalue("sharing_packs")
+    return packs[kind == "small"], request.getfixturevalue("tiny_bert")
 
 
 def test_the_check_passes_for_minilm(minilm_pack: Pack, minilm: Path) -> None:
@@ -170,6 +193,30 @@ def test_the_check_detects_one_altered_weight(
     tmp_path: Path,
 ) -> None:
     assert check_fails(alter(tiny_dinov2_pack, tmp_path / "pack", tensor, change), tiny_dinov2)
+
+
+@pytest.mark.parametrize(("graph", "says"), [
+    ("extractor", {"extractor: representation"}),
+    ("gate_train", {"gate: weights"}),
+    ("gate_backward", {"gate: gradients"}),
+    ("mixture_2", {"mixture of depth 2, fused: gradients of the extractor"}),
+    ("mixture_0", {f"mixture of depth {depth}, block by block: gradients of the extractor" for depth in (1, 2)}),
+])  # fmt: skip
+def test_the_check_detects_an_altered_graph_of_the_mixture(
+    graph: str, says: set[str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    pack, source = sharing("small", request)
+    shutil.copytree(pack.path, tmp_path / "pack")
+    file = tmp_path / "pack" / f"{graph}.onnx"
+    model = onnx.load(file)
+    for node in model.graph.node:
+        node.op_type = {"Relu": "Tanh", "Sigmoid": "Tanh", "Sqrt": "Abs"}.get(node.op_type, node.op_type)
+    onnx.save(model, file)
+    files = pack.manifest.files | {file.name: File(bytes=file.stat().st_size, sha256=file_sha256(file))}
+    (tmp_path / "pack" / FILE).write_bytes(msgspec.json.encode(msgspec.structs.replace(pack.manifest, files=files)))
+    failed = {check.what for check in check_pack(Pack.open(tmp_path / "pack"), source) if not check.passed}
+    assert failed >= says
+    assert all(what.startswith(("mixture", "gate", "extractor")) for what in failed)
 
 
 @pytest.mark.parametrize("tensor", ["tokens.table.codes", "embed_norm.bias"])

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from fleetune.edge.resources.process import peak_mib
 from fleetune.tools.bench.mixture_spec import CLASSES, INPUTS, RATE, STEPS, MixtureSpec
-from fleetune.tools.bench.torch_mixture import TorchCnn, TorchGate, load, parameters_of
 from fleetune.tools.pack.extractors import CNNS, SHARED_CNN
+from fleetune.tools.pack.torch_networks import TorchCnn, TorchGate, load, parameters_of
 
 
 def main(spec: MixtureSpec) -> None:

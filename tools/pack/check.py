@@ -20,9 +20,9 @@ from fleetune.edge.engine.suffix import Suffix
 from fleetune.edge.pack.pack import Pack, file_sha256
 from fleetune.edge.pack.patches import to_patches
 from fleetune.edge.protocol.errors import PackError
-from fleetune.tools.pack.architectures import ARCHITECTURES
-from fleetune.tools.pack.checkpoint import WEIGHTS, Checkpoint, is_matrix, read_checkpoint
+from fleetune.tools.pack.checkpoint import WEIGHTS, Checkpoint, first_blocks, is_matrix, read_checkpoint
 from fleetune.tools.pack.quantise import BLOCK_SIZE, quantise
+from fleetune.tools.pack.torch_backbone import torch_backbone, torch_block, torch_pool
 
 FloatArray = NDArray[np.float32]
 
@@ -64,14 +64,16 @@ def check_pack(pack: Pack, source: Path, *, seed: int = 0) -> list[Check]:
     rng = np.random.default_rng(seed)
     image_size = pack.manifest.image.size if pack.manifest.image else None
     weights = source / WEIGHTS
-    if weights.is_file() and file_sha256(weights) != pack.manifest.backbone.sha256:
-        raise PackError(
-            f"{pack.path} is a pack of {pack.manifest.backbone.id}, made from other weights than {source} holds",
-            "name the backbone that the pack was made from",
-        )
-    checkpoint = read_checkpoint(source, image_size=image_size)
+    if weights.is_file():
+        whole, found = file_sha256(weights), pack.manifest.backbone.sha256
+        if found not in (whole, first_blocks(whole, pack.manifest.blocks)):
+            raise PackError(
+                f"{pack.path} is a pack of {pack.manifest.backbone.id}, made from other weights than {source} holds",
+                "name the backbone that the pack was made from",
+            )
+    checkpoint = read_checkpoint(source, image_size=image_size, blocks=pack.manifest.blocks)
     backbone = Backbone(pack, threads=0)
-    model = _reference(pack, source)
+    model = torch_backbone(pack, source)
     layers = model.encoder.layer
     expert = Expert.initial(Layout.of(pack.manifest, classes=2), seed)
     expert.vector[:] = rng.normal(0, 0.05, expert.vector.shape)
@@ -90,7 +92,7 @@ def check_pack(pack: Pack, source: Path, *, seed: int = 0) -> list[Check]:
         adapters = expert.adapters(index)
         symbols = {name: torch.tensor(array, requires_grad=True) for name, array in adapters.items()}
         h = torch.tensor(hidden, requires_grad=True)
-        y = _torch_block(layers[index], h, torch.tensor(mask), symbols, pack)
+        y = torch_block(layers[index], h, torch.tensor(mask), symbols, pack)
         reference = torch.autograd.grad(y, [h, *symbols.values()], torch.tensor(upstream))
         names = ["grad.h", *(f"grad.{name}" for name in symbols)]
         wanted = {name: grad.numpy() for name, grad in zip(names, reference, strict=True)}
@@ -99,7 +101,7 @@ def check_pack(pack: Pack, source: Path, *, seed: int = 0) -> list[Check]:
         got = backbone.backward(index, hidden, mask, adapters, upstream)
         checks += [Check(f"block {index}: {name}", _error(got[name], wanted[name])) for name in names]
         if index == pack.manifest.blocks - 1:
-            wanted_top = _torch_pool(model, y, torch.tensor(mask), pack).detach().numpy()
+            wanted_top = torch_pool(model, y, torch.tensor(mask), pack).detach().numpy()
             checks.append(Check("last block and features", _error(backbone.top(hidden, mask, adapters), wanted_top)))
     for depth in range(1, pack.manifest.blocks + 1):
         error = _step_error(Suffix(backbone, depth, recompute=False), model, expert, hidden, mask)
@@ -113,11 +115,15 @@ def check_pack(pack: Pack, source: Path, *, seed: int = 0) -> list[Check]:
         checks.append(Check(f"inference at depth {depth}: features", error))
     features = backbone.pool(hidden, mask)
     h = torch.tensor(hidden, requires_grad=True)
-    z = _torch_pool(model, h, torch.tensor(mask), pack)
+    z = torch_pool(model, h, torch.tensor(mask), pack)
     seed_z = rng.standard_normal(features.shape, dtype=np.float32)
     (grad,) = torch.autograd.grad(z, h, torch.tensor(seed_z))
     checks.append(Check("features", _error(features, z.detach().numpy())))
     checks.append(Check("features: grad.h", _error(backbone.pool_backward(hidden, mask, seed_z), grad.numpy())))
+    if pack.manifest.extractor:
+        from fleetune.tools.pack.check_sharing import compare_sharing
+
+        checks += [Check(what, _error(*both)) for what, *both in compare_sharing(backbone, model, hidden, mask, rng)]
     return checks
 
 
@@ -132,8 +138,8 @@ def _step_error(suffix: Suffix, model: Any, expert: Expert, hidden: FloatArray, 
     h = torch.tensor(hidden)
     for block in suffix.blocks:
         adapters = {name: symbols[f"blocks.{block}.{name}"] for name in expert.adapters(block)}
-        h = _torch_block(model.encoder.layer[block], h, torch.tensor(mask), adapters, pack)
-    logits = _torch_pool(model, h, torch.tensor(mask), pack) @ symbols["head.weight"] + symbols["head.bias"]
+        h = torch_block(model.encoder.layer[block], h, torch.tensor(mask), adapters, pack)
+    logits = torch_pool(model, h, torch.tensor(mask), pack) @ symbols["head.weight"] + symbols["head.bias"]
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels), reduction="sum")
     wanted = torch.autograd.grad(loss, list(symbols.values()))
     got = np.concatenate([found.tensors[name].reshape(-1) for name in symbols])
@@ -156,8 +162,8 @@ def _inference_error(
         h = start
         for block in range(pack.manifest.blocks):
             adapters = {name: torch.tensor(tensor) for name, tensor in some.adapters(block).items()}
-            h = _torch_block(model.encoder.layer[block], h, torch.tensor(mask), adapters, pack)
-        wanted.append(_torch_pool(model, h, torch.tensor(mask), pack).detach().numpy())
+            h = torch_block(model.encoder.layer[block], h, torch.tensor(mask), adapters, pack)
+        wanted.append(torch_pool(model, h, torch.tensor(mask), pack).detach().numpy())
     return _error(Inference(pack, experts, threads=0).run(sample, mask).features, np.stack(wanted))
 
 
@@ -203,57 +209,6 @@ def _stored(matrix: FloatArray, pack: Pack) -> FloatArray:
 
 def _error(found: FloatArray, reference: FloatArray) -> float:
     return float(np.abs(found - reference).max() / np.abs(reference).max())
-
-
-def _reference(pack: Pack, source: Path) -> Any:
-    """The Hugging Face model with the pack's dequantised weights."""
-    import torch
-    from transformers import AutoConfig, AutoModel
-
-    config = AutoConfig.from_pretrained(source, local_files_only=True, attn_implementation="eager")
-    model = AutoModel.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
-    original = AutoModel.from_pretrained(source, local_files_only=True, attn_implementation="eager").state_dict()
-    architecture = ARCHITECTURES[pack.manifest.backbone.architecture]
-    weights = pack.weights()
-    for index in range(pack.manifest.blocks):
-        packed = weights.block(index)
-        for key, name in architecture.block_keys(index).items():
-            original[key] = torch.from_numpy(np.array(packed[name]))
-    if pack.manifest.text:
-        rows = np.arange(original["embeddings.word_embeddings.weight"].shape[0])
-        original["embeddings.word_embeddings.weight"] = torch.from_numpy(weights.rows("tokens.table", rows))
-    model.load_state_dict(original, strict=True)
-    return model
-
-
-def _torch_block(layer: Any, h: Any, mask: Any, adapters: dict[str, Any], pack: Pack) -> Any:
-    """One Hugging Face layer with LoRA added through forward hooks on its linear maps."""
-    architecture = pack.manifest.backbone.architecture
-    stem = "encoder.layer.0."
-    modules = {
-        name.removesuffix(".weight"): key.removeprefix(stem).removesuffix(".weight")
-        for key, name in ARCHITECTURES[architecture].block_keys(0).items()
-        if is_matrix(name)
-    }
-    handles = []
-    for target in pack.manifest.targets:
-        a, b = adapters[f"{target}.A"], adapters[f"{target}.B"]
-
-        def add(_: Any, inputs: tuple[Any, ...], output: Any, a: Any = a, b: Any = b) -> Any:
-            return output + inputs[0] @ a @ b
-
-        handles.append(layer.get_submodule(modules[target]).register_forward_hook(add))
-    out = layer(h, (mask[:, None] - 1) * 1e9) if pack.manifest.text else layer(h)
-    for handle in handles:
-        handle.remove()
-    return out[0] if isinstance(out, tuple) else out
-
-
-def _torch_pool(model: Any, h: Any, mask: Any, pack: Pack) -> Any:
-    if pack.manifest.text:
-        weights = mask[:, 0, :, None]
-        return (h * weights).sum(1) / weights.sum(1)
-    return model.layernorm(h)[:, 0]
 
 
 def _embedding_error(pack: Pack, backbone: Backbone, model: Any, rng: np.random.Generator) -> float:

@@ -53,6 +53,16 @@ class Checkpoint:
     sha256: str
 
 
+def first_blocks(sha256: str, blocks: int) -> str:
+    """What a backbone's first blocks are known by, which are a backbone of their own.
+
+    Args:
+        sha256: Hash of the weight file.
+        blocks: How many they are.
+    """
+    return hashlib.sha256(f"{sha256}: {blocks} blocks".encode()).hexdigest()
+
+
 def read_checkpoint(path: Path, *, image_size: int | None = None, blocks: int | None = None) -> Checkpoint:
     """Read ``config.json`` and ``model.safetensors`` of a folder.
 
@@ -117,7 +127,7 @@ def read_checkpoint(path: Path, *, image_size: int | None = None, blocks: int | 
     outer = {name: np.array(array, dtype=np.float32) for name, array in outer.items()}
     sha256 = file_sha256(weights)
     if len(read) < geometry.blocks:
-        sha256 = hashlib.sha256(f"{sha256}: {len(read)} blocks".encode()).hexdigest()
+        sha256 = first_blocks(sha256, len(read))
     return Checkpoint(
         path,
         config,

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fleetune.edge.protocol.errors import ConfigError
-from fleetune.tools.bench.torch_mixture import TorchCnn
 from fleetune.tools.experiment.base import Cost, Federation, Hyper, check_loss
 from fleetune.tools.experiment.flops import forward_flops, header_flops, training_flops
 from fleetune.tools.pack.extractors import Cnn
+from fleetune.tools.pack.torch_networks import TorchCnn
 
 SHARED = -1
 """The place of a model that belongs to no client, where a client's place in the federation is asked for."""

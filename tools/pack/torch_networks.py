@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fleetune.tools.pack.extractors import Cnn
+from fleetune.tools.pack.extractors import Cnn, DeepAveragingNetwork
 from fleetune.tools.pack.mixture import EPSILON
 
 
@@ -29,6 +29,22 @@ class TorchCnn(nn.Module):  # type: ignore[misc]
         x = functional.max_pool2d(self.conv1(x).relu(), 2)
         x = functional.max_pool2d(self.conv2(x).relu(), 2)
         found: Tensor = self.fc2(self.fc1(x.flatten(1)).relu()).relu()
+        return found
+
+
+class TorchAveraging(nn.Module):  # type: ignore[misc]
+    """A deep averaging network: token rows [b, t, e] and their mask [b, 1, t] → representation [b, m]."""
+
+    def __init__(self, network: DeepAveragingNetwork) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(network.embedding, network.hidden)
+        self.fc2 = nn.Linear(network.hidden, network.representation)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The representation."""
+        real = mask.transpose(1, 2)
+        tokens = self.fc1(functional.layer_norm(x, x.shape[2:], eps=EPSILON)).relu() * real
+        found: Tensor = self.fc2(tokens.sum(1) / real.sum(1))
         return found
 
 
