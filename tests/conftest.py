@@ -42,6 +42,16 @@ def slow_link(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "_QUICK", -1.0)
 
 
+LONGEST = ("test_demo.py", "test_bench.py", "test_runtimes.py", "test_agent.py", "test_targets.py", "test_limits.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several workers share the files, those that take longest come first, or one worker ends alone."""
+    if hasattr(config, "workerinput"):
+        place = {name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
 def pytest_report_header() -> str:
     """Which runtime these tests are about."""
     import onnxruntime

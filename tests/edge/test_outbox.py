@@ -21,7 +21,7 @@ from support.brokers import mosquitto
 
 TOPICS = Topics("lab")
 ME = "nano-1"
-SOON = 0.3
+SOON = 1.0
 """Seconds after which an update is announced again, in these tests."""
 
 DATA = bytes(range(256)) * 10

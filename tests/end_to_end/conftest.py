@@ -41,7 +41,7 @@ class Command:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def wait(self, timeout: float = 90.0) -> int:
+    def wait(self, timeout: float = 240.0) -> int:
         """Its exit code."""
         try:
             return self.process.wait(timeout)

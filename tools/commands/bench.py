@@ -122,6 +122,6 @@ def _run(args: argparse.Namespace) -> None:
             shown.add_row(*row)
     open_console(stderr=False).print(*(tables or [table]), sep="\n")
     for note in document.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", soft_wrap=True)
     if args.json is not None:
         write_atomic(args.json, json.dumps(document.as_json(), indent=1).encode())

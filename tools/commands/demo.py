@@ -148,7 +148,7 @@ def _run(args: argparse.Namespace) -> None:
     try:
         report = run_demo(folder, options, console)
     except KeyboardInterrupt:
-        console.print(f"stopped; the same command goes on with the run in {folder.path}")
+        console.print(f"stopped; the same command goes on with the run in {folder.path}", soft_wrap=True)
         raise
     if args.json:
         print(json.dumps({"report": str(folder.report), **report["summary"]}, indent=2))  # noqa: T201

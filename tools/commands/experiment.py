@@ -140,7 +140,7 @@ def _run(args: argparse.Namespace) -> None:
         for row in one.rows:
             table.add_row(*row)
         open_console(stderr=False).print(table)
-    console.print(f"{args.out / 'table.md'}, {args.out / 'accuracy.png'}, {args.out / 'results.json'}")
+    console.print(f"{args.out / 'table.md'}, {args.out / 'accuracy.png'}, {args.out / 'results.json'}", soft_wrap=True)
 
 
 def _check(args: argparse.Namespace) -> list[int]:

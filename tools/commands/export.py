@@ -96,10 +96,12 @@ def _run(args: argparse.Namespace) -> None:
     console.print(
         f"{report.path}: {what} as {report.format}{preset}, {report.bytes / 2**20:.1f} MiB\n"
         f"made-up samples: logits differ from the device engine's by {report.probe.difference:.1e} at most "
-        f"({report.probe.relative:.1e} of the largest)"
+        f"({report.probe.relative:.1e} of the largest)",
+        soft_wrap=True,
     )
     if report.data is not None:
         console.print(
             f"{args.data}: the same class on {report.data.agreement:.1%} of {report.data.samples} test samples, "
-            f"logits differ by {report.data.difference:.1e} at most"
+            f"logits differ by {report.data.difference:.1e} at most",
+            soft_wrap=True,
         )

@@ -118,7 +118,8 @@ def _write(args: argparse.Namespace, source: Path, name: str, licence: str, orig
     size = sum(file.bytes for file in manifest.files.values()) / 2**20
     console.print(
         f"{args.out}: {manifest.backbone.id}, {manifest.blocks} blocks of width {manifest.width}, "
-        f"rank {manifest.rank} on {', '.join(manifest.targets)}, {size:.1f} MiB, SHA-256 {pack.sha256[:12]}…"
+        f"rank {manifest.rank} on {', '.join(manifest.targets)}, {size:.1f} MiB, SHA-256 {pack.sha256[:12]}…",
+        soft_wrap=True,
     )
     return 0
 
@@ -147,5 +148,5 @@ def _check(args: argparse.Namespace, source: Path) -> int:
         console = open_console(stderr=False)
         console.print(table)
         verdict = "computes what torch does" if passed else "does not compute what torch does: write it again"
-        console.print(f"{args.check} {verdict}")
+        console.print(f"{args.check} {verdict}", soft_wrap=True)
     return 0 if passed else 1

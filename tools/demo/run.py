@@ -60,7 +60,8 @@ def run_demo(folder: RunFolder, options: DemoOptions, console: Console) -> dict[
         FleetuneError: Something is missing or failed; what was done so far stays in the folder.
     """
     again = folder.claim(options.record)
-    console.print(f"{folder.path}: goes on with an interrupted run" if again else f"{folder.path}: a new run")
+    what = "goes on with an interrupted run" if again else "a new run"
+    console.print(f"{folder.path}: {what}", soft_wrap=True)
     start = time.monotonic() - folder.seconds
     try:
         report = _run(folder, options, console, start)
@@ -182,7 +183,7 @@ def print_summary(report: dict[str, Any], folder: RunFolder, console: Console) -
         accuracy.add_row(device["id"], *(f"{device['accuracy'][name]:.3f}" for name in names))
     accuracy.add_row("mean", *(f"{report['summary']['accuracy'][name]:.3f}" for name in names), style="bold")
     console.print(budgets, accuracy, sep="\n")
-    console.print(f"{report['seconds']:.0f} s; report: {folder.page} and {folder.report}")
+    console.print(f"{report['seconds']:.0f} s; report: {folder.page} and {folder.report}", soft_wrap=True)
 
 
 def check_report(report: dict[str, Any]) -> None:
