@@ -17,6 +17,9 @@ WEIGHTS_FILE = "weights.safetensors"
 MAX_PICTURE = 4096
 """Longest side of a picture in pixels."""
 
+MAX_EXTRACTOR = 1 << 24
+"""Most values that the tensors of an extractor have together: 64 MiB, of which a device holds three times as much."""
+
 GRAPHS = (
     "embed",
     "block_forward",
@@ -37,6 +40,7 @@ QuantisationType = Literal["nf4", "int8", "fp32"]
 # More than any backbone has that a device can run, and little enough to count with.
 Blocks = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 Side = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+Width = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 Rows = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 Value = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
@@ -110,8 +114,8 @@ class Extractor(_Struct, frozen=True):
     """
 
     kind: Literal["cnn", "dan"]
-    representation: Side
-    gate: Side
+    representation: Width
+    gate: Width
     shapes: Annotated[
         dict[Word, Annotated[tuple[Rows, ...], msgspec.Meta(min_length=1, max_length=4)]], msgspec.Meta(max_length=64)
     ]

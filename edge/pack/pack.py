@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from fleetune.edge.pack.manifest import FILE, SCHEMA, WEIGHTS_FILE, Manifest
+from fleetune.edge.pack.manifest import FILE, MAX_EXTRACTOR, SCHEMA, WEIGHTS_FILE, Manifest
 from fleetune.edge.pack.weights import Weights
 from fleetune.edge.protocol.errors import UNDECODABLE, PackError
 from fleetune.edge.protocol.files import read_bytes
@@ -111,6 +112,19 @@ def _contradiction(manifest: Manifest) -> str | None:
         return "it takes text or pictures, and one of them"
     if manifest.image is not None and manifest.image.size % manifest.image.patch:
         return f"field image.size: {manifest.image.size} is no multiple of the patch, {manifest.image.patch}"
+    if (shared := manifest.extractor) is not None:
+        if (shared.kind == "dan") != (manifest.text is not None):
+            return f"field extractor.kind: {shared.kind} does not fit {'text' if manifest.text else 'pictures'}"
+        if (values := sum(map(math.prod, shared.shapes.values()))) > MAX_EXTRACTOR:
+            return f"field extractor.shapes: {values} values in all, the most is {MAX_EXTRACTOR}"
+        for name in shared.shapes:
+            stem, _, what = name.rpartition(".")
+            if (
+                not stem.startswith("extractor.")
+                or what not in ("weight", "bias")
+                or f"{stem}.weight" not in shared.shapes
+            ):
+                return f"field extractor.shapes: {name} is not a tensor of an extractor"
     return None
 
 

@@ -164,6 +164,26 @@ def test_a_manifest_that_does_not_fit_the_schema_names_the_field(
         Pack.open(copy)
 
 
+@pytest.mark.parametrize(("change", "says"), [
+    ({"kind": "cnn"}, "extractor.kind: cnn does not fit text"),
+    ({"kind": "rnn"}, "extractor.kind"),
+    ({"representation": 1 << 20}, "extractor.representation"),
+    ({"gate": 0}, "extractor.gate"),
+    ({"shapes": {"extractor.fc1.weight": [1 << 20, 1 << 20]}}, "extractor.shapes: 1099511627776 values in all"),
+    ({"shapes": {"extractor.fc1.bias": [8]}}, "extractor.shapes: extractor.fc1.bias is not a tensor"),
+    ({"shapes": {"head.weight": [8, 8]}}, "extractor.shapes: head.weight is not a tensor"),
+    ({"shapes": {"extractor.fc1.codes": [8, 8]}}, "extractor.shapes: extractor.fc1.codes is not a tensor"),
+    ({"shapes": {"extractor.fc1.weight": [8] * 5}}, "extractor.shapes"),
+])  # fmt: skip
+def test_an_extractor_that_cannot_be_is_refused_before_memory_is_taken(
+    change: Json, says: str, sharing_packs: tuple[Pack, Pack], tmp_path: Path
+) -> None:
+    shutil.copytree(sharing_packs[0].path, tmp_path / "pack")
+    edit(tmp_path / "pack", lambda manifest: manifest["extractor"].update(change))
+    with pytest.raises(PackError, match=f"manifest.json: .*{says}"):
+        Pack.open(tmp_path / "pack")
+
+
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff", b'{"schema": 1, "kit": "\xff"}', b"[" * 100_000])
 def test_a_manifest_that_is_not_json_is_refused(raw: bytes, copy: Path) -> None:
     (copy / FILE).write_bytes(raw)

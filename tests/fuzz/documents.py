@@ -13,6 +13,7 @@ from fleetune.edge.pack.manifest import (
     FILE,
     WEIGHTS_FILE,
     Backbone,
+    Extractor,
     File,
     Image,
     Manifest,
@@ -83,7 +84,11 @@ def _file(data: bytes) -> File:
     return File(len(data), hashlib.sha256(data).hexdigest())
 
 
-def manifest(*, image: bool = False) -> Manifest:
+_LINEAR = {"fc1.weight": (64, 7), "fc1.bias": (7,), "fc2.weight": (7, 6), "fc2.bias": (6,)}
+EXTRACTOR = Extractor("dan", 6, 5, {f"extractor.{name}": shape for name, shape in _LINEAR.items()}, "ab" * 32)
+
+
+def manifest(*, image: bool = False, extractor: Extractor | None = None) -> Manifest:
     """Of a pack of two blocks."""
     bare = Manifest(
         schema=1, kit="0.1.0", backbone=Backbone("tiny", "bert", "cd" * 32, "none", "nowhere"), blocks=2, width=64,
@@ -91,6 +96,7 @@ def manifest(*, image: bool = False) -> Manifest:
         quantisation=Quantisation("nf4", 64, tuple(float(n) for n in range(16))), opset=20, files={},
         text=None if image else Text("vocab.txt", lowercase=True, max_length=16),
         image=Image(28, 14, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)) if image else None,
+        extractor=extractor,
     )  # fmt: skip
     files = {f"{stem}.onnx": _file(stem.encode()) for stem in bare.graphs}
     files |= {WEIGHTS_FILE: _file(WEIGHTS)} | ({} if image else {"vocab.txt": _file(VOCABULARY)})
@@ -98,6 +104,7 @@ def manifest(*, image: bool = False) -> Manifest:
 
 
 MANIFEST = manifest()
+SHARING = manifest(extractor=EXTRACTOR)
 
 
 def write_pack(folder: Path, *, image: bool = False) -> Pack:

@@ -18,9 +18,14 @@ from fleetune.edge.engine.entry import FILE as ENTRY_FILE
 from fleetune.edge.engine.entry import HIDDEN, POOLED, Entry, StoredPrefix, what_is_wrong
 from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.engine.model import Model
+from fleetune.edge.engine.parameters import initial
+from fleetune.edge.engine.sessions import Sessions
+from fleetune.edge.methods.pfedmoe.gate import gate_of
+from fleetune.edge.methods.pfedmoe.mixture import HEADER
+from fleetune.edge.methods.pfedmoe.model import SharedModel
 from fleetune.edge.methods.unfinished import Unfinished
 from fleetune.edge.pack.manifest import FILE as PACK_FILE
-from fleetune.edge.pack.manifest import WEIGHTS_FILE, File
+from fleetune.edge.pack.manifest import MAX_EXTRACTOR, WEIGHTS_FILE, File
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.pack.tensorfile import TensorFile
 from fleetune.edge.pack.weights import Weights
@@ -36,13 +41,13 @@ from fleetune.edge.protocol.errors import (
 )
 from fleetune.edge.protocol.messages import encode
 from fleetune.edge.protocol.modelfile import FILE as MODEL_FILE
-from fleetune.edge.protocol.modelfile import Card
+from fleetune.edge.protocol.modelfile import Card, GateKind
 from fleetune.edge.resources.costs import Costs, read_costs
 from fleetune.edge.resources.limits import Budget
 from fleetune.edge.resources.planner import choose
 from fleetune.edge.resources.trial import Trial
 from fleetune.edge.resources.workload import Workload
-from fuzz.documents import DATA, MANIFEST, TENSORS, UPDATE, VOCABULARY, WEIGHTS, write_pack
+from fuzz.documents import DATA, EXTRACTOR, MANIFEST, SHARING, TENSORS, UPDATE, VOCABULARY, WEIGHTS, write_pack
 from fuzz.mutations import from_seeds, mutate_bytes, mutate_json, mutate_tensors, of_lines
 from fuzz.target import MIB, Target
 
@@ -141,7 +146,7 @@ def entry(data: bytes, folder: Path) -> None:
 
 
 def pack_manifest(data: bytes, folder: Path) -> None:
-    for stem in MANIFEST.graphs:
+    for stem in SHARING.graphs:
         (folder / f"{stem}.onnx").write_bytes(stem.encode())
     (folder / WEIGHTS_FILE).write_bytes(WEIGHTS)
     (folder / "vocab.txt").write_bytes(VOCABULARY)
@@ -149,6 +154,8 @@ def pack_manifest(data: bytes, folder: Path) -> None:
     pack = Pack.open(folder)
     assert pack.manifest.longest > 0
     pack.weights().block(0)
+    if pack.manifest.extractor is not None:
+        assert len(initial(pack.manifest.extractor.shapes, 0).vector) <= MAX_EXTRACTOR
 
 
 def weights(data: bytes, folder: Path) -> None:
@@ -247,6 +254,28 @@ def model(data: bytes, folder: Path) -> None:
     found.write(folder / "again.safetensors")
 
 
+def _shared_model(gate: GateKind) -> bytes:
+    pack = Pack(Path(), SHARING, "12" * 32)
+    card = msgspec.structs.replace(CARD, kind="pfedmoe", job="pfedmoe", extractor=EXTRACTOR.sha256, gate=gate)
+    width = EXTRACTOR.representation
+    model = SharedModel(
+        card,
+        initial(EXTRACTOR.shapes, 0),
+        Expert.initial(Layout.of(SHARING, width), 0),
+        initial(dict(zip(HEADER, ((width, card.classes), (card.classes,)), strict=True)), 0),
+        gate_of(gate, Sessions(pack.path, 1), SHARING.width, EXTRACTOR.gate, width, seed=0),
+    )
+    data: bytes = safetensors.numpy.save(dict(model.parts), {"fleetune": encode(card).decode()})
+    return data
+
+
+def shared_model(data: bytes, folder: Path) -> None:
+    (folder / MODEL_FILE).write_bytes(data)
+    found = SharedModel.read(folder / MODEL_FILE, Pack(folder, SHARING, "12" * 32), Sessions(folder, 1))
+    assert all(np.isfinite(tensor).all() for tensor in found.parts.values())
+    found.write(folder / "again.safetensors")
+
+
 def costs_file() -> bytes:
     cells = [(d, m, n, r) for d in (1, 2) for m in (2, 16) for n in (8, 16) for r in (False, True)]
     trials = tuple(
@@ -281,7 +310,7 @@ TARGETS = [
     Target("cache entry", from_seeds([_entry()], mutate_json, mutate_bytes), entry, ()),
     Target(
         "pack manifest",
-        from_seeds([encode(MANIFEST)], mutate_json, mutate_bytes),
+        from_seeds([encode(MANIFEST), encode(SHARING)], mutate_json, mutate_bytes),
         pack_manifest,
         (PackError,),
         slow=True,
@@ -293,6 +322,12 @@ TARGETS = [
     Target("texts", from_seeds([ROWS], LINES, LINES, mutate_bytes), texts, (DataError,)),
     Target("pictures", from_seeds([PICTURES], mutate_tensors, mutate_bytes), pictures, (DataError,), memory=8 * MIB),
     Target("model file", from_seeds([_model()], mutate_tensors, mutate_bytes), model, (ModelError,)),
+    Target(
+        "shared model file",
+        from_seeds([_shared_model("sample"), _shared_model("element")], mutate_tensors, mutate_bytes),
+        shared_model,
+        (ModelError,),
+    ),
     Target(
         "costs",
         from_seeds([costs_file()], mutate_json, mutate_bytes),
