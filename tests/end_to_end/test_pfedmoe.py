@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,24 @@ def test_a_device_without_the_extractor_declines_and_says_what_to_do(
     mended = fleet.agent("small", "--pack", str(sharing_packs[1].path), "--costs", str(costs[1]))
     again = fleet.serve(*ROUNDS)
     assert again.wait() == 0, again.output + mended.output
+
+
+def test_the_extractor_of_a_private_job_gets_noise_before_it_leaves(
+    make_fleet: Any, embedded: str, sharing_packs: tuple[Pack, Pack], costs: list[Path]
+) -> None:
+    fleet = make_fleet(embedded)
+    serve = start(fleet, sharing_packs, costs, "--dp-noise", "2", "--dp-clip", "0.5")
+    assert serve.wait() == 0, serve.output
+    (started, *_) = [record for record in fleet.records() if isinstance(record, Started)]
+    shapes = started.jobs[0].shapes
+    values = sum(math.prod(shape) for shape in shapes.values())
+    journal = Journal(fleet.folder / "aggregator")
+    updates = [record for record in fleet.records() if isinstance(record, Accepted) and record.into]
+    norms = [
+        math.sqrt(sum(float(np.vdot(tensor, tensor)) for tensor in journal.load_update(update, shapes).values()))
+        for update in updates
+    ]
+    journal.close()
+    assert len(norms) == 6
+    assert norms == pytest.approx([2 * 0.5 * math.sqrt(values)] * 6, rel=0.15)  # noise on each value, and codec
+    assert all("loss" not in update.manifest.metrics for update in updates)
