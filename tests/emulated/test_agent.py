@@ -49,7 +49,7 @@ def test_an_emulated_device_takes_part_in_a_fleet(
     own = ["--id", "cam-01", "--data", str(text_data), "--state", str(tmp_path / "cam-01"), "--threads", "1"]
     with (tmp_path / "agent.log").open("w+") as log, nano.start(*CLI, "agent", *common, *own, stderr=log) as agent:
         try:
-            done = subprocess.run(serve, capture_output=True, text=True, timeout=240, check=False)
+            done = subprocess.run(serve, capture_output=True, text=True, timeout=900, check=False)
         finally:
             agent.terminate()
             agent.wait(30)

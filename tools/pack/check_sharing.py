@@ -131,7 +131,7 @@ def _mixture(
     others = {**extractor.tensors, **header.tensors}
     into = {name: np.zeros_like(tensor) for name, tensor in others.items()}
     ((_, states),) = body.groups(np.arange(batch))
-    found = body.step(others, into, {**data, **states, **alphas, "labels": labels})
+    found = body.step(others, into, {**data, **states, **alphas, "labels": labels}, first=True)
 
     ours = {name: torch.tensor(tensor, requires_grad=True) for name, tensor in expert.active(suffix.depth).items()}
     theirs = parameters_of(network, EXTRACTOR)

@@ -33,20 +33,21 @@ class Body(Protocol):
 
     @property
     def gradient(self) -> Parameters:
-        """Sum of its gradients over micro-batches; whoever starts a batch sets it to zero."""
+        """Sum of its gradients over the micro-batches of a batch."""
         ...
 
     def groups(self, batch: Indices) -> Iterator[tuple[Indices, Tensors]]:
         """Micro-batches: places in the batch, and what of them goes into a step beside the extractor's sample."""
         ...
 
-    def step(self, others: Tensors, into: Tensors, data: Tensors) -> Tensors:
+    def step(self, others: Tensors, into: Tensors, data: Tensors, *, first: bool) -> Tensors:
         """Run a step, and add up gradients.
 
         Args:
-            others: Name in the graph → tensor, of all that is learned beside this model.
+            others: Name in the graph → tensor, of all that is learned beside this model; from batch to batch the same.
             into: The same names → where their gradients are added up.
             data: What :meth:`groups` gave, with ``sample``, ``mask``, ``labels`` and both ``alpha``.
+            first: Whether it is the first micro-batch of a batch; what was added up before counts no more.
 
         Returns:
             What :meth:`~fleetune.edge.methods.pfedmoe.step.StepGraph.run` does.
@@ -108,29 +109,36 @@ class BackboneBody:
         for rows, (hidden, mask) in zip(groups, parts, strict=True):
             yield rows, {"h": hidden, "mask": mask}
 
-    def step(self, others: Tensors, into: Tensors, data: Tensors) -> Tensors:
+    def step(self, others: Tensors, into: Tensors, data: Tensors, *, first: bool) -> Tensors:
         """Run a step, in one graph, or where memory is short block by block."""
         suffix = self.run.suffix
+        if self._graph is None or self._graph[0] is not suffix:
+            self._graph = suffix, self._bound(suffix, others, into)
+        graph = self._graph[1]
+        return self._by_blocks(suffix, graph, data, first=first) if suffix.recompute else graph.run(data, first=first)
+
+    def _bound(self, suffix: Suffix, others: Tensors, into: Tensors) -> StepGraph:
         names = {"head.weight": "head.weight", "head.bias": "head.bias"}
         if not suffix.recompute:
             names = graph_names(self.learned.layout, suffix.depth)
-        if self._graph is None or self._graph[0] is not suffix:
-            session, frozen = suffix.backbone.fused(0 if suffix.recompute else suffix.depth, "mixture")
-            learned = {name: self.learned.tensors[full] for full, name in names.items()}
-            self._graph = suffix, StepGraph(BoundGraph(session), {**learned, **others}, frozen)
-        graph = self._graph[1]
-        targets = {**into, **{name: self.gradient.tensors[full] for full, name in names.items()}}
-        found = self._by_blocks(suffix, graph, data) if suffix.recompute else graph.run(data)
-        for name, tensor in graph.gradient.items():
-            targets[name] += tensor
-        return found
+        session, frozen = suffix.backbone.fused(0 if suffix.recompute else suffix.depth, "mixture")
+        learned, gradient = (
+            {name: part.tensors[full] for full, name in names.items()} for part in (self.learned, self.gradient)
+        )
+        self.gradient.vector[...] = 0  # of what is no longer active nothing is left
+        graph = StepGraph(BoundGraph(session), {**learned, **others}, frozen, {**gradient, **into})
+        graph.reserve()  # now, while memory is looked at
+        return graph
 
-    def _by_blocks(self, suffix: Suffix, graph: StepGraph, data: Tensors) -> Tensors:
+    def _by_blocks(self, suffix: Suffix, graph: StepGraph, data: Tensors, *, first: bool) -> Tensors:
         found: Tensors = {}
+        if first:
+            self.gradient.vector[...] = 0
 
         def top(features: FloatArray) -> FloatArray:
             nonlocal found
-            found = graph.run({**{name: tensor for name, tensor in data.items() if name != "h"}, "features": features})
+            below = {name: tensor for name, tensor in data.items() if name != "h"}
+            found = graph.run({**below, "features": features}, first=first)
             return found["grad.features"]
 
         suffix.through(data["h"], data["mask"], self.learned, top, self.gradient)
@@ -161,15 +169,13 @@ class NetworkBody:
         for rows in split(np.arange(len(batch)), self._micro_batch):
             yield rows, {}
 
-    def step(self, others: Tensors, into: Tensors, data: Tensors) -> Tensors:
+    def step(self, others: Tensors, into: Tensors, data: Tensors, *, first: bool) -> Tensors:
         """Run a step."""
         if self._graph is None:
             graph = BoundGraph(self._sessions.session("mixture"))
-            self._graph = StepGraph(graph, {**self.learned.tensors, **others}, {})
-        found = self._graph.run(data)
-        for name, tensor in self._graph.gradient.items():
-            {**into, **self.gradient.tensors}[name] += tensor
-        return found
+            gradient = {**self.gradient.tensors, **into}
+            self._graph = StepGraph(graph, {**self.learned.tensors, **others}, {}, gradient)
+        return self._graph.run(data, first=first)
 
     def representation(self, indices: Indices) -> FloatArray:
         """The private representation [n, m] of some samples."""

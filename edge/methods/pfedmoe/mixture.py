@@ -78,8 +78,6 @@ class Mixture:
         Returns:
             The summed cross-entropy.
         """
-        for _, gradient in self.parts:
-            gradient.vector[...] = 0
         x = self._see(batch)
         weights = self.gate.forward(x)
         upstream = np.empty_like(weights[0]), np.empty_like(weights[1])
@@ -88,10 +86,11 @@ class Mixture:
         learned = {**self.extractor.learned.tensors, **self.header.tensors}
         into = {**self.extractor.gradient.tensors, **self.header_gradient.tensors}
         total = 0.0
-        for rows, data in self.body.groups(batch):
+        for number, (rows, data) in enumerate(self.body.groups(batch)):
             alphas = dict(zip(("alpha.global", "alpha.local"), (one[rows] for one in weights), strict=True))
+            samples = self.extractor.samples(batch[rows])
             found = self.body.step(
-                learned, into, {**self.extractor.samples(batch[rows]), **data, "labels": hot[rows], **alphas}
+                learned, into, {**samples, **data, "labels": hot[rows], **alphas}, first=number == 0
             )
             total += cross_entropy(found["logits"], labels[rows])[0]
             upstream[0][rows], upstream[1][rows] = found["grad.alpha.global"], found["grad.alpha.local"]

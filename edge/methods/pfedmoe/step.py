@@ -19,33 +19,44 @@ class StepGraph:
         graph: The graph.
         learned: Name in the graph → tensor, for all that is learned; read where it lies.
         frozen: The same of what never changes.
-
-    Attributes:
-        gradient: Name in the graph → gradient of the micro-batch before, for all that is learned.
+        gradient: Name in the graph → where the gradient of a batch is added up, for all that is learned.
     """
 
-    def __init__(self, graph: BoundGraph, learned: Mapping[str, FloatArray], frozen: Mapping[str, FloatArray]) -> None:
-        self._graph = graph
+    def __init__(
+        self,
+        graph: BoundGraph,
+        learned: Mapping[str, FloatArray],
+        frozen: Mapping[str, FloatArray],
+        gradient: Mapping[str, FloatArray],
+    ) -> None:
+        self._graph, self._gradient = graph, gradient
         for name, tensor in {**frozen, **learned}.items():
             graph.read(name, tensor)
-        self.gradient = {name: np.zeros_like(tensor) for name, tensor in learned.items()}
-        for name, tensor in self.gradient.items():
-            graph.write(f"grad.{name}", tensor)
+        self._further: dict[str, FloatArray] = {}
         self._found: dict[str, FloatArray] = {}
         self._rows = 0
 
-    def run(self, data: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
-        """Run a micro-batch.
+    def reserve(self) -> None:
+        """Take the memory that batches of more than one micro-batch need."""
+        self._further = self._further or {name: np.zeros_like(tensor) for name, tensor in self._gradient.items()}
+
+    def run(self, data: Mapping[str, FloatArray], *, first: bool) -> Mapping[str, FloatArray]:
+        """Run a micro-batch. The first of a batch replaces the gradient, the others are added.
 
         Args:
+            first: Whether it is the first of a batch.
             data: Name in the graph → what changes from one micro-batch to the next: ``labels``, one-hot [b, c], and
                 ``alpha.global``, ``alpha.local``, samples, or what was computed of them.
 
         Returns:
             ``logits`` [b, c], and the gradients of the summed cross-entropy with respect to ``data``, as far as the
-            graph has them; overwritten by the next micro-batch, as :attr:`gradient` is.
+            graph has them; overwritten by the next micro-batch.
         """
         graph = self._graph
+        if not first:
+            self.reserve()
+        for name, tensor in (self._gradient if first else self._further).items():
+            graph.write(f"grad.{name}", tensor)
         if len(data["labels"]) != self._rows:
             self._rows, shapes = len(data["labels"]), {"logits": data["labels"].shape}
             shapes |= {f"grad.{name}": value.shape for name, value in data.items()}
@@ -55,4 +66,7 @@ class StepGraph:
         for name, tensor in data.items():
             graph.read(name, tensor)
         graph.run()
+        if not first:
+            for name, tensor in self._further.items():
+                self._gradient[name] += tensor
         return self._found
