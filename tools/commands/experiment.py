@@ -31,6 +31,7 @@ def register(subparsers: Any) -> None:
             "  fleetune experiment pfedmoe --data emoji-8 --split natural --out runs/emoji\n"
             "  fleetune experiment pfedmoe --data data/cifar-10-batches-py --clients 50 --fraction 0.2 --rounds 200\n"
             "  fleetune experiment pfedmoe --model cnn-1 --methods pfedmoe,standalone,fedavg,fedper,ditto\n"
+            "  fleetune experiment pfedmoe --methods pfedmoe,pfedmoe-fixed,pfedmoe-element,pfedmoe-held-out\n"
         ),
     )
     parser.add_argument("name", metavar="NAME", choices=("pfedmoe",), help="pfedmoe")
@@ -64,7 +65,8 @@ def register(subparsers: Any) -> None:
         "--methods",
         metavar="LIST",
         help="pfedmoe, standalone, lg-fedavg, fml, fedkd, fedproto, fedgh, fd, and with one model for all fedavg, "
-        "fedper, ditto (default: all that the models allow)",
+        "fedper, ditto (default: all of these that the models allow); and with another gate pfedmoe-fixed: one half "
+        "each, pfedmoe-element: a weight for each element, pfedmoe-held-out: learns from a fifth of the samples, alone",
     )
     parser.add_argument(
         "--model",
@@ -97,7 +99,7 @@ def _run(args: argparse.Namespace) -> None:
 
     from fleetune.edge.protocol.files import write_atomic
     from fleetune.tools.experiment.report import document, draw, grid, rows
-    from fleetune.tools.experiment.run import EQUAL, METHODS, Setting, cases, check, play_all
+    from fleetune.tools.experiment.run import ABLATIONS, EQUAL, METHODS, Setting, cases, check, play_all
     from fleetune.tools.terminal import open_console, show_steps
 
     seeds = _check(args)
@@ -119,7 +121,8 @@ def _run(args: argparse.Namespace) -> None:
         args.learning_rate,
     )
     mixed = args.model == "mixed"
-    methods = args.methods.split(",") if args.methods else [m for m in METHODS if not (mixed and m in EQUAL)]
+    usual = [name for name in METHODS if name not in ABLATIONS and not (mixed and name in EQUAL)]
+    methods = args.methods.split(",") if args.methods else usual
     check(setting, methods)
     console = open_console(stderr=True)
     with show_steps(console) as say:

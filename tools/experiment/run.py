@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -16,10 +17,19 @@ from fleetune.edge.protocol.files import read_bytes, write_atomic
 from fleetune.tools.experiment.base import Algorithm, Federation, Hyper
 from fleetune.tools.experiment.baselines import BASELINES
 from fleetune.tools.experiment.data import deal, read_pictures
-from fleetune.tools.experiment.pfedmoe import PFedMoE
+from fleetune.tools.experiment.pfedmoe import MixtureHyper, PFedMoE
 from fleetune.tools.pack.extractors import CNNS, Cnn
 
-METHODS: dict[str, type[Algorithm]] = {"pfedmoe": PFedMoE, **BASELINES}
+Make = Callable[[Federation, Sequence[Cnn], Hyper], Algorithm]
+
+ABLATIONS: dict[str, Make] = {
+    "pfedmoe-fixed": partial(PFedMoE, own=MixtureHyper(gate="fixed")),
+    "pfedmoe-element": partial(PFedMoE, own=MixtureHyper(gate="element")),
+    "pfedmoe-held-out": partial(PFedMoE, own=MixtureHyper(held_out=0.2)),
+}
+"""pFedMoE with another gate, or one that learns from samples of its own: to see what the gate is worth."""
+
+METHODS: dict[str, Make] = {"pfedmoe": PFedMoE, **BASELINES, **ABLATIONS}
 """Name → method; the first is what the others are held against."""
 
 EQUAL = ("fedavg", "fedper", "ditto")

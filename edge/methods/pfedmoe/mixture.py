@@ -89,9 +89,7 @@ class Mixture:
         for number, (rows, data) in enumerate(self.body.groups(batch)):
             alphas = dict(zip(("alpha.global", "alpha.local"), (one[rows] for one in weights), strict=True))
             samples = self.extractor.samples(batch[rows])
-            found = self.body.step(
-                learned, into, {**samples, **data, "labels": hot[rows], **alphas}, first=number == 0
-            )
+            found = self.body.step(learned, into, {**samples, **data, "labels": hot[rows], **alphas}, first=number == 0)
             total += cross_entropy(found["logits"], labels[rows])[0]
             upstream[0][rows], upstream[1][rows] = found["grad.alpha.global"], found["grad.alpha.local"]
         self.gate.backward(x, upstream)

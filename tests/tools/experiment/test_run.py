@@ -13,7 +13,7 @@ pytest.importorskip("torch", reason="needs torch: pip install 'fleetune[all]'")
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'fleetune[all]'")
 
 from fleetune.tools.experiment.report import Row, grid, rows
-from fleetune.tools.experiment.run import METHODS, Case, Record, Setting, models
+from fleetune.tools.experiment.run import ABLATIONS, METHODS, Case, Record, Setting, models
 from fleetune.tools.pack.extractors import CNNS
 
 SETTING = Setting("fashion-mnist", 4, 1.0, 3, "mixed", 100, 0.3, 1, 64, 0.05)
@@ -86,7 +86,15 @@ def test_models_are_dealt_in_turn() -> None:
 def test_the_method_that_all_is_about_comes_first() -> None:
     assert next(iter(METHODS)) == "pfedmoe"
     baselines = {"standalone", "lg-fedavg", "fml", "fedkd", "fedproto", "fedgh", "fd", "fedavg", "fedper", "ditto"}
-    assert set(METHODS) == {"pfedmoe", *baselines}
+    assert set(METHODS) == {"pfedmoe", *baselines, *ABLATIONS}
+
+
+def test_another_gate_is_a_method_of_its_own_that_plays_when_it_is_asked_for(tmp_path: Path) -> None:
+    done = experiment(tmp_path, "--methods", "pfedmoe-held-out,pfedmoe-fixed", "--split", "pathological", "--json")
+    assert done.returncode == 0, done.stderr
+    runs = {run["case"]["method"]: run["accuracy"] for run in json.loads(done.stdout)["runs"]}
+    assert runs.keys() == {"pfedmoe-held-out", "pfedmoe-fixed"}
+    assert runs["pfedmoe-held-out"] != runs["pfedmoe-fixed"]
 
 
 # --- the report ---------------------------------------------------------------------------------------------
