@@ -260,8 +260,8 @@ class Aggregator:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self._registry.losses().items())
             raise RunFailedError(
                 f"too few devices are left for a quorum of {self._config.quorum} ({reasons})",
-                "mend the devices, start them again, and then the same command: the run goes on where it stopped; "
-                "or start another run, with other options and another folder for --state",
+                "mend the devices and start them again, or do without: take them out of the fleet file, or lower "
+                "--quorum. The same command then goes on where the run stopped",
             )
 
     # --- collecting ---------------------------------------------------------------------------------------------

@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 _ASK_EVERY = 5.0
 """Seconds between two questions to one device."""
 
+_STRANGERS = 64
+"""Devices that are named once each though they are not in the fleet file."""
+
 _WARN_EVERY = 86400.0
 """Seconds between two words on the aggregator's own credential, which nobody renews but its operator."""
 
@@ -34,6 +37,7 @@ class Reception:
     def __init__(self, link: Link, topics: Topics, registry: Registry) -> None:
         self._link, self._topics, self._registry = link, topics, registry
         self._asked: dict[str, float] = {}  # device → when it was asked who it is
+        self._strangers: set[str] = set()
         self._warn_at = 0.0
         self._see_revoked()
 
@@ -79,7 +83,8 @@ class Reception:
     def _see_revoked(self) -> None:
         revoked = self._link.seals.revoked_devices()
         for device in sorted(revoked - self._registry.revoked):
-            log.warning("%s is revoked; no round waits for it", device)
+            if self._link.seals.knows(Sender("device", device)):  # or it has not said yet whether it is back
+                log.warning("%s is revoked; no round waits for it", device)
         self._registry.shut_out(revoked)
 
     def presence(self, device: str, event: Received) -> None:
@@ -96,6 +101,8 @@ class Reception:
             raise
         if device != presence.name:
             raise MessageError("the presence is of another device", "ignore it", reason="wrong-topic")
+        if not self._registry.may_take_part(device) and presence.state != "offline":
+            self._see_stranger(device)
         was_here, was_shared = self._registry.is_here(device), self._registry.is_shared(device)
         if self._registry.update(presence, retained=event.retained) and not event.retained:
             if was_here and presence.state == "offline":
@@ -104,6 +111,11 @@ class Reception:
                 log.info("%s is there", device)
         if self._registry.is_shared(device) and not was_shared:
             log.warning("%s: two agents take turns under this id; give each device one of its own", device)
+
+    def _see_stranger(self, device: str) -> None:
+        if device not in self._strangers and len(self._strangers) < _STRANGERS:
+            self._strangers.add(device)
+            log.warning("%s is there, and the fleet file does not name it: it takes no part", device)
 
     def ask_who(self, device: str) -> None:
         """Have a device introduce itself again."""

@@ -82,6 +82,10 @@ class Registry:
         now = time.monotonic()
         self._gone = {name: min(since, now) for name, since in self._gone.items()}
 
+    def may_take_part(self, device: str) -> bool:
+        """Whether the fleet file names a device, or there is none."""
+        return not self._expected or device in self._expected
+
     def knows(self, device: str) -> bool:
         """Whether a device belongs to the fleet."""
         return device in self._expected if self._expected else device in self._presence

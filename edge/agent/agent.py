@@ -28,7 +28,7 @@ from fleetune.edge.protocol.complaints import Complaints
 from fleetune.edge.protocol.errors import BrokerProtocolError, FleetuneError, MessageError, RunFailedError
 from fleetune.edge.protocol.files import is_full
 from fleetune.edge.protocol.identity.seals import Seals
-from fleetune.edge.protocol.link import Connected, Disconnected, Event, Link, Received
+from fleetune.edge.protocol.link import Connected, Disconnected, Event, Link, Received, Refused
 from fleetune.edge.protocol.messages import (
     KIT,
     Ack,
@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 
 _SHOW_EVERY = 0.5
 """Seconds between two words on how far a round is."""
+
+SAY_EVERY = 600.0
+"""Seconds after which an agent that has nothing to say says where it stands."""
 
 _LOOK_EVERY = 5.0
 """Seconds after which an agent looks again whether it may train, or write."""
@@ -142,6 +145,7 @@ class Agent:
             FleetuneError: The device cannot take part in any job; the aggregator saw why.
         """
         try:
+            self._membership.check()
             self._notifier.status("waits for the broker")
             self._link.connect(timeout=math.inf)
             self._membership.introduce()
@@ -153,6 +157,8 @@ class Agent:
             while True:
                 self._look_at_post(timeout=0.1 if self._broadcasts.waits else 1.0)
                 self._work()
+                if time.monotonic() - self._shown > SAY_EVERY:  # who is put out learns it by saying something
+                    self._publish(*self._said)
         except FleetuneError as error:
             self._publish("failed", self._public(error))
             raise
@@ -225,6 +231,8 @@ class Agent:
             self._broadcasts.hurry()
         elif isinstance(event, Disconnected):
             self._outbox.hurry()
+        elif isinstance(event, Refused):
+            self._membership.denied(event.reason)
         elif isinstance(event, Received):
             try:
                 self._receive(event)

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 _HEAR_AGAIN = 1.0
 """Seconds after which an announcement that came damaged is to come again."""
 
+_DENIED_FOR = 60.0
+"""Seconds between two connections to a broker that drops what is said."""
+
 _UNHEARD = frozenset({"damaged", "wrong-signature", "unknown-key"})
 """Why an announcement may count when it comes again."""
 
@@ -42,6 +45,26 @@ class Membership:
         self._heard = Heard(counters.heard, link.seals.clock)
         self._renewal = Renewal(link, topics)
         self._hear_again = math.inf
+        self._deny_again = 0.0
+
+    def check(self) -> None:
+        """See that this device still belongs to its fleet.
+
+        Raises:
+            IdentityError: It was put out.
+        """
+        self._renewal.check()
+
+    def denied(self, reason: str) -> None:
+        """The broker dropped what this device said. A new connection shows whether its certificate still counts."""
+        if time.monotonic() > self._deny_again:
+            self._deny_again = time.monotonic() + _DENIED_FOR
+            log.warning(
+                "the broker drops what this device says (%s); connects anew. If that goes on, this device was put out, "
+                "or the broker's rights are old: see `fleetune doctor`",
+                reason,
+            )
+            self._link.reconnect()
 
     def introduce(self) -> None:
         """Say who this is, before anything that it signs."""
@@ -71,11 +94,12 @@ class Membership:
 
         Raises:
             MessageError: It is not one of this fleet.
+            IdentityError: It puts this device out.
         """
         trust = self._link.seals.hear_trust(raw)
         if trust is not None:
             log.info("takes version %d of the fleet's trust document", trust.version)
-            self._renewal.check()
+            self.check()
 
     def aggregator(self, raw: bytes) -> None:
         """The aggregator says who it is.

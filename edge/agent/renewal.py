@@ -39,12 +39,22 @@ class Renewal:
         self._wanted, self._ask_at, self._asked = False, 0.0, 0
 
     def check(self) -> None:
-        """Say so if this device's own credential counts no more."""
+        """Say so if this device's own credential counts no more.
+
+        Raises:
+            IdentityError: The authority has revoked it.
+        """
         identity = self._link.seals.identity
         if identity is not None:
             try:
                 check_current(identity.credential, identity.trust, self._link.seals.clock.now())
             except MessageError as error:
+                if error.reason == "revoked":
+                    credential = identity.credential
+                    raise IdentityError(
+                        f"device {credential.name} is revoked: its fleet has put it out",
+                        "enrol it with a new token (`fleetune fleet enroll`) if it belongs there, and start this again",
+                    ) from error
                 log.error("%s: %s", error.what, error.remedy)  # noqa: TRY400 - nothing is wrong with this process
 
     def hurry(self, topic: str, raw: bytes) -> None:

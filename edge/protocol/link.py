@@ -61,6 +61,9 @@ _ANSWER_WITHIN = 10.0
 _LAST_WORDS = 1.0
 """Seconds that a broker may take to acknowledge what was said before the end."""
 
+_SAY_WHY_AFTER = 3
+"""Attempts to connect anew after which it is looked into, and said, why they fail."""
+
 _LONGEST_PAUSE = 30
 """Seconds between two attempts to connect."""
 
@@ -173,6 +176,7 @@ class Link:
         self._max_packet = self._trusted = MAX_PACKET
         self._largest_taken = self._hangups = 0
         self._since, self._short_lives, self._failures, self._open_at = 0.0, 0, 0, math.inf
+        self._said_why = False
         self._client = self._new_client()
 
     def _new_client(self) -> mqtt.Client:
@@ -198,6 +202,7 @@ class Link:
         return client
 
     def _own_context(self) -> ssl.SSLContext:
+        self.seals.refresh()
         identity = self.seals.identity
         if identity is None:
             raise IdentityError(
@@ -240,7 +245,8 @@ class Link:
                 raise why_not(self.address, self._context, self.seals.clock)
             if waited > 1 and not said:
                 said = True
-                log.warning("%s; waits for one", why_not(self.address, self._context, self.seals.clock).what)
+                why = why_not(self.address, self._context, self.seals.clock)
+                log.warning("%s; waits for one (%s)", why.what, why.remedy)
             if time.monotonic() > self._open_at:
                 self._open()
             time.sleep(0.005)
@@ -358,6 +364,7 @@ class Link:
         """
         pause = self._open_at - time.monotonic()
         if pause <= 0:
+            self._say_why()
             self._open()
         try:
             event = self._events.get(timeout=max(0.0, min(timeout, pause) if pause > 0 else timeout))
@@ -392,9 +399,16 @@ class Link:
             self._fill_window()
 
     def _restored(self) -> None:
-        self._up = True
+        self._up, self._said_why = True, False
         self._failures = self._short_lives
         log.info("connected to %s", self.address)
+
+    def _say_why(self) -> None:
+        """Once for each connection that was lost, when it does not come back."""
+        if self._failures >= _SAY_WHY_AFTER and not self._said_why:
+            self._said_why = True
+            why = why_not(self.address, self._context, self.seals.clock)
+            log.warning("%s; tries again (%s)", why.what, why.remedy)
 
     def _broken(self) -> None:
         if self._up:

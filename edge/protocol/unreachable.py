@@ -17,7 +17,7 @@ _WITHIN = 2.0
 _REFUSALS = {
     "CERTIFICATE_REVOKED": (
         "this machine's certificate is revoked",
-        "enrol it again, if it belongs to the fleet",
+        "enrol it again with a new token, if it belongs to the fleet",
     ),
     "CERTIFICATE_EXPIRED": ("this machine's certificate has expired", "enrol it again"),
     "UNKNOWN_CA": ("this machine's certificate is of another authority", "enrol it with the fleet's authority"),

@@ -342,6 +342,50 @@ def test_a_reply_that_comes_late_does_not_bring_back_whom_the_authority_has_revo
         assert "aggregator" in identity.trust.revoked
 
 
+def test_a_device_that_is_put_out_says_so_and_goes_on_once_it_is_enrolled_again(
+    fleet: GuardedFleet, broker: GuardedBroker
+) -> None:
+    fleet.enrol("nano-1")
+    with fleet.agent("nano-1") as agent:
+        agent.wait_for("waits for a round")
+        fleet.authority.revoke("nano-1")
+        fleet.write_revocations(broker)
+        agent.wait_for("the broker drops what this device says (Not authorized)")
+        agent.wait_for("this machine's certificate is revoked; tries again (enrol it again with a new token")
+        new = fleet.enrol("nano-1")  # beside the agent, which waits
+        fleet.write_revocations(broker)
+        agent.wait_for("goes on with a new credential")
+        agent.wait_until(lambda: agent.output.count("connected to") == 2)
+        assert fleet.identity("nano-1").credential == new.credential
+
+
+def test_a_device_whose_own_authority_has_put_it_out_ends_and_starts_no_more(
+    fleet: GuardedFleet, broker: GuardedBroker
+) -> None:
+    fleet.enrol("nano-1")
+    with fleet.desk(), fleet.agent("nano-1") as agent:
+        agent.wait_for("waits for a round")
+        fleet.authority.revoke("nano-1")  # and the broker was not told
+        agent.wait_for("device nano-1 is revoked: its fleet has put it out")
+        agent.wait_until(lambda: agent.process.poll() is not None)
+    with fleet.agent("nano-1") as again:
+        again.wait_for("device nano-1 is revoked: its fleet has put it out")
+        assert "connected to" not in again.output
+
+
+def test_what_comes_from_enrolment_is_not_written_over(fleet: GuardedFleet) -> None:
+    running = Seals(fleet.enrol("nano-1"))
+    fleet.authority.revoke("nano-1")
+    new = fleet.enrol("nano-1")
+    fleet.authority.revoke("aggregator")  # a newer document than enrolment brought
+    running.hear_trust(fleet.authority.trust_envelope)
+    kept = fleet.identity("nano-1")
+    assert kept.credential == new.credential
+    assert kept.trust.version == fleet.authority.trust.version
+    assert running.identity is not None
+    assert running.identity.credential == new.credential
+
+
 def test_a_newer_trust_document_in_a_reply_is_taken(fleet: GuardedFleet, member: Identity) -> None:
     fleet.authority.revoke("aggregator")
     application, reply = applied(fleet, member)

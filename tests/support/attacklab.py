@@ -21,7 +21,7 @@ from fleetune.edge.agent.agent import Agent
 from fleetune.edge.agent.config import AgentConfig
 from fleetune.edge.protocol import chunks
 from fleetune.edge.protocol.codec import EXACT
-from fleetune.edge.protocol.errors import BrokerProtocolError
+from fleetune.edge.protocol.errors import BrokerProtocolError, IdentityError
 from fleetune.edge.protocol.identity.folder import Identity, read_identity
 from fleetune.edge.protocol.identity.seals import Seals
 from fleetune.edge.protocol.link import Event, Link
@@ -150,7 +150,7 @@ class Lab:
 
     @staticmethod
     def _serve(config: AgentConfig, worker: Worker) -> None:
-        with suppress(BrokerProtocolError):
+        with suppress(BrokerProtocolError, IdentityError):  # denied, or put out
             Agent(config, worker).run()
 
     def await_round(self, version: int) -> None:

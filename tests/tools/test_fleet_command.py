@@ -187,7 +187,7 @@ def test_a_device_comes_into_the_fleet_is_revoked_and_comes_back(tmp_path: Path)
         with site.peer(home) as peer:
             peer.publish("ft/1/lab/st/nano-1")
             said = site.does("revoke", "nano-1")
-            assert "nano-1: 1 credentials revoked" in said
+            assert "nano-1: 1 credential revoked" in said
             assert "the broker on this machine refuses its connections from now on" in said
             assert "version 2 of the trust document is out" in said
             assert wait_until(lambda: denied(peer, "ft/1/lab/st/nano-1"))
@@ -331,6 +331,16 @@ def test_tokens_of_a_whole_fleet_come_in_files_of_their_owner(made: Site, tmp_pa
     assert [path.name for path in files] == ["nano-1.token", "nano-2.token"]
     assert [stat.S_IMODE(path.stat().st_mode) for path in files] == [0o600, 0o600]
     assert [Token.parse(path.read_text()).device for path in files] == ["nano-1", "nano-2"]
+
+
+def test_tokens_of_another_fleet_than_the_files_are_not_made(made: Site, tmp_path: Path) -> None:
+    before = made.quick("show", "--json")
+    other = write_fleet(tmp_path / "other.yaml", "nano-1", name="greenhouse")
+    code, what = call("fleet", "enroll", "--authority", made.authority, "--fleet", other)
+    assert code == 10
+    assert "is of the fleet greenhouse" in what
+    assert "of lab" in what
+    assert made.quick("show", "--json") == before
 
 
 def test_tokens_come_as_json(made: Site) -> None:

@@ -167,7 +167,8 @@ def _enroll(args: argparse.Namespace) -> None:
 
     devices = list(args.devices)
     if args.fleet is not None:
-        known = [device.id for device in read_fleet(args.fleet).devices]
+        fleet = read_fleet(args.fleet)
+        named, known = fleet.name, [device.id for device in fleet.devices]
         if strange := sorted(set(devices) - set(known)):
             raise ConfigError(f"{args.fleet} has no device {', '.join(strange)}", f"use one of {', '.join(known)}")
         devices = devices or known
@@ -176,6 +177,11 @@ def _enroll(args: argparse.Namespace) -> None:
     if not 0 < args.hours <= 24 * 365:
         raise ConfigError(f"--hours: {args.hours} is out of range", "choose from above 0 to 8760")
     with _opened(args.authority) as authority:
+        if args.fleet is not None and named != authority.fleet:
+            raise ConfigError(
+                f"{args.fleet} is of the fleet {named}, {args.authority} of {authority.fleet}",
+                "name the fleet file and the --authority of one fleet",
+            )
         tokens = [authority.make_token(device, args.hours) for device in devices]
         revoked = {row.name for row in authority.ledger.members() if row.revoked is not None}
         if again := sorted(revoked.intersection(devices)):
@@ -183,7 +189,8 @@ def _enroll(args: argparse.Namespace) -> None:
     if args.out is not None:
         for token in tokens:
             write_private(args.out / f"{token.device}.token", f"{token.text}\n".encode())
-        _say(f"{len(tokens)} tokens are in {args.out}, for {args.hours:g} hours")
+        what = "1 token is" if len(tokens) == 1 else f"{len(tokens)} tokens are"
+        _say(f"{what} in {args.out}, for {args.hours:g} hours")
     elif args.json:
         rows = [{"device": token.device, "token": token.text, "expires": _utc(token.expires)} for token in tokens]
         _say(json.dumps(rows, indent=1))
@@ -333,7 +340,7 @@ def _revoke(args: argparse.Namespace) -> None:
             raise ConfigError(f"{', '.join(strange)}: never had a credential", "see `fleetune fleet show`")
         for name in args.names:
             count = authority.revoke(name)
-            _say(f"{name}: {count} credentials revoked")
+            _say(f"{name}: {count} credential{'' if count == 1 else 's'} revoked")
         folder = args.authority / BROKER_FOLDER
         write_revocations(authority, folder)
         if reload_broker(folder):

@@ -203,6 +203,6 @@ def check_current(credential: Credential, trust: Trust, now: float) -> None:
     """
     who = f"the credential of {credential.role} {credential.name}"
     if trust.revoked.get(credential.name, -1.0) >= credential.begins:
-        raise MessageError(f"{who} is revoked", "enrol it again", reason="revoked")
+        raise MessageError(f"{who} is revoked", "nothing, if it was meant; or enrol it again", reason="revoked")
     if now > credential.expires + MAX_SKEW:
         raise MessageError(f"{who} has expired", "renew it, or enrol it again", reason="expired-credential")

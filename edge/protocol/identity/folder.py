@@ -99,7 +99,8 @@ def check_private(path: Path) -> None:
     if mode & 0o077:
         raise KeyExposedError(
             f"{path} holds a private key, and others may read it (mode {mode:04o})",
-            f"chmod 600 {path}; if somebody else was on this machine, enrol it again",
+            f"chmod 600 {path}; if somebody else was on this machine, replace the key: `fleetune enroll` on a device, "
+            "`fleetune fleet rotate` elsewhere",
         )
 
 

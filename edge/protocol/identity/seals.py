@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from fleetune.edge.protocol.errors import MessageError
+from fleetune.edge.protocol.errors import FleetuneError, MessageError
 from fleetune.edge.protocol.identity.clock import Clock
 from fleetune.edge.protocol.identity.credential import (
     Credential,
@@ -25,7 +25,7 @@ from fleetune.edge.protocol.identity.credential import (
     read_trust,
     sign,
 )
-from fleetune.edge.protocol.identity.folder import Identity
+from fleetune.edge.protocol.identity.folder import FILE, Identity, read_identity
 from fleetune.edge.protocol.identity.keys import key_id
 from fleetune.edge.protocol.messages import Message, decode, open_envelope, read_envelope, seal
 
@@ -37,6 +37,12 @@ class _Known(NamedTuple):
 
     credential: Credential
     authority: str
+
+
+def _modified(identity: Identity | None) -> int:
+    """When its file was written, in nanoseconds; 0 if there is none."""
+    file = None if identity is None else identity.folder / FILE
+    return file.stat().st_mtime_ns if file is not None and file.exists() else 0
 
 
 class Seals:
@@ -51,6 +57,7 @@ class Seals:
 
     def __init__(self, identity: Identity | None = None) -> None:
         self._identity = identity
+        self._file_of = _modified(identity)
         self.clock = Clock(identity.credential.begins if identity is not None else 0.0)
         self._known: dict[str, _Known] = {}  # by key id
         self._keys: dict[Sender, tuple[str, ...]] = {}  # of each member the newest two, oldest first
@@ -70,8 +77,25 @@ class Seals:
 
     def become(self, identity: Identity) -> None:
         """Go on with a renewed credential."""
-        self._identity = identity
+        self._identity, self._file_of = identity, _modified(identity)
         self._learn(identity.credential, identity.envelope)
+
+    def refresh(self) -> None:
+        """Go on with what this machine was enrolled with since, where its folder has a newer credential."""
+        mine = self._identity
+        if mine is None or _modified(mine) == self._file_of:
+            return
+        self._file_of = _modified(mine)
+        try:
+            found = read_identity(mine.folder)
+        except FleetuneError as error:
+            log.warning("%s; goes on with the identity that it had", error)
+            return
+        if found.credential.sender == mine.credential.sender and found.credential.begins > mine.credential.begins:
+            if found.trust.version < mine.trust.version:
+                found = replace(found, trust=mine.trust, trust_envelope=mine.trust_envelope)
+            self.become(found)
+            log.info("goes on with a new credential: this machine was enrolled again")
 
     # --- out ----------------------------------------------------------------------------------------------------
 
@@ -146,6 +170,10 @@ class Seals:
         self._learn(credential, raw)
         return True
 
+    def knows(self, sender: Sender) -> bool:
+        """Whether a member has shown a credential."""
+        return bool(self._keys.get(sender))
+
     def revoked_devices(self) -> frozenset[str]:
         """Devices that are revoked, and have not shown a newer credential since."""
         if self._identity is None:
@@ -187,6 +215,7 @@ class Seals:
         Raises:
             MessageError: It is not one of this fleet.
         """
+        self.refresh()  # or a credential that came meanwhile would be written over
         if self._identity is None:
             return None
         trust = read_trust(raw, self._identity.trust.authorities, self._identity.trust.fleet)
@@ -199,6 +228,7 @@ class Seals:
             self._identity.save()
         except OSError as error:
             log.error("version %d of the trust document cannot be kept: %s", trust.version, error)  # noqa: TRY400 - the disk
+        self._file_of = _modified(self._identity)
         return trust
 
     def _forget_others(self, authorities: set[str]) -> None:

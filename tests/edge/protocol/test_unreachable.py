@@ -76,7 +76,7 @@ def why(address: BrokerAddress, context: Contexts = enrolment_context, clock: Cl
 
 
 @pytest.mark.parametrize(("device", "words", "remedy"), [
-    ("revoked", "this machine's certificate is revoked", "enrol it again, if it belongs to the fleet"),
+    ("revoked", "this machine's certificate is revoked", "enrol it again with a new token, if it belongs to the fleet"),
     ("expired", "this machine's certificate has expired", "enrol it again"),
 ])  # fmt: skip
 def test_a_certificate_that_the_broker_does_not_take(walls: Walls, device: str, words: str, remedy: str) -> None:
