@@ -261,7 +261,8 @@ class Aggregator:
             raise RunFailedError(
                 f"too few devices are left for a quorum of {self._config.quorum} ({reasons})",
                 "mend the devices and start them again, or do without: take them out of the fleet file, or lower "
-                "--quorum. The same command then goes on where the run stopped",
+                "--quorum; the same command then goes on where the run stopped. Or start another run, with other "
+                "options and another folder for --state",
             )
 
     # --- collecting ---------------------------------------------------------------------------------------------

@@ -92,11 +92,12 @@ class Guarantee(msgspec.Struct, frozen=True):
     def in_words(self) -> str:
         """One line for a log."""
         model, device, aggregator = (self.epsilon[view] for view in VIEWS)
+        fewest = "one device's" if self.fewest_devices == 1 else f"{self.fewest_devices:.3g} devices'"
         return (
             f"each device as a whole has ε = {model:.3g} against whoever has the model, {device:.3g} against another "
             f"device, {aggregator:.3g} against whoever sees its updates (δ = {self.delta:g}): at most "
             f"{self.most_updates} updates in {self.rounds} rounds, each with noise of {self.noise:.3g} times the clip, "
-            f"at least {self.fewest_devices:.3g} devices' noise in a sum"
+            f"at least {fewest} noise in a sum"
         )
 
 

@@ -310,10 +310,14 @@ class Training:
         """What came out, for the operator."""
         job = self.job.id
         log.info("%s: done, run %s", job, self._run.run)
-        for device, metrics in sorted(self._last.items()):
-            log.info("%s: %s%s", job, device, accuracies(metrics))
-        if self._past:
+        told = {device: accuracies(metrics) for device, metrics in sorted(self._last.items())}
+        for device, words in told.items():
+            if words:
+                log.info("%s: %s%s", job, device, words)
+        if any(told.values()):
             log.info("%s: mean%s", job, accuracies(self._past[-1].means))
+        else:
+            log.info("%s: no device told accuracies%s", job, "" if self.job.privacy is None else " (--report-accuracy)")
         if self.guarantee is not None:
             log.info("%s: %s; see %s", job, self.guarantee.in_words(), self._journal.privacy_path(job))
         if self._model is not None:

@@ -21,6 +21,9 @@ from fleetune.server.training import Model
 
 Figures = dict[str, float | int | str | bool]
 
+ASSUMING = ("trimmed-mean", "multi-krum")
+"""Rules that are told how many devices may lie."""
+
 
 def check_options(args: argparse.Namespace) -> None:
     """Check what can be checked before there is a pack.
@@ -50,14 +53,20 @@ def rule_of(args: argparse.Namespace) -> RuleSettings:
     """The rule that ``--rule`` and ``--assume-malicious`` ask for.
 
     Raises:
-        ConfigError: There is none of that name, or the share is out of range.
+        ConfigError: There is none of that name, the share is out of range, or says nothing to this rule.
     """
     if args.rule not in RULES:
         raise ConfigError(f"--rule: {args.rule} is unknown", f"choose from {', '.join(RULES)}")
+    if args.assume_malicious is None:
+        return RuleSettings(args.rule)
     if not 0 <= args.assume_malicious < 0.5:
         raise ConfigError(
             f"--assume-malicious: {args.assume_malicious} is out of range",
             "use 0 or more and less than 0.5: no rule tells a majority that lies from one that does not",
+        )
+    if args.rule not in ASSUMING:
+        raise ConfigError(
+            f"--assume-malicious: it says nothing to --rule {args.rule}", f"use --rule {' or '.join(ASSUMING)}"
         )
     return RuleSettings(args.rule, args.assume_malicious)
 
@@ -68,7 +77,7 @@ def check_rule(rule: RuleSettings, *, updates: int) -> None:
     Raises:
         ConfigError: They are too few.
     """
-    if rule.name not in ("trimmed-mean", "multi-krum"):
+    if rule.name not in ASSUMING:
         return
     asked, most = assumed(rule.malicious, updates, updates), RULES[rule.name].tolerates(updates)
     if asked > most:

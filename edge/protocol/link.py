@@ -207,7 +207,8 @@ class Link:
         if identity is None:
             raise IdentityError(
                 f"{self.address} wants a certificate, and this machine has no identity",
-                "enrol it (`fleetune enroll`), and name the folder with --identity",
+                "name its folder with --identity: what `fleetune enroll` made on a device, or for the aggregator "
+                "authority/members/aggregator",
             )
         return client_context(identity.folder)
 

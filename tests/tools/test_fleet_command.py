@@ -400,7 +400,8 @@ def test_a_token_comes_over_standard_input(made: Site, tmp_path: Path) -> None:
 
 
 def test_a_token_that_is_not_there(tmp_path: Path) -> None:
-    refused(fleetune("enroll", "--token", tmp_path / "x", "--state", tmp_path), 21, str(tmp_path / "x"))
+    ended = fleetune("enroll", "--token", tmp_path / "x", "--state", tmp_path)
+    assert "`fleetune fleet enroll` makes another" in refused(ended, 24, f"{tmp_path / 'x'} is not there")
 
 
 def test_a_token_stays_until_it_was_used(made: Site, tmp_path: Path) -> None:

@@ -62,9 +62,15 @@ def _run(args: argparse.Namespace) -> None:
 def _read(source: str) -> str:
     import sys
 
+    from fleetune.edge.protocol.errors import EnrolmentError
     from fleetune.edge.protocol.identity.enrolment import MAX_TOKEN
 
     if source == "-":
         return sys.stdin.read(MAX_TOKEN + 1)
-    with Path(source).open(encoding="utf-8", errors="replace") as file:
-        return file.read(MAX_TOKEN + 1)
+    try:
+        with Path(source).open(encoding="utf-8", errors="replace") as file:
+            return file.read(MAX_TOKEN + 1)
+    except FileNotFoundError as error:
+        raise EnrolmentError(
+            f"{source} is not there", "a token that was used is deleted; `fleetune fleet enroll` makes another"
+        ) from error

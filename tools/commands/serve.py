@@ -40,7 +40,10 @@ def register(subparsers: Any) -> None:
             "                 --quorum 8 --deadline 900      after 15 minutes, 8 updates close a round\n"
             "  fleetune serve --fleet fleet.yaml --pack packs/minilm --classes 2 --state aggregator \\\n"
             "                 --rule trimmed-mean --assume-malicious 0.3      devices may lie\n"
+            "  fleetune serve --fleet fleet.yaml --pack packs/minilm --classes 2 --state aggregator \\\n"
             "                 --dp-epsilon 4                 little can be learned of any one device\n"
+            "  fleetune serve --fleet fleet.yaml --pack packs/minilm --classes 2 --state aggregator \\\n"
+            "                 --broker mqtts://broker --identity authority/members/aggregator      a fleet with keys\n"
         ),
     )
     add_fleet(parser)
@@ -188,10 +191,9 @@ def add_job_options(parser: argparse.ArgumentParser, *, jobs: str = "fedms", max
     group.add_argument(
         "--assume-malicious",
         type=float,
-        default=0.2,
         metavar="X",
         help="share of the devices that trimmed-mean and multi-krum are to withstand, below 0.5; the more, the more of "
-        "what honest devices send is left out too (default: %(default)s)",
+        "what honest devices send is left out too (default: 0.2)",
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
 
