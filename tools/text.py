@@ -28,7 +28,8 @@ class LineFormatter(logging.Formatter):
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of a table under each other: words to the left, numbers to the right."""
+    """Rows of a table under each other: words to the left, numbers to the right; no cell moves a cursor."""
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     numbers = [all(_is_number(row[place]) for row in rows[1:]) for place in range(len(rows[0]))]
     lines = (

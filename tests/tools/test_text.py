@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from fleetune.tools.text import LineFormatter, visible
+from fleetune.tools.text import LineFormatter, columns, visible
 
 
 @pytest.mark.parametrize(("text", "shown"), [
@@ -38,3 +38,7 @@ def test_no_message_makes_a_second_line_in_a_log() -> None:
     assert lines[1] == "ERROR unforeseen"
     assert lines[2].startswith("Traceback")
     assert lines[-1] == r"ValueError: invalid literal for int() with base 10: 'bad\x1b[1A'"
+
+
+def test_no_cell_of_a_table_moves_a_cursor() -> None:
+    assert columns([["name", "n"], ["a\r\x1b[2Jb", "7"]]).splitlines() == ["name          n", "a\\r\\x1b[2Jb  7"]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleetune.tools.commands.options import add_command
-from fleetune.tools.text import visible
 
 if TYPE_CHECKING:
     from fleetune.server.privacy import Guarantee
@@ -105,7 +104,7 @@ def _device(row: DeviceRow) -> list[str]:
     counts = (row.boot or 0, row.accepted, row.late, row.refused)
     state = ", ".join(word for word in (row.state, row.quarantined and f"quarantined: {row.quarantined}") if word)
     words = (row.reason, row.detail)
-    return [row.id, state or "-", _time(row.last_seen), *map(str, counts), *(visible(word) or "-" for word in words)]
+    return [row.id, state or "-", _time(row.last_seen), *map(str, counts), *(word or "-" for word in words)]
 
 
 def _round(row: RoundRow) -> list[str]:
