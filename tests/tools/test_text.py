@@ -41,4 +41,5 @@ def test_no_message_makes_a_second_line_in_a_log() -> None:
 
 
 def test_no_cell_of_a_table_moves_a_cursor() -> None:
-    assert columns([["name", "n"], ["a\r\x1b[2Jb", "7"]]).splitlines() == ["name          n", "a\\r\\x1b[2Jb  7"]
+    shown = r"a\r\x1b[2Jb"
+    assert columns([["name", "n"], ["a\r\x1b[2Jb", "7"]]) == f"{'name':{len(shown)}}  n\n{shown}  7"
