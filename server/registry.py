@@ -48,7 +48,9 @@ class Registry:
                 been mended since, so it counts as away; what it declined then was another aggregator's.
         """
         known = self._presence.get(presence.name)
-        if presence.name not in self._expected if self._expected else known is None and len(self._presence) >= _MOST:
+        if not self.may_take_part(presence.name):
+            return False
+        if not self._expected and known is None and len(self._presence) >= _MOST:
             return False
         if known is not None and presence.state == "offline" and presence.boot != known.boot:
             return False

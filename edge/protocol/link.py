@@ -235,7 +235,7 @@ class Link:
             BrokerProtocolError: The broker refuses MQTT 5 or this client.
             IdentityError: One side's certificate does not satisfy the other.
         """
-        start, said = time.monotonic(), False
+        start = time.monotonic()
         self._open()
         while not self._answered:
             waited = time.monotonic() - start
@@ -244,10 +244,8 @@ class Link:
             if waited > timeout or (timeout < math.inf and refused) or silent:
                 self.close()
                 raise why_not(self.address, self._context, self.seals.clock)
-            if waited > 1 and not said:
-                said = True
-                why = why_not(self.address, self._context, self.seals.clock)
-                log.warning("%s; waits for one (%s)", why.what, why.remedy)
+            if waited > 1:
+                self._say_why("waits for one")
             if time.monotonic() > self._open_at:
                 self._open()
             time.sleep(0.005)
@@ -365,7 +363,8 @@ class Link:
         """
         pause = self._open_at - time.monotonic()
         if pause <= 0:
-            self._say_why()
+            if self._failures >= _SAY_WHY_AFTER:
+                self._say_why("tries again")
             self._open()
         try:
             event = self._events.get(timeout=max(0.0, min(timeout, pause) if pause > 0 else timeout))
@@ -404,12 +403,12 @@ class Link:
         self._failures = self._short_lives
         log.info("connected to %s", self.address)
 
-    def _say_why(self) -> None:
-        """Once for each connection that was lost, when it does not come back."""
-        if self._failures >= _SAY_WHY_AFTER and not self._said_why:
+    def _say_why(self, and_now: str) -> None:
+        """Why there is no connection, once until there is one."""
+        if not self._said_why:
             self._said_why = True
             why = why_not(self.address, self._context, self.seals.clock)
-            log.warning("%s; tries again (%s)", why.what, why.remedy)
+            log.warning("%s; %s (%s)", why.what, and_now, why.remedy)
 
     def _broken(self) -> None:
         if self._up:

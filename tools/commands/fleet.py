@@ -165,10 +165,9 @@ def _enroll(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.identity.folder import write_private
     from fleetune.profiles.fleet import read_fleet
 
-    devices = list(args.devices)
-    if args.fleet is not None:
-        fleet = read_fleet(args.fleet)
-        named, known = fleet.name, [device.id for device in fleet.devices]
+    devices, fleet = list(args.devices), read_fleet(args.fleet) if args.fleet is not None else None
+    if fleet is not None:
+        known = [device.id for device in fleet.devices]
         if strange := sorted(set(devices) - set(known)):
             raise ConfigError(f"{args.fleet} has no device {', '.join(strange)}", f"use one of {', '.join(known)}")
         devices = devices or known
@@ -177,9 +176,9 @@ def _enroll(args: argparse.Namespace) -> None:
     if not 0 < args.hours <= 24 * 365:
         raise ConfigError(f"--hours: {args.hours} is out of range", "choose from above 0 to 8760")
     with _opened(args.authority) as authority:
-        if args.fleet is not None and named != authority.fleet:
+        if fleet is not None and fleet.name != authority.fleet:
             raise ConfigError(
-                f"{args.fleet} is of the fleet {named}, {args.authority} of {authority.fleet}",
+                f"{args.fleet} is of the fleet {fleet.name}, {args.authority} of {authority.fleet}",
                 "name the fleet file and the --authority of one fleet",
             )
         tokens = [authority.make_token(device, args.hours) for device in devices]

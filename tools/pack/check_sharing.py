@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from fleetune.edge.engine.suffix import Part, Suffix
 from fleetune.edge.methods.pfedmoe.body import BackboneBody
 from fleetune.edge.methods.pfedmoe.gate import gate_shapes
 from fleetune.edge.methods.pfedmoe.mixture import HEADER
+from fleetune.edge.methods.pfedmoe.rehearsal import OneBatch
 from fleetune.edge.pack.manifest import Extractor
 from fleetune.tools.pack.extractors import SHARED_CNN, DeepAveragingNetwork
 from fleetune.tools.pack.mixture import ALPHAS, EXTRACTOR
@@ -29,25 +29,6 @@ Comparison = tuple[str, FloatArray, FloatArray]
 """What is compared, what the pack makes of it, and what torch does."""
 
 _CLASSES = 3
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """One micro-batch, with what the body asks of a device's run."""
-
-    suffix: Suffix
-    part: Part
-    micro_batch: int
-
-    @property
-    def prefix(self) -> _Batch:
-        return self
-
-    def parts(self, _groups: Sequence[NDArray[np.int64]]) -> Iterator[Part]:
-        yield self.part
-
-    def features(self, expert: Expert, _indices: NDArray[np.int64]) -> FloatArray:
-        return self.suffix.features([self.part], expert)[0]
 
 
 def compare_sharing(
@@ -127,7 +108,7 @@ def _mixture(
     alphas = {name: rng.uniform(0, 1, (batch, width)).astype(np.float32) for name in ALPHAS}
     labels = np.eye(_CLASSES, dtype=np.float32)[np.arange(batch) % _CLASSES]
 
-    body = BackboneBody(_Batch(suffix, part, batch), expert)
+    body = BackboneBody(OneBatch(suffix, batch, part), expert)
     others = {**extractor.tensors, **header.tensors}
     into = {name: np.zeros_like(tensor) for name, tensor in others.items()}
     ((_, states),) = body.groups(np.arange(batch))

@@ -25,23 +25,38 @@ _CLASSES, _RATE = 2, 1e-4
 
 
 @dataclass
-class _Part:
-    """One micro-batch that is all samples there are: a run, its prefix, and what the extractor sees."""
+class OneBatch:
+    """One micro-batch that is all samples there are: a run, and its prefix.
+
+    Attributes:
+        suffix: The active blocks.
+        micro_batch: Its samples.
+        part: Hidden states at the boundary, and their mask.
+    """
 
     suffix: Suffix
     micro_batch: int
-    manifest: Manifest
     part: Part
 
     @property
-    def prefix(self) -> _Part:
+    def prefix(self) -> OneBatch:
+        """Itself."""
         return self
 
     def parts(self, _groups: Sequence[Indices]) -> Iterator[Part]:
+        """The one part that there is."""
         yield self.part
 
     def features(self, expert: Expert, _indices: Indices) -> FloatArray:
+        """Its features [n, d]."""
         return self.suffix.features([self.part], expert)[0]
+
+
+@dataclass
+class _Rehearsed(OneBatch):
+    """It, and what the extractor sees."""
+
+    manifest: Manifest
 
     def __call__(self, indices: Indices) -> Mapping[str, FloatArray]:
         rng, mask = np.random.default_rng(0), self.part[1]
@@ -62,7 +77,7 @@ def step_of(suffix: Suffix, micro_batch: int) -> Callable[[Part], None]:
     shared = manifest.extractor
     assert shared is not None
     width = shared.representation
-    stand_in = _Part(suffix, micro_batch, manifest, (np.empty(0, np.float32), np.empty(0, np.float32)))
+    stand_in = _Rehearsed(suffix, micro_batch, (np.empty(0, np.float32), np.empty(0, np.float32)), manifest)
     body = BackboneBody(stand_in, Expert.initial(Layout.of(manifest, width), 0))
     extractor = Extractor(backbone.sessions, initial(shared.shapes, 0), stand_in, chunk=micro_batch)
     header = initial(dict(zip(HEADER, ((width, _CLASSES), (_CLASSES,)), strict=True)), 0)

@@ -33,6 +33,7 @@ class StepGraph:
         for name, tensor in {**frozen, **learned}.items():
             graph.read(name, tensor)
         self._further: dict[str, FloatArray] = {}
+        self._into: Mapping[str, FloatArray] = {}  # where gradients are written now
         self._found: dict[str, FloatArray] = {}
         self._rows = 0
 
@@ -55,8 +56,11 @@ class StepGraph:
         graph = self._graph
         if not first:
             self.reserve()
-        for name, tensor in (self._gradient if first else self._further).items():
-            graph.write(f"grad.{name}", tensor)
+        into = self._gradient if first else self._further
+        if into is not self._into:
+            self._into = into
+            for name, tensor in into.items():
+                graph.write(f"grad.{name}", tensor)
         if len(data["labels"]) != self._rows:
             self._rows, shapes = len(data["labels"]), {"logits": data["labels"].shape}
             shapes |= {f"grad.{name}": value.shape for name, value in data.items()}
