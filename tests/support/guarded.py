@@ -83,6 +83,13 @@ class GuardedBroker(Broker):
         return b"ACL pattern" in self.log.read_bytes()[before:]
 
 
+def handles(process: int, sent: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    (caught,) = (int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
+    return bool(caught >> (sent - 1) & 1)
+
+
 @contextmanager
 def guarded_broker(folder: Path, members: BrokerAddress, enrolment: BrokerAddress) -> Iterator[GuardedBroker]:
     """Mosquitto with what the authority wrote for it.
@@ -106,6 +113,8 @@ def guarded_broker(folder: Path, members: BrokerAddress, enrolment: BrokerAddres
         for address in (members, enrolment):
             up = wait_until(lambda a=address: listens(a) or process.poll() is not None, 30)  # type: ignore[misc]
             assert up, f"{address}: nobody listens"
+        # It listens before it handles signals: one to reload that comes between the two would end it.
+        assert wait_until(lambda: process.poll() is not None or handles(process.pid, signal.SIGHUP), 30)
         assert process.poll() is None, log.read_text()
         yield GuardedBroker("mosquitto", members, processes=[process], log=log)
     finally:
