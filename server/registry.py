@@ -34,6 +34,7 @@ class Registry:
         # Device that is away → since when, by the monotonic clock; infinite while nobody could have told.
         self._gone: dict[str, float] = {}
         self._unsaved: set[str] = set()
+        self._unsaved_out: frozenset[str] = frozenset()
         self._members: frozenset[str] | None = None  # until somebody comes, goes, or fails
         self._falls: dict[str, int] = {}  # device → how often its boot counter fell
         self.kept_out: dict[str, str] = {}
@@ -116,8 +117,11 @@ class Registry:
     def save(self, store: Store) -> None:
         """Keep what is new."""
         if self._unsaved:
-            store.see((self._presence[name] for name in self._unsaved), time.time())
+            store.see((self._presence[name] for name in self._unsaved - self.revoked), time.time())
             self._unsaved.clear()
+        if self._unsaved_out:
+            store.shut_out(self._unsaved_out)
+            self._unsaved_out = frozenset()
 
     def keep_out(self, device: str, why: str) -> None:
         """Wait for a device no more, whatever it says."""
@@ -131,6 +135,7 @@ class Registry:
 
     def shut_out(self, revoked: frozenset[str]) -> None:
         """Wait for these devices no more, and again for those that were revoked and are not any more."""
+        self._unsaved_out |= revoked - self.revoked
         self.revoked, self._members = revoked, None
 
     @property

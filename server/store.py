@@ -67,7 +67,7 @@ class DeviceRow:
 
     Attributes:
         id: Its id.
-        state: Where it stood when it was last heard of.
+        state: Where it stood when it was last heard of, or that it is revoked.
         detail: What it was doing.
         boot: Starts of its agent.
         kit: Version of Fleetune.
@@ -312,6 +312,12 @@ class Store:
             "first_seen = COALESCE(first_seen, excluded.first_seen), last_seen = excluded.last_seen"
         )
         rows = [(p.name, p.state, p.detail, p.boot, p.kit, now, now) for p in presences]
+        self._write(lambda: self._database.executemany(query, rows))
+
+    def shut_out(self, devices: Iterable[str]) -> None:
+        """Show devices as revoked, until they are enrolled again and say where they stand."""
+        rows = [(device,) for device in devices]
+        query = "UPDATE devices SET state = 'revoked', detail = '' WHERE id = ?"
         self._write(lambda: self._database.executemany(query, rows))
 
     def refuse(self, device: str, reason: str) -> None:

@@ -63,7 +63,8 @@ def enrol(token: Token, folder: Path, *, key: str | None = None, timeout: float 
         from fleetune.edge.protocol.identity.pkcs11 import TokenSigner
 
         TokenSigner(key, create=True)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for private in (folder.parent, folder):  # the agent's state, and its identity in there
+        private.mkdir(parents=True, exist_ok=True, mode=0o700)
     application = Application(folder, token.device, token.id, key)
     request = authenticate(application.request, token, "request")
     topics, address = Topics(token.fleet), BrokerAddress.parse(token.broker)

@@ -253,8 +253,8 @@ class Link:
             self.close()
             raise BrokerProtocolError(
                 f"the broker at {self.address} refuses an MQTT 5 connection: "
-                f"{self._answer or 'it hung up, as brokers of MQTT 3.1.1 do'}",
-                "use a broker that speaks MQTT 5 (Mosquitto 1.6 or newer, or `fleetune broker`)",
+                f"{self._answer or 'it hung up, as brokers of MQTT 3.1.1 do, and those that speak TLS at this port'}",
+                "use mqtts:// for TLS, else a broker of MQTT 5 (Mosquitto 1.6 or newer, or `fleetune broker`)",
             )
         self._up = True
 

@@ -67,7 +67,8 @@ def test_a_device_makes_its_keys_and_is_a_member(door: GuardedFleet) -> None:
         "tls.pem": 0o600,
         "roots.pem": 0o644,
     }
-    assert door.home("comes-in").stat().st_mode & 0o777 == 0o700
+    for folder in (door.home("comes-in"), door.state("comes-in")):
+        assert folder.stat().st_mode & 0o777 == 0o700
     with door.peer("comes-in") as peer:
         peer.publish(door.topics.presence("comes-in"))
 

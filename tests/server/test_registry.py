@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +52,24 @@ def test_who_is_revoked_is_no_member_until_it_is_enrolled_again(fleet: Registry)
     fleet.let_in("a")
     assert fleet.members() == FLEET
     assert fleet.ready() == {"a"}
+
+
+def test_who_is_revoked_is_shown_so_until_it_speaks_again(fleet: Registry, tmp_path: Path) -> None:
+    store = Store(tmp_path / "index.sqlite")
+    try:
+        fleet.update(presence("a", "working"))
+        fleet.update(presence("b", "working"))
+        fleet.save(store)
+        fleet.shut_out(frozenset({"a"}))
+        fleet.update(presence("a", "working", boot=2))  # said before it heard of it
+        fleet.save(store)
+        assert [row.state for row in store.devices()] == ["revoked", "working"]
+        fleet.shut_out(frozenset())
+        fleet.update(presence("a", "online", boot=3))
+        fleet.save(store)
+        assert [row.state for row in store.devices()] == ["online", "working"]
+    finally:
+        store.close()
 
 
 def test_the_late_will_of_an_earlier_boot_is_ignored(fleet: Registry) -> None:

@@ -22,9 +22,9 @@ def register(subparsers: Any) -> None:
         summary="what an aggregator knows of its devices and rounds",
         description=(
             "Show the devices and the rounds of an aggregator, from its state folder, while it runs or afterwards:\n"
-            "where each device stands, how many of its updates counted, came late or were refused and why, and who is\n"
-            "in quarantine; how many answers each round had, and how private the devices were, if they were. It\n"
-            "changes nothing and needs no broker."
+            "where each device stands, how many of its answers counted, came late or were refused and why, who is\n"
+            "revoked or in quarantine; how many answers each round had, and how private the devices were, if they\n"
+            "were. It changes nothing and needs no broker."
         ),
         examples="  fleetune status --state aggregator\n  fleetune status --state aggregator --json | jq .devices\n",
     )
@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace) -> None:
         }
         print(json.dumps(document, indent=1))  # noqa: T201
         return
-    head = ["device", "state", "last heard", "starts", "updates", "late", "refused", "last reason", "says"]
+    head = ["device", "state", "last heard", "starts", "answers", "late", "refused", "last reason", "says"]
     print(columns([head, *map(_device, devices)]))  # noqa: T201
     head = ["job", "stage", "round", "depth", "answers", "late", "closed", "accuracy"]
     print()  # noqa: T201

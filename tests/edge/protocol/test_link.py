@@ -100,7 +100,7 @@ def test_a_broker_of_mqtt_3_only_is_named_as_such() -> None:
         link = Link(BrokerAddress("127.0.0.1", port), "x", subscriptions=["t"], will=will)
         with pytest.raises(BrokerProtocolError, match="MQTT 5") as caught:
             link.connect(timeout=5)
-    assert "speaks MQTT 5" in caught.value.remedy
+    assert "broker of MQTT 5" in caught.value.remedy
 
 
 def test_the_link_restores_itself_and_its_subscriptions() -> None:
