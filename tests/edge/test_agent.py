@@ -28,7 +28,7 @@ from fleetune.edge.protocol.messages import (
 )
 from fleetune.edge.protocol.topics import Topics
 from fleetune.server.broker import embedded_broker, free_port
-from fleetune.tools.bench.noop import NoOpAnswer, NoOpWorker
+from fleetune.tools.bench.transfer.noop import NoOpAnswer, NoOpWorker
 
 TOPICS = Topics("lab")
 ME = "nano-1"

@@ -38,7 +38,7 @@ from fleetune.edge.protocol.messages import (
 )
 from fleetune.edge.protocol.topics import Topics
 from fleetune.server.broker import embedded_broker, free_port
-from fleetune.tools.bench.noop import NoOpWorker
+from fleetune.tools.bench.transfer.noop import NoOpWorker
 
 TOPICS = Topics("lab")
 ME = "nano-1"

@@ -17,7 +17,7 @@ from fleetune.edge.resources.probes.limitedgroup import LimitedGroup
 from fleetune.profiles.measured import Measured
 from fleetune.profiles.profile import read_profile, write_profile
 from fleetune.server.journal import Accepted
-from fleetune.tools.bench.plan import hog
+from fleetune.tools.bench.training.plan import hog
 from support.trees import thermal_zone
 
 ROUNDS = ("--global-rounds", "2", "--personal-rounds", "1", "--sal-start", "3")

@@ -14,7 +14,7 @@ from fleetune.edge.protocol.link import Link, Received
 from fleetune.edge.protocol.messages import Presence, open_envelope
 from fleetune.edge.protocol.topics import Topics
 from fleetune.server.broker import embedded_broker, free_port
-from fleetune.tools.bench.noop import FLEET, NoOpSpec
+from fleetune.tools.bench.transfer.noop import FLEET, NoOpSpec
 
 
 def test_who_is_stopped_is_offline_to_the_next_one(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_who_is_stopped_is_offline_to_the_next_one(tmp_path: Path) -> None:
         topic = Topics(FLEET).aggregator_presence
         link = Link(broker, "watcher", subscriptions=[topic])
         link.connect()
-        command = [sys.executable, "-m", "fleetune.tools.bench.noop_server", str(tmp_path / "spec.json")]
+        command = [sys.executable, "-m", "fleetune.tools.bench.transfer.noop_server", str(tmp_path / "spec.json")]
         aggregator = subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
         def hear(seconds: float, until: str) -> None:

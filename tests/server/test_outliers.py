@@ -22,7 +22,7 @@ from fleetune.server.job import Job
 from fleetune.server.journal import FILE, Closed, read_records
 from fleetune.server.store import FILE as STORE
 from fleetune.server.store import Store
-from fleetune.tools.bench.noop import NoOpAnswer, NoOpWorker
+from fleetune.tools.bench.transfer.noop import NoOpAnswer, NoOpWorker
 
 JOB = Job(
     id="fedms", method="fedms", backbone="b", quantisation="nf4", rounds={"global": 4, "personal": 0},

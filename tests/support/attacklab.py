@@ -32,8 +32,8 @@ from fleetune.server.authority.authority import Authority
 from fleetune.server.job import Job
 from fleetune.server.journal import FILE as JOURNAL
 from fleetune.server.journal import Accepted, Journal, read_records
-from fleetune.tools.bench.noop import BACKBONE, FLEET, NoOpAnswer, NoOpWorker
-from fleetune.tools.bench.secured import Secured, secured
+from fleetune.tools.bench.transfer.noop import BACKBONE, FLEET, NoOpAnswer, NoOpWorker
+from fleetune.tools.bench.transfer.secured import Secured, secured
 
 TOPICS = Topics(FLEET)
 SHAPES = {"head.bias": (2,), "head.weight": (2, 8)}

@@ -18,7 +18,7 @@ from fleetune.edge.agent.agent import Agent  # noqa: E402
 from fleetune.edge.agent.config import AgentConfig  # noqa: E402
 from fleetune.edge.protocol.address import BrokerAddress  # noqa: E402
 from fleetune.edge.protocol.identity.folder import read_identity  # noqa: E402
-from fleetune.tools.bench.noop import NoOpWorker  # noqa: E402
+from fleetune.tools.bench.transfer.noop import NoOpWorker  # noqa: E402
 from fleetune.tools.commands.options import IDENTITY  # noqa: E402
 
 renewal._SOON = float(soon)

@@ -18,10 +18,10 @@ from fleetune.edge.pack.pack import Pack
 from fleetune.server.job import RuleSettings
 from fleetune.server.rules.base import norm_of
 from fleetune.tools.assets.datasets import ImageRows
-from fleetune.tools.bench import attacks
-from fleetune.tools.bench.attack_fleet import Case, Outcome, Scale, World, run_case, write_prefix, write_world
-from fleetune.tools.bench.attack_plot import draw
-from fleetune.tools.bench.attackers import ATTACKS, BACKDOOR, TARGET, Attack, Knowledge, with_trigger
+from fleetune.tools.bench.learning import attacks
+from fleetune.tools.bench.learning.attack_fleet import Case, Outcome, Scale, World, run_case, write_prefix, write_world
+from fleetune.tools.bench.learning.attack_plot import draw
+from fleetune.tools.bench.learning.attackers import ATTACKS, BACKDOOR, TARGET, Attack, Knowledge, with_trigger
 from support.updates import Tensors, tensors
 
 SCALE = Scale(devices=5, train=60, rounds=3, test=60)

@@ -20,8 +20,8 @@ from fleetune.edge.protocol.messages import encode
 from fleetune.edge.resources.costs import measure
 from fleetune.tools.assets import cache_root
 from fleetune.tools.bench.figures import Document, Target, figure
-from fleetune.tools.bench.round_worker import RoundSpec
-from fleetune.tools.bench.workers import Worker, round_command
+from fleetune.tools.bench.training.round_worker import RoundSpec
+from fleetune.tools.bench.training.workers import Worker, round_command
 
 
 def test_a_figure_is_the_median_with_its_range() -> None:
@@ -163,7 +163,7 @@ def test_two_benchmarks_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.
 
 def test_privacy_is_measured_with_the_devices_own_mechanism(tiny_dinov2_pack: Pack, tmp_path: Path) -> None:
     pytest.importorskip("dp_accounting", reason="needs dp-accounting: pip install 'fleetune[server]'")
-    from fleetune.tools.bench import privacy
+    from fleetune.tools.bench.learning import privacy
 
     extent = privacy.Extent((0,), fleets=(2, 4), both=4, epsilons=(math.inf, 0.01), rounds=(1, 1), train=16, test=8)
     document = privacy.run(extent, tiny_dinov2_pack, tmp_path, 1, lambda _what: None)

@@ -13,9 +13,9 @@ import pytest
 
 from fleetune.edge.protocol.errors import AssetError, RunFailedError
 from fleetune.tools.assets import cache_root
-from fleetune.tools.bench import flower
-from fleetune.tools.bench.flower import Processes, flower_idle, flower_rounds, lora_matrices, read_ends
 from fleetune.tools.bench.peers import FLOWER, Peers, peers_python
+from fleetune.tools.bench.transfer import flower
+from fleetune.tools.bench.transfer.flower import Processes, flower_idle, flower_rounds, lora_matrices, read_ends
 
 TREE = """
 import subprocess, sys, time

@@ -76,8 +76,11 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.edge.protocol.files import FolderLock, write_atomic
     from fleetune.tools.assets import cache_root
-    from fleetune.tools.bench import attacks, chaos, fleet, infer, mixture, plan, privacy, rounds, step
-    from fleetune.tools.bench import bytes as bytes_
+    from fleetune.tools.bench.chaos import chaos
+    from fleetune.tools.bench.learning import attacks, privacy
+    from fleetune.tools.bench.learning import bytes as bytes_
+    from fleetune.tools.bench.training import infer, mixture, plan, step
+    from fleetune.tools.bench.transfer import fleet, rounds
     from fleetune.tools.terminal import open_console, show_steps
 
     run, known = {

@@ -24,7 +24,7 @@ from fleetune.server.intake import Intake
 from fleetune.server.journal import Announced, Started
 from fleetune.server.strategies.base import NextRound
 from fleetune.server.training import Training
-from fleetune.tools.bench.noop import NoOpAnswer, NoOpWorker
+from fleetune.tools.bench.transfer.noop import NoOpAnswer, NoOpWorker
 from fuzz.choices import Choices
 from fuzz.documents import ANNOUNCEMENT, JOB, SHAPES, TENSORS, UPDATE
 from fuzz.mutations import mutate_bytes, mutate_sealed, mutate_tensors

@@ -1,0 +1,1 @@
+"""Faults in small fleets of real processes, and what is left on disk after them."""

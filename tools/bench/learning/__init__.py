@@ -1,0 +1,1 @@
+"""What a fleet learns, under codecs, attacks and noise, in one process."""

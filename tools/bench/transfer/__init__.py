@@ -1,0 +1,1 @@
+"""What travels, and how fast: rounds in which nobody trains."""
