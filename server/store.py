@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 Kind = TypeVar("Kind")
 
 FILE = "aggregator.sqlite"
+
+_BOUNDS = f"PRAGMA hard_heap_limit = {64 << 20}"
+"""Bytes that SQLite takes at most: a row that is damaged may ask for any number."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS journal (read INTEGER NOT NULL);
@@ -161,21 +165,21 @@ class Store:
         self._behind: list[Record] = []
         if only_look:
             self._database = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, isolation_level=None)
+            self._database.execute(_BOUNDS)
             return
         self._database = sqlite3.connect(path, isolation_level=None)
         # Written ahead, but not synced: what a power cut takes is in the journal.
         try:
-            for line in ("journal_mode = WAL", "synchronous = NORMAL"):
-                self._database.execute(f"PRAGMA {line}")
-            self._database.executescript(_SCHEMA)
-            self._database.execute("SELECT typical FROM rounds LIMIT 0")  # an older one lacks it, and is made anew
-            if not self._rows("SELECT read FROM journal", _Position):
-                self._database.execute("INSERT INTO journal VALUES (0)")
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            with _named("its schema"):
+                for line in (_BOUNDS, "PRAGMA journal_mode = WAL", "PRAGMA synchronous = NORMAL"):
+                    self._database.execute(line)
+                self._database.executescript(_SCHEMA)
+                self._database.execute("SELECT typical FROM rounds LIMIT 0")  # an older one lacks it, and is made anew
+                if not self._rows("SELECT read FROM journal", _Position):
+                    self._database.execute("INSERT INTO journal VALUES (0)")
+        except sqlite3.DatabaseError:
             self._database.close()
-            if isinstance(error, sqlite3.DatabaseError):
-                raise
-            raise sqlite3.DatabaseError(f"its schema is damaged: {error}") from error  # SQLite quotes it
+            raise
 
     def close(self) -> None:
         """Close the file."""
@@ -205,7 +209,8 @@ class Store:
         Raises:
             sqlite3.OperationalError: There is no room for them.
         """
-        self._write(lambda: self._add_all(records, read), at_once=True)
+        with _named("a page"):
+            self._write(lambda: self._add_all(records, read), at_once=True)
 
     def _add_all(self, records: Iterable[Record], read: int) -> None:
         for record in records:
@@ -352,12 +357,10 @@ class Store:
         Raises:
             sqlite3.DatabaseError: They are damaged: SQLite takes any type in any column.
         """
-        try:
+        with _named("a row"):
             cursor = self._database.execute(query, values)
             names = [column[0] for column in cursor.description]
             return msgspec.convert([dict(zip(names, row, strict=True)) for row in cursor], list[kind])  # type: ignore[valid-type]
-        except (msgspec.ValidationError, UnicodeDecodeError) as error:  # SQLite's own words quote what is damaged
-            raise sqlite3.DatabaseError(f"a row is damaged: {error}") from error
 
     def _write(self, change: Callable[[], object], *, at_once: bool = False) -> bool:
         """Change something, all of it or nothing; False while there is no room, unless it has to be at once.
@@ -377,6 +380,21 @@ class Store:
             if self._database.in_transaction:  # SQLite ends one by itself after some failures, and not after others
                 self._database.execute("ROLLBACK")
         return True
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Name what is damaged; SQLite's words may quote it, and one size of a row that is damaged may be all memory.
+
+    Raises:
+        sqlite3.DatabaseError: Something is.
+    """
+    try:
+        yield
+    except (msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise sqlite3.DatabaseError(f"{what} is damaged: {error}") from error
+    except MemoryError as error:
+        raise sqlite3.DatabaseError(f"{what} is damaged: it asks for more memory than there may be") from error
 
 
 def _decode(raw: bytes, kind: type[Kind]) -> Kind:

@@ -232,6 +232,13 @@ def misquote(path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"CREATE TABLE devices", b"CREATE TABLE \xff\xfeevices"))
 
 
+def oversize(path: Path) -> None:
+    """A row of the schema claims 2⁴⁹ bytes."""
+    raw = path.read_bytes()
+    row = raw.index(b"tablequarantinequarantine") - 10  # with its size, its number, and the types of its columns
+    path.write_bytes(raw[:row] + b"\xff" * 6 + b"\x7f" + raw[row + 7 :])
+
+
 def change(path: Path, statement: str) -> None:
     database = sqlite3.connect(path)
     database.execute(statement)
@@ -239,7 +246,7 @@ def change(path: Path, statement: str) -> None:
     database.close()
 
 
-@pytest.mark.parametrize("damage", [lose, empty, garble, shorten, age, age_a_little, mistype, misquote])
+@pytest.mark.parametrize("damage", [lose, empty, garble, shorten, age, age_a_little, mistype, misquote, oversize])
 def test_a_file_that_is_lost_or_damaged_is_made_anew_from_the_journal(
     damage: Callable[[Path], None], journal: Journal
 ) -> None:
@@ -248,6 +255,15 @@ def test_a_file_that_is_lost_or_damaged_is_made_anew_from_the_journal(
         leftover.unlink()
     damage(journal.folder / FILE)
     assert opened(journal) == before
+
+
+def test_a_row_that_claims_more_than_all_memory_is_damage_to_whoever_only_looks(journal: Journal) -> None:
+    written(journal)
+    oversize(journal.folder / FILE)
+    store = Store(journal.folder / FILE, only_look=True)
+    with pytest.raises(sqlite3.DatabaseError, match="more memory than there may be"):
+        store.devices()
+    store.close()
 
 
 def test_a_file_that_is_ahead_of_the_journal_is_made_anew(journal: Journal) -> None:

@@ -128,6 +128,17 @@ def test_a_quick_run_trains_a_mixture_as_torch_does(tmp_path: Path) -> None:
     assert figures["a step"]["value"] > 0
 
 
+def test_a_quick_run_has_live_agents_and_injected_updates(tmp_path: Path) -> None:
+    pytest.importorskip("rich", reason="the table needs rich: pip install 'fleetune[all]'")
+    out = tmp_path / "fleet.json"
+    command = [sys.executable, "-m", "fleetune.tools.cli", "bench", "fleet", "--quick", "--json", out]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = {item["name"]: item for item in json.loads(out.read_text(encoding="utf-8"))["figures"]}
+    assert 0 < figures["50 live agents, 4 KiB each way: a round"]["value"] < 60
+    assert figures["500 injected updates a round, 10 KiB each: updates a second"]["value"] > 10
+
+
 def test_a_quick_run_answers_with_two_experts_for_little_more_than_one(minilm: Path, tmp_path: Path) -> None:
     pytest.importorskip("rich", reason="the table needs rich: pip install 'fleetune[all]'")
     del minilm

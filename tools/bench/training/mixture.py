@@ -87,7 +87,11 @@ def _beside(
         with ExitStack() as stack:
             workers = {
                 name: stack.enter_context(
-                    Worker(name, [sys.executable, "-m", f"fleetune.tools.bench.training.{module}", str(file)], place / "log.txt")
+                    Worker(
+                        name,
+                        [sys.executable, "-m", f"fleetune.tools.bench.training.{module}", str(file)],
+                        place / "log.txt",
+                    )
                 )
                 for name, module in modules.items()
             }

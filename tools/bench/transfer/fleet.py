@@ -142,7 +142,7 @@ def start(module: str, stem: Path, spec: NoOpSpec, *more: str, output: int | Non
     file.write_bytes(msgspec.json.encode(spec))
     with stem.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", f"fleetune.tools.bench.{module}", str(file), *more],
+            [sys.executable, "-m", f"fleetune.tools.bench.transfer.{module}", str(file), *more],
             stdout=log if output is None else output,
             stderr=log,
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # as `fleetune agent` has it
