@@ -81,6 +81,12 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="samples a step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=0.05, metavar="X", help="of SGD (default: %(default)s)")
     parser.add_argument(
+        "--shared-learning-rate", type=float, metavar="X", help="of what pFedMoE shares (default: the same)"
+    )
+    parser.add_argument(
+        "--gate-learning-rate", type=float, metavar="X", help="of what weighs its parts (default: the same)"
+    )
+    parser.add_argument(
         "--target", type=float, metavar="X", help="accuracy that costs are counted to (default: stand-alone's best)"
     )
     parser.add_argument(
@@ -119,6 +125,8 @@ def _run(args: argparse.Namespace) -> None:
         args.epochs,
         args.batch,
         args.learning_rate,
+        args.shared_learning_rate,
+        args.gate_learning_rate,
     )
     mixed = args.model == "mixed"
     usual = [name for name in METHODS if name not in ABLATIONS and not (mixed and name in EQUAL)]
@@ -150,6 +158,11 @@ def _check(args: argparse.Namespace) -> list[int]:
     """The seeds, once all options are seen to be in range."""
     from fleetune.edge.protocol.errors import ConfigError
 
+    rates = {
+        "--learning-rate": args.learning_rate,
+        "--shared-learning-rate": args.shared_learning_rate,
+        "--gate-learning-rate": args.gate_learning_rate,
+    }
     for option, value, fits in (
         ("--clients", args.clients, args.clients >= 2),
         ("--fraction", args.fraction, 0 < args.fraction <= 1),
@@ -158,7 +171,7 @@ def _check(args: argparse.Namespace) -> list[int]:
         ("--epochs", args.epochs, args.epochs >= 1),
         ("--batch", args.batch, args.batch >= 2),
         ("--alpha", args.alpha, 0 < args.alpha < 1e6),
-        ("--learning-rate", args.learning_rate, 0 < args.learning_rate < 1e3),
+        *((option, rate, rate is None or 0 < rate < 1e3) for option, rate in rates.items()),
     ):
         if not fits:
             raise ConfigError(f"{option}: {value} is out of range", "see `fleetune experiment --help`")

@@ -60,19 +60,23 @@ class Federation:
 
 @dataclass(frozen=True)
 class Hyper:
-    """Hyper-parameters that all methods have.
+    """Hyper-parameters that all methods have, and pFedMoE's two further step sizes.
 
     Attributes:
         epochs: Passes over a client's samples in a round.
         batch: Samples a step.
         learning_rate: Step size of plain SGD, of what a client keeps and of what it shares.
         seed: Of initial values and of the order of samples.
+        shared_learning_rate: Step size of θ; None for the same.
+        gate_learning_rate: Step size of φ; None for the same.
     """
 
     epochs: int = 1
     batch: int = 64
     learning_rate: float = 0.05
     seed: int = 0
+    shared_learning_rate: float | None = None
+    gate_learning_rate: float | None = None
 
 
 @dataclass(frozen=True)

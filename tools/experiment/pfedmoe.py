@@ -15,14 +15,14 @@ from fleetune.edge.engine.parameters import Parameters, initial
 from fleetune.edge.engine.prefix import split
 from fleetune.edge.engine.sessions import Sessions
 from fleetune.edge.methods.pfedmoe.body import NetworkBody
-from fleetune.edge.methods.pfedmoe.extractor import Extractor
+from fleetune.edge.methods.pfedmoe.extractor import Extractor, centred
 from fleetune.edge.methods.pfedmoe.gate import Gate, gate_of
 from fleetune.edge.methods.pfedmoe.mixture import HEADER, Mixture
 from fleetune.edge.protocol.modelfile import GateKind
 from fleetune.tools.experiment.base import Client, Cost, Federation, Hyper, check_loss
 from fleetune.tools.experiment.flops import forward_flops, header_flops, training_flops
 from fleetune.tools.pack.extractors import SHARED_CNN, SIDE, Cnn
-from fleetune.tools.pack.mixture import BODY, EXTRACTOR, GATE, extractor_graph, gate_graphs, network_graphs
+from fleetune.tools.pack.mixture import BODY, EXTRACTOR, GATE, network_graphs
 
 FloatArray = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -34,19 +34,15 @@ _CHUNK = 256
 
 
 @dataclass(frozen=True)
-class MixtureHyper:
-    """Hyper-parameters of pFedMoE's own.
+class Weighing:
+    """What weighs both representations, and what that learns from.
 
     Attributes:
-        shared_learning_rate: Step size of θ; None for that of the private model.
-        gate_learning_rate: Step size of φ; likewise.
         gate: What weighs both representations.
         held_out: Share of a client's training samples that the gate alone learns from; 0 for none, and it learns from
             those that all else learns from.
     """
 
-    shared_learning_rate: float | None = None
-    gate_learning_rate: float | None = None
     gate: GateKind = "sample"
     held_out: float = 0.0
 
@@ -61,10 +57,7 @@ class _Pictures:
         self.test = np.arange(len(client.train.labels), len(self.labels))
 
     def __call__(self, indices: Indices) -> Mapping[str, FloatArray]:
-        pictures = self._images[indices].astype(np.float32)
-        pictures /= 127.5
-        pictures -= 1
-        return {"sample": pictures}
+        return {"sample": centred(self._images[indices])}
 
     def flat(self, indices: Indices) -> FloatArray:
         return self(indices)["sample"].reshape(len(indices), INPUTS)
@@ -89,13 +82,13 @@ class PFedMoE:
         federation: The clients.
         models: The private model of each.
         hyper: Hyper-parameters.
-        own: Those of pFedMoE's own.
+        own: What weighs both representations.
     """
 
     def __init__(
-        self, federation: Federation, models: Sequence[Cnn], hyper: Hyper, own: MixtureHyper | None = None
+        self, federation: Federation, models: Sequence[Cnn], hyper: Hyper, own: Weighing | None = None
     ) -> None:
-        self._federation, self._hyper, self._own = federation, hyper, own or MixtureHyper()
+        self._federation, self._hyper, self._own = federation, hyper, own or Weighing()
         self._scratch = tempfile.TemporaryDirectory(prefix="fleetune-experiment-")
         shared = {f"{EXTRACTOR}{name}": shape for name, shape in SHARED_CNN.shapes.items()}
         self.shared = initial(shared, hyper.seed, what="the extractor")
@@ -150,7 +143,7 @@ class PFedMoE:
         rng = np.random.default_rng([self._hyper.seed, self._round, number])
         mixture, labels, train = self._mixture(own), own.pictures.labels, own.pictures.train
         held = rng.permutation(train)[: int(self._own.held_out * len(train))]
-        rates = self._own.shared_learning_rate, None, None, self._own.gate_learning_rate
+        rates = self._hyper.shared_learning_rate, None, None, self._hyper.gate_learning_rate
         steps = [
             (part.vector, gradient.vector, Sgd(part.vector.size, rate or self._hyper.learning_rate, momentum=0.0))
             for (part, gradient), rate in zip(mixture.parts, rates, strict=True)
@@ -177,7 +170,6 @@ class PFedMoE:
 
 def _write(folder: Path, model: Cnn) -> Sessions:
     folder.mkdir()
-    graphs = {"extractor": extractor_graph(SHARED_CNN)}
-    for stem, graph in (graphs | gate_graphs(INPUTS, GATE) | network_graphs(model, SHARED_CNN)).items():
+    for stem, graph in network_graphs(model, SHARED_CNN).items():
         (folder / f"{stem}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
     return Sessions(folder, 0)

@@ -17,15 +17,15 @@ from fleetune.edge.protocol.files import read_bytes, write_atomic
 from fleetune.tools.experiment.base import Algorithm, Federation, Hyper
 from fleetune.tools.experiment.baselines import BASELINES
 from fleetune.tools.experiment.data import deal, read_pictures
-from fleetune.tools.experiment.pfedmoe import MixtureHyper, PFedMoE
+from fleetune.tools.experiment.pfedmoe import PFedMoE, Weighing
 from fleetune.tools.pack.extractors import CNNS, Cnn
 
 Make = Callable[[Federation, Sequence[Cnn], Hyper], Algorithm]
 
 ABLATIONS: dict[str, Make] = {
-    "pfedmoe-fixed": partial(PFedMoE, own=MixtureHyper(gate="fixed")),
-    "pfedmoe-element": partial(PFedMoE, own=MixtureHyper(gate="element")),
-    "pfedmoe-held-out": partial(PFedMoE, own=MixtureHyper(held_out=0.2)),
+    "pfedmoe-fixed": partial(PFedMoE, own=Weighing(gate="fixed")),
+    "pfedmoe-element": partial(PFedMoE, own=Weighing(gate="element")),
+    "pfedmoe-held-out": partial(PFedMoE, own=Weighing(held_out=0.2)),
 }
 """pFedMoE with another gate, or one that learns from samples of its own: to see what the gate is worth."""
 
@@ -38,7 +38,7 @@ EQUAL = ("fedavg", "fedper", "ditto")
 _MAX_RECORD = 4 << 20
 
 
-class Setting(msgspec.Struct, frozen=True):
+class Setting(msgspec.Struct, frozen=True, omit_defaults=True):
     """What is run, but for method, split and seed.
 
     Attributes:
@@ -52,6 +52,8 @@ class Setting(msgspec.Struct, frozen=True):
         epochs: Passes over a client's samples in a round.
         batch: Samples a step.
         learning_rate: Step size of plain SGD.
+        shared_learning_rate: That of pFedMoE's shared extractor; None for the same.
+        gate_learning_rate: That of its gate; None for the same.
     """
 
     data: str
@@ -64,6 +66,8 @@ class Setting(msgspec.Struct, frozen=True):
     epochs: int
     batch: int
     learning_rate: float
+    shared_learning_rate: float | None = None
+    gate_learning_rate: float | None = None
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -175,7 +179,8 @@ def models(setting: Setting, clients: int) -> list[Cnn]:
 
 def _play(setting: Setting, case: Case, federation: Federation, what: str, say: Callable[[str], None]) -> Record:
     clients = len(federation.clients)
-    hyper = Hyper(setting.epochs, setting.batch, setting.learning_rate, case.seed)
+    rates = setting.shared_learning_rate, setting.gate_learning_rate
+    hyper = Hyper(setting.epochs, setting.batch, setting.learning_rate, case.seed, *rates)
     method = METHODS[case.method](federation, models(setting, clients), hyper)
     record = Record(case, [], [], [], [])
     sent, flops, seconds = 0, 0.0, 0.0

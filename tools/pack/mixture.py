@@ -8,6 +8,7 @@ through the mixture in parts, the gate still sees the whole batch, over which it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -167,8 +168,9 @@ def mixture_graph(
 
 
 def network_graphs(body: Network, extractor: Network) -> dict[str, onnx.ModelProto]:
-    """Build the mixture whose private model is a small network that is trained whole, as in pFedMoE's paper.
+    """Build all graphs of a mixture whose private model is a small network, trained whole, as in pFedMoE's paper.
 
+    * ``extractor``, and those of the gate, which sees the flattened sample.
     * ``body``: ``sample`` → ``representation`` [b, m] of the private network.
     * ``mixture``: a training step, with the inputs and outputs of :func:`mixture_graph` as far as they are here; the
       private network's tensors are ``body.conv1.weight`` and so on. Both networks see the same ``sample``.
@@ -180,6 +182,8 @@ def network_graphs(body: Network, extractor: Network) -> dict[str, onnx.ModelPro
     learned = list(tensors.values())
     outputs, leaves = _step(graph, extractor, sample, None, local, learned, [sample, *learned])
     return {
+        **gate_graphs(math.prod(size for size in sample.shape if isinstance(size, int)), GATE),
+        "extractor": extractor_graph(extractor),
         "body": graph.model("body", [sample, *learned], {"representation": local}),
         "mixture": graph.model("mixture", leaves, outputs),
     }

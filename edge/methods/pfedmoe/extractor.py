@@ -47,7 +47,12 @@ class Pictures:
 
 def resized(images: NDArray[np.uint8]) -> FloatArray:
     """Pictures, grey [n, h, w] or colour [n, h, w, 3], as a shared CNN sees them: [n, 3, 32, 32] from −1 to 1."""
-    found = thumbnails(images, SIDE)
+    return centred(thumbnails(images, SIDE))
+
+
+def centred(images: NDArray[np.uint8] | FloatArray) -> FloatArray:
+    """Values from 0 to 255 as values from −1 to 1, of the same shape."""
+    found = images.astype(np.float32)
     found /= 127.5
     found -= 1
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ pytest.importorskip("onnx", reason="needs onnx: pip install 'fleetune[pack]'")
 
 from fleetune.edge.protocol.errors import ConfigError
 from fleetune.tools.experiment.base import Client, Federation, Hyper, Samples
-from fleetune.tools.experiment.pfedmoe import MixtureHyper, PFedMoE
+from fleetune.tools.experiment.pfedmoe import PFedMoE, Weighing
 from fleetune.tools.pack.extractors import CNNS
 
 MODELS = [CNNS["cnn-5"], CNNS["cnn-4"], CNNS["cnn-5"]]
@@ -80,12 +81,33 @@ def test_the_same_seed_gives_the_same(federation: Federation) -> None:
     np.testing.assert_allclose(runs[0][1], runs[1][1], atol=1e-6)
 
 
-@pytest.mark.parametrize("own", [MixtureHyper(gate="fixed"), MixtureHyper(gate="element"), MixtureHyper(held_out=0.25)])
-def test_options_learn_too(own: MixtureHyper, federation: Federation) -> None:
+@pytest.mark.parametrize("own", [Weighing(gate="fixed"), Weighing(gate="element"), Weighing(held_out=0.25)])
+def test_options_learn_too(own: Weighing, federation: Federation) -> None:
     method = PFedMoE(federation, MODELS, HYPER, own)
     for _ in range(10):
         method.play([0, 1, 2])
     assert np.mean(method.accuracies()) > 0.85
+
+
+def test_what_is_shared_has_a_step_size_of_its_own(federation: Federation) -> None:
+    moved = []
+    for rate in (None, 0.1, 0.01):  # the first two are the same
+        method = PFedMoE(federation, MODELS, replace(HYPER, shared_learning_rate=rate))
+        before = method.shared.vector.copy()
+        method.play([0, 1, 2])
+        moved.append(float(np.linalg.norm(method.shared.vector - before)))
+    assert moved[0] == pytest.approx(moved[1])
+    assert 0 < moved[2] < 0.3 * moved[0]
+
+
+def test_a_gate_that_hardly_moves_weighs_both_alike(federation: Federation) -> None:
+    method, fixed = (
+        PFedMoE(federation, MODELS, replace(HYPER, gate_learning_rate=1e-9)),
+        PFedMoE(federation, MODELS, HYPER, Weighing(gate="fixed")),
+    )
+    for one in (method, fixed):
+        one.play([0, 1, 2])
+    np.testing.assert_allclose(method.shared.vector, fixed.shared.vector, atol=1e-4)
 
 
 def test_a_loss_that_is_no_number_ends_it_and_says_whose(federation: Federation) -> None:

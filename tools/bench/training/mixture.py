@@ -20,7 +20,7 @@ from fleetune.tools.bench.figures import Document, Figure, Target, figure
 from fleetune.tools.bench.training.mixture_spec import CLASSES, INPUTS, MixtureSpec
 from fleetune.tools.bench.training.workers import REST_S, Worker
 from fleetune.tools.pack.extractors import CNNS, SHARED_CNN
-from fleetune.tools.pack.mixture import BODY, EXTRACTOR, GATE, extractor_graph, gate_graphs, network_graphs
+from fleetune.tools.pack.mixture import BODY, EXTRACTOR, GATE, network_graphs
 
 TORCH = "torch eager"
 PEERS = {"torch": TORCH}
@@ -55,8 +55,7 @@ def _prepare(place: Path, network: str, batch: int, threads: int) -> MixtureSpec
     """Write graphs, initial values and samples: the same for both."""
     place.mkdir(parents=True)
     body, width = CNNS[network], SHARED_CNN.representation
-    graphs = {"extractor": extractor_graph(SHARED_CNN)}
-    for stem, graph in (graphs | gate_graphs(INPUTS, GATE) | network_graphs(body, SHARED_CNN)).items():
+    for stem, graph in network_graphs(body, SHARED_CNN).items():
         write_atomic(place / f"{stem}.onnx", graph.SerializeToString(deterministic=True))
     shapes = {f"{BODY}{name}": shape for name, shape in body.shapes.items()}
     shapes |= {f"{EXTRACTOR}{name}": shape for name, shape in SHARED_CNN.shapes.items()}

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fleetune.edge.methods.pfedmoe.extractor import centred
 from fleetune.edge.protocol.errors import ConfigError
 from fleetune.tools.experiment.base import Cost, Federation, Hyper, check_loss
 from fleetune.tools.experiment.flops import forward_flops, header_flops, training_flops
@@ -200,7 +201,7 @@ def initial(cnn: Cnn, classes: int, seed: int, place: int) -> Classifier:
 
 def as_pictures(images: NDArray[np.uint8]) -> Tensor:
     """Pictures as a CNN takes them: float32 from -1 to 1."""
-    return torch.from_numpy(images.astype(np.float32) / np.float32(127.5) - np.float32(1))
+    return torch.from_numpy(centred(images))
 
 
 def classification_loss(model: Classifier) -> Loss:
