@@ -92,6 +92,14 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="100 samples a client, 3 rounds, one seed: shows that it works"
     )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of a step, 0 for one a core; with 1, as many commands as cores get more done together, each with seeds "
+        "or splits of its own in one DIR (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.set_defaults(run=_run)
 
@@ -134,7 +142,7 @@ def _run(args: argparse.Namespace) -> None:
     check(setting, methods)
     console = open_console(stderr=True)
     with show_steps(console) as say:
-        records = play_all(setting, cases(splits, seeds, methods), args.out / "runs", say)
+        records = play_all(setting, cases(splits, seeds, methods), args.out / "runs", say, threads=args.threads)
     found = rows(records, args.target)
     grids = [grid(split, [row for row in found if row.split == split]) for split in splits]
     results = json.dumps(document(setting, records, found), indent=1)
@@ -170,6 +178,7 @@ def _check(args: argparse.Namespace) -> list[int]:
         ("--limit", args.limit, args.limit >= 0),
         ("--epochs", args.epochs, args.epochs >= 1),
         ("--batch", args.batch, args.batch >= 2),
+        ("--threads", args.threads, args.threads >= 0),
         ("--alpha", args.alpha, 0 < args.alpha < 1e6),
         *((option, rate, rate is None or 0 < rate < 1e3) for option, rate in rates.items()),
     ):

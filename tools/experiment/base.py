@@ -69,6 +69,7 @@ class Hyper:
         seed: Of initial values and of the order of samples.
         shared_learning_rate: Step size of θ; None for the same.
         gate_learning_rate: Step size of φ; None for the same.
+        threads: Threads that compute a step; 0 for one a core.
     """
 
     epochs: int = 1
@@ -77,6 +78,7 @@ class Hyper:
     seed: int = 0
     shared_learning_rate: float | None = None
     gate_learning_rate: float | None = None
+    threads: int = 0
 
 
 @dataclass(frozen=True)

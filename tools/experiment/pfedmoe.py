@@ -100,7 +100,7 @@ class PFedMoE:
         self._clients = []
         for number, (client, model) in enumerate(zip(federation.clients, models, strict=True)):
             if model not in graphs:
-                graphs[model] = _write(Path(self._scratch.name) / str(len(graphs)), model)
+                graphs[model] = _write(Path(self._scratch.name) / str(len(graphs)), model, hyper.threads)
             seed, width = hyper.seed * 1000 + number + 1, SHARED_CNN.representation
             header = dict(zip(HEADER, ((width, federation.classes), (federation.classes,)), strict=True))
             self._clients.append(
@@ -168,8 +168,8 @@ class PFedMoE:
         return found
 
 
-def _write(folder: Path, model: Cnn) -> Sessions:
+def _write(folder: Path, model: Cnn, threads: int) -> Sessions:
     folder.mkdir()
     for stem, graph in network_graphs(model, SHARED_CNN).items():
         (folder / f"{stem}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
-    return Sessions(folder, 0)
+    return Sessions(folder, threads)

@@ -132,7 +132,9 @@ def check(setting: Setting, methods: Sequence[str]) -> None:
             )
 
 
-def play_all(setting: Setting, wanted: Sequence[Case], folder: Path, say: Callable[[str], None]) -> list[Record]:
+def play_all(
+    setting: Setting, wanted: Sequence[Case], folder: Path, say: Callable[[str], None], *, threads: int = 0
+) -> list[Record]:
     """Play what is not in the folder yet.
 
     Args:
@@ -140,6 +142,7 @@ def play_all(setting: Setting, wanted: Sequence[Case], folder: Path, say: Callab
         wanted: The cases.
         folder: Keeps a file for each case; what lies there of the same setting is not played again.
         say: Is told what happens next.
+        threads: Threads that compute a step; 0 for one a core.
 
     Raises:
         ConfigError: The samples do not suffice.
@@ -164,7 +167,7 @@ def play_all(setting: Setting, wanted: Sequence[Case], folder: Path, say: Callab
                     )
                 }
             what = f"{number} of {len(wanted)}: {case.split}, seed {case.seed}, {case.method}"
-            record = _play(setting, case, dealt[case.split, case.seed], what, say)
+            record = _play(setting, case, dealt[case.split, case.seed], threads, what, say)
             write_atomic(file, msgspec.json.encode(record))
         found.append(_read(file))
     return found
@@ -177,10 +180,12 @@ def models(setting: Setting, clients: int) -> list[Cnn]:
     return [CNNS[setting.model]] * clients
 
 
-def _play(setting: Setting, case: Case, federation: Federation, what: str, say: Callable[[str], None]) -> Record:
+def _play(
+    setting: Setting, case: Case, federation: Federation, threads: int, what: str, say: Callable[[str], None]
+) -> Record:
     clients = len(federation.clients)
     rates = setting.shared_learning_rate, setting.gate_learning_rate
-    hyper = Hyper(setting.epochs, setting.batch, setting.learning_rate, case.seed, *rates)
+    hyper = Hyper(setting.epochs, setting.batch, setting.learning_rate, case.seed, *rates, threads)
     method = METHODS[case.method](federation, models(setting, clients), hyper)
     record = Record(case, [], [], [], [])
     sent, flops, seconds = 0, 0.0, 0.0

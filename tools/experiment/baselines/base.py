@@ -101,6 +101,8 @@ class Baseline(ABC):
                     "deal the data out to fewer clients, or more evenly",
                 )
         self._federation, self._hyper, self._round = federation, hyper, 0
+        if hyper.threads:
+            torch.set_num_threads(hyper.threads)
         self.models = [initial(cnn, federation.classes, hyper.seed, place) for place, cnn in enumerate(models)]
         """Each client's own."""
 
