@@ -63,9 +63,9 @@ def bench_plan(
     del peers
     figures: list[Figure] = []
     notes: list[str] = []
-    tasks = [replace(TASKS[0], samples=32)] if quick else [replace(task, samples=32) for task in TASKS]
-    for task in tasks:
-        place = folder / task.name.lower().replace(" ", "-")
+    tasks = TASKS[:1] if quick else (*TASKS, *(replace(task, extractor=True) for task in TASKS[:2]))
+    for task in (replace(task, name=_name(task), samples=32) for task in tasks):
+        place = folder / task.name.lower().replace(" ", "-").replace(",", "")
         spec = prepare(task, place, threads=threads, say=say)
         pack = Pack.open(Path(spec.pack), verify=False)
         watch = Stopwatch()
@@ -74,7 +74,7 @@ def bench_plan(
         write_atomic(place / "costs.json", encode(costs))
         cells = _cells(pack, 4 if quick else 24)
         figures += _predictions(task, pack, costs, cells, threads, say)
-        if task == tasks[0]:
+        if task.name == TASKS[0].name:
             figures.append(figure(f"{task.name}: profiling takes", "s", [seconds], target=_COST_S))
             figures.append(_guard(task, costs))
             try:
@@ -83,6 +83,10 @@ def bench_plan(
             except FileAccessError as error:
                 notes.append(f"no rounds under a hard limit: {error}")
     return Document("plan", tuple(figures), {}, tuple(notes))
+
+
+def _name(task: Task) -> str:
+    return f"{task.name}, pFedMoE" if task.extractor else task.name
 
 
 def _costs(task: Task, pack: Pack, threads: int, say: Callable[[str], None]) -> Costs:

@@ -35,6 +35,7 @@ class Task:
         samples: Samples of an epoch.
         classes: Classes.
         micro_batch: Samples that the engine computes at once: about 260 tokens.
+        extractor: Whether the pack shares an extractor, and training is that of pFedMoE's mixture.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Task:
     samples: int
     classes: int
     micro_batch: int
+    extractor: bool = False
 
 
 TASKS = (
@@ -93,6 +95,7 @@ def pack_for(task: Task, folder: Path, weights: QuantisationType) -> Pack:
         max_length=LENGTH,
         image_size=task.image_size,
         weights=weights,
+        extractor=task.extractor,
     )
 
 
