@@ -78,13 +78,17 @@ def register(subparsers: Any) -> None:
         "--limit", type=int, default=500, metavar="N", help="samples a client, 0 for all (default: %(default)s)"
     )
     parser.add_argument("--epochs", type=int, default=1, metavar="N", help="a round (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="samples a step (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=0.05, metavar="X", help="of SGD (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="samples a step (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=0.1, metavar="X", help="of SGD (default: %(default)s)")
     parser.add_argument(
         "--shared-learning-rate", type=float, metavar="X", help="of what pFedMoE shares (default: the same)"
     )
     parser.add_argument(
-        "--gate-learning-rate", type=float, metavar="X", help="of what weighs its parts (default: the same)"
+        "--gate-learning-rate",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="of what weighs its parts (default: %(default)s)",
     )
     parser.add_argument(
         "--target", type=float, metavar="X", help="accuracy that costs are counted to (default: stand-alone's best)"

@@ -29,7 +29,7 @@ class Row:
         split: The split.
         method: The method.
         best: Best round, mean over the seeds.
-        best_spread: Its standard deviation over the seeds.
+        best_spread: Its standard deviation over the seeds; None for one seed.
         last: Last round, likewise.
         last_spread: Its standard deviation.
         target: Accuracy that costs are counted to.
@@ -44,12 +44,12 @@ class Row:
     split: str
     method: str
     best: float
-    best_spread: float
+    best_spread: float | None
     last: float
-    last_spread: float
+    last_spread: float | None
     target: float
     lead: float
-    lead_spread: float
+    lead_spread: float | None
     rounds: float | None
     sent: float | None
     gflop: float | None
@@ -97,8 +97,8 @@ def _target(of: dict[str, list[Record]]) -> float:
     return best.get("standalone", min(best.values()))
 
 
-def _mean(values: Sequence[float]) -> tuple[float, float]:
-    return fmean(values), stdev(values) if len(values) > 1 else 0.0
+def _mean(values: Sequence[float]) -> tuple[float, float | None]:
+    return fmean(values), stdev(values) if len(values) > 1 else None
 
 
 def grid(split: str, found: Sequence[Row]) -> Grid:
@@ -112,14 +112,18 @@ def grid(split: str, found: Sequence[Row]) -> Grid:
         [
             (
                 row.method,
-                f"{100 * row.best:.1f} ± {100 * row.best_spread:.1f}",
-                f"{100 * row.last:.1f} ± {100 * row.last_spread:.1f}",
-                "" if row is found[0] else f"{100 * row.lead:+.1f} ± {100 * row.lead_spread:.1f}",
+                _points(row.best, row.best_spread),
+                _points(row.last, row.last_spread),
+                "" if row is found[0] else _points(row.lead, row.lead_spread, sign="+"),
                 *("never" if value is None else f"{scale * value:,.0f}" for value, scale in _costs(row)),
             )
             for row in found
         ],
     )
+
+
+def _points(value: float, spread: float | None, sign: str = "") -> str:
+    return f"{100 * value:{sign}.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
 
 
 def _costs(row: Row) -> list[tuple[float | None, float]]:

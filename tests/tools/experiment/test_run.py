@@ -121,3 +121,8 @@ def test_a_table_says_never_where_the_target_was_not_reached() -> None:
     assert "75.0 %" in table.title
     assert table.rows[0][3:6] == ("", "2", "100")
     assert table.rows[1][3:5] == ("-20.0 ± 10.0", "never")
+
+
+def test_one_seed_has_no_spread() -> None:
+    (row,) = grid("s", rows([record("pfedmoe", 0, 0.5, 0.8, 0.7)])).rows
+    assert row[1:4] == ("80.0", "70.0", "")
