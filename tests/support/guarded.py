@@ -39,7 +39,7 @@ from fleetune.server.authority.admission import Admission
 from fleetune.server.authority.authority import Authority, Lives, Site
 from fleetune.server.authority.desk import Desk
 from fleetune.server.authority.mosquitto import CONFIG, reload_broker, write_broker, write_revocations
-from fleetune.server.broker import free_port
+from fleetune.server.broker import free_ports
 from fleetune.tools.commands.options import IDENTITY
 from support.brokers import Broker, listens
 from support.lacking import lacking
@@ -148,7 +148,7 @@ class GuardedFleet:
         clock: TestClock | None = None,
     ) -> None:
         self.folder, self.clock = folder, clock or TestClock()
-        site = Site(("localhost", "127.0.0.1"), free_port(), free_port())
+        site = Site(("localhost", "127.0.0.1"), *free_ports(2))
         self.authority = Authority.make(
             self.authority_folder, name, site, lives=Lives(days, member_days), clock=self.clock
         )

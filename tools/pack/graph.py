@@ -11,6 +11,7 @@ Only the operators that Fleetune's models need are here. Each rule is checked ag
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 OPSET = 20
 IR_VERSION = 9
+
+_PARTS = 4
+"""In how many parts pictures are taken where a convolution's weights get their gradient."""
 
 Shape = tuple[int | str, ...]
 
@@ -224,6 +228,17 @@ class Graph:
         where = [self.constant(np.array(numbers, dtype=np.int64)) for numbers in (starts, ends, tuple(bounds))]
         shape = tuple(bounds[i][1] - bounds[i][0] if i in bounds else size for i, size in enumerate(a.shape))
         return self._add("Slice", (a, *where), [shape])[0]
+
+    def parts(self, a: Tensor, count: int) -> list[Tensor]:
+        """Rows of ``a`` in so many parts of equal size, the last ones shorter or empty; without a gradient rule."""
+        rows = self._add("Shape", (a,), [(1,)], start=0, end=1)[0]
+        axis = self.constant(np.array([0], dtype=np.int64))
+        more, by = (self.constant(np.array([number], dtype=np.int64)) for number in (count - 1, count))
+        size = self._add("Div", (self._add("Add", (rows, more), [(1,)])[0], by), [(1,)])[0]
+        edges = [
+            self._add("Mul", (size, self.constant(np.array([i], dtype=np.int64))), [(1,)])[0] for i in range(count + 1)
+        ]
+        return [self._add("Slice", (a, *edge, axis), [("part", *a.shape[1:])])[0] for edge in itertools.pairwise(edges)]
 
     def concat(self, parts: Sequence[Tensor], axis: int) -> Tensor:
         """Tensors one after the other along an axis of known size; without a gradient rule."""
@@ -512,12 +527,17 @@ def _conv(graph: Graph, node: _Node, g: Tensor, wanted: Sequence[bool]) -> Itera
     if wanted[0]:
         yield x, graph.conv_transpose(g, weight)
     if wanted[1]:
-        # What each weight saw, [b, height · width · channels, rows · columns], times what came of it.
+        # What each weight saw, [b, height · width · channels, rows · columns], times what came of it. What it saw is
+        # much more than what there is, so there is never more of it than that of some pictures.
         shifts = [(i, j) for i in range(height) for j in range(width)]
-        seen = graph.concat([graph.slice(x, {2: (i, i + rows), 3: (j, j + columns)}) for i, j in shifts], 1)
-        seen = graph.reshape(seen, (x.shape[0], height * width * channels, rows * columns))
-        came = graph.reshape(g, (x.shape[0], out, rows * columns))
-        products = graph.sum(graph.matmul(came, graph.transpose(seen, (0, 2, 1))), 0, keep=False)
+        products: Tensor | None = None
+        for some, theirs in zip(graph.parts(x, _PARTS), graph.parts(g, _PARTS), strict=True):
+            seen = graph.concat([graph.slice(some, {2: (i, i + rows), 3: (j, j + columns)}) for i, j in shifts], 1)
+            seen = graph.reshape(seen, (some.shape[0], height * width * channels, rows * columns))
+            came = graph.reshape(theirs, (some.shape[0], out, rows * columns))
+            found = graph.sum(graph.matmul(came, graph.transpose(seen, (0, 2, 1))), 0, keep=False)
+            products = found if products is None else graph.add(products, found)
+        assert products is not None
         yield weight, graph.transpose(graph.reshape(products, (out, height, width, channels)), (0, 3, 1, 2))
     if wanted[2]:
         yield bias, graph.sum(g, 0, 2, 3, keep=False)

@@ -159,7 +159,7 @@ class NetworkBody:
         micro_batch: Samples that go through the networks at once.
     """
 
-    def __init__(self, sessions: Sessions, learned: Parameters, pictures: Samples, *, micro_batch: int = 16) -> None:
+    def __init__(self, sessions: Sessions, learned: Parameters, pictures: Samples, *, micro_batch: int = 64) -> None:
         self._sessions, self.learned, self.gradient = sessions, learned, learned.blank()
         self._pictures, self._micro_batch = pictures, micro_batch
         self._graph: StepGraph | None = None

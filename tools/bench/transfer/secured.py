@@ -10,7 +10,7 @@ from pathlib import Path
 from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.server.authority.authority import Authority, Site
 from fleetune.server.authority.mosquitto import CONFIG, write_broker
-from fleetune.server.broker import free_port
+from fleetune.server.broker import free_ports
 from fleetune.tools.bench.transfer.broker import run_mosquitto
 from fleetune.tools.bench.transfer.noop import FLEET
 
@@ -43,7 +43,8 @@ def secured(folder: Path, devices: tuple[str, ...]) -> Iterator[Secured]:
     Raises:
         RunFailedError: Mosquitto is not installed, or does not start.
     """
-    site = Site(("127.0.0.1",), free_port(), free_port())
+    members, enrolment = free_ports(2)
+    site = Site(("127.0.0.1",), members, enrolment)
     with closing(Authority.make(folder / "authority", FLEET, site)) as authority:
         authority.make_member("aggregator", folder / "identities" / "aggregator")
         for device in devices:
