@@ -34,7 +34,6 @@ class Registry:
         # Device that is away → since when, by the monotonic clock; infinite while nobody could have told.
         self._gone: dict[str, float] = {}
         self._unsaved: set[str] = set()
-        self._unsaved_out: frozenset[str] = frozenset()
         self._members: frozenset[str] | None = None  # until somebody comes, goes, or fails
         self._falls: dict[str, int] = {}  # device → how often its boot counter fell
         self.kept_out: dict[str, str] = {}
@@ -117,11 +116,10 @@ class Registry:
     def save(self, store: Store) -> None:
         """Keep what is new."""
         if self._unsaved:
-            store.see((self._presence[name] for name in self._unsaved - self.revoked), time.time())
+            said = (self._unsaved - self.revoked) & self._presence.keys()
+            store.see((self._presence[name] for name in said), time.time())
+            store.shut_out(self._unsaved & self.revoked)
             self._unsaved.clear()
-        if self._unsaved_out:
-            store.shut_out(self._unsaved_out)
-            self._unsaved_out = frozenset()
 
     def keep_out(self, device: str, why: str) -> None:
         """Wait for a device no more, whatever it says."""
@@ -135,7 +133,7 @@ class Registry:
 
     def shut_out(self, revoked: frozenset[str]) -> None:
         """Wait for these devices no more, and again for those that were revoked and are not any more."""
-        self._unsaved_out |= revoked - self.revoked
+        self._unsaved |= revoked - self.revoked
         self.revoked, self._members = revoked, None
 
     @property

@@ -256,7 +256,7 @@ class Link:
                 f"{self._answer or 'it hung up, as brokers of MQTT 3.1.1 do, and those that speak TLS at this port'}",
                 "use mqtts:// for TLS, else a broker of MQTT 5 (Mosquitto 1.6 or newer, or `fleetune broker`)",
             )
-        self._up = True
+        self._up, self._said_why = True, False
 
     def reconnect(self) -> None:
         """Connect anew, with what the identity holds now."""

@@ -99,30 +99,34 @@ def test_a_round_runs_as_an_agents_without_a_broker(tiny_bert_pack: Pack, text_d
         ask(20.0)
 
 
-def test_a_quick_run_measures_and_learns(minilm: Path, tmp_path: Path) -> None:
+Figures = dict[str, dict[str, Any]]
+
+
+def quick_run(name: str, folder: Path, *more: str) -> tuple[Figures, str]:
+    """The figures by their names, and what was printed."""
     pytest.importorskip("rich", reason="the table needs rich: pip install 'fleetune[all]'")
-    del minilm  # in the cache by now
-    out = tmp_path / "step.json"
-    command = [sys.executable, "-m", "fleetune.tools.cli", "bench", "step", "--quick", "--peers", "none", "--json", out]
+    out = folder / f"{name}.json"
+    command = [sys.executable, "-m", "fleetune.tools.cli", "bench", name, "--quick", *more, "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    figures = {item["name"]: item for item in json.loads(out.read_text(encoding="utf-8"))["figures"]}
+    return {item["name"]: item for item in json.loads(out.read_text(encoding="utf-8"))["figures"]}, done.stdout
+
+
+def test_a_quick_run_measures_and_learns(minilm: Path, tmp_path: Path) -> None:
+    del minilm  # in the cache by now
+    figures, said = quick_run("step", tmp_path, "--peers", "none")
     assert 60 < figures["MiniLM: peak memory"]["value"] < 250
     # How long it took says nothing beside other tests.
     assert all(figures[f"MiniLM: {which} epoch"]["value"] > 0 for which in ("first", "later"))
     share = figures["MiniLM: share of the arithmetic limit"]
     assert share["value"] > 0
     assert share["met"] == (share["value"] >= 0.75)
-    assert "share of" in done.stdout
+    assert "share of" in said
 
 
 def test_a_quick_run_trains_a_mixture_as_torch_does(tmp_path: Path) -> None:
-    pytest.importorskip("rich", reason="the table needs rich: pip install 'fleetune[all]'")
-    out = tmp_path / "mixture.json"
-    command = [sys.executable, "-m", "fleetune.tools.cli", "bench", "mixture", "--quick", "--json", out]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    figures = {item["name"].split(": ")[1]: item for item in json.loads(out.read_text(encoding="utf-8"))["figures"]}
+    found, _ = quick_run("mixture", tmp_path)
+    figures = {name.split(": ")[1]: item for name, item in found.items()}
     assert figures["loss of the last step"]["ratio"] == pytest.approx(1, abs=1e-3)
     assert figures["loss of the last step"]["value"] < 2.5  # ten classes by chance: 2.303
     assert figures["peak memory"]["ratio"] < 0.5
@@ -130,36 +134,16 @@ def test_a_quick_run_trains_a_mixture_as_torch_does(tmp_path: Path) -> None:
 
 
 def test_a_quick_run_has_live_agents_and_injected_updates(tmp_path: Path) -> None:
-    pytest.importorskip("rich", reason="the table needs rich: pip install 'fleetune[all]'")
-    out = tmp_path / "fleet.json"
-    command = [sys.executable, "-m", "fleetune.tools.cli", "bench", "fleet", "--quick", "--json", out]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    figures = {item["name"]: item for item in json.loads(out.read_text(encoding="utf-8"))["figures"]}
+    figures, _ = quick_run("fleet", tmp_path)
     assert 0 < figures["50 live agents, 4 KiB each way: a round"]["value"] < 60
     assert figures["500 injected updates a round, 10 KiB each: updates a second"]["value"] > 10
 
 
-def test_a_quick_run_answers_with_two_experts_for_little_more_than_one(minilm: Path, tmp_path: Path) -> None:
-    pytest.importorskip("rich", reason="the table needs rich: pip install 'fleetune[all]'")
+def test_a_quick_run_answers_with_a_mixture(minilm: Path, tmp_path: Path) -> None:
     del minilm
-    out = tmp_path / "infer.json"
-    command = [
-        sys.executable,
-        "-m",
-        "fleetune.tools.cli",
-        "bench",
-        "infer",
-        "--quick",
-        "--peers",
-        "none",
-        "--json",
-        out,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    mixture = json.loads(out.read_text(encoding="utf-8"))["figures"][0]
-    assert mixture["name"] == "MiniLM: a mixture's answer, sample by sample in turns"
+    figures, _ = quick_run("infer", tmp_path, "--peers", "none")
+    name, mixture = next(iter(figures.items()))
+    assert name == "MiniLM: a mixture's answer, sample by sample in turns"
     assert mixture["ratio"] > 0
     assert mixture["met"] == (mixture["ratio"] <= 1.35)
 

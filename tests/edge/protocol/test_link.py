@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import socket
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fleetune.edge.protocol import link as link_module
 from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import BrokerProtocolError, BrokerUnreachableError
 from fleetune.edge.protocol.link import Connected, Disconnected, Event, Link, Received, Refused
@@ -21,6 +23,7 @@ from fleetune.edge.protocol.messages import Ack
 from fleetune.edge.protocol.sending import Sending
 from fleetune.server.broker import embedded_broker, free_port
 from support.brokers import mosquitto
+from support.mqtt5 import wait_until
 
 
 def will() -> tuple[str, Ack]:
@@ -222,6 +225,33 @@ def test_a_topic_can_be_added_and_left_again(broker: BrokerAddress) -> None:
     assert [e.payload for e in collect(receiver, Received, 1)] == [b"4"]
     receiver.close()
     sender.close()
+
+
+def test_why_there_is_no_broker_is_said_whenever_there_is_none(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "_SAY_WHY_AFTER", 1)
+    port = free_port()
+    link = Link(BrokerAddress("127.0.0.1", port), "x", subscriptions=["t"], will=will)
+    waiting = threading.Thread(target=link.connect, args=[math.inf])
+    waiting.start()
+    assert wait_until(lambda: "waits for one" in caplog.text, 10)
+    with embedded_broker(port):
+        waiting.join(30)
+        assert not waiting.is_alive()
+    collect(link, Disconnected)
+
+    def tries_again() -> bool:
+        list(link.events(0.1))
+        return "tries again" in caplog.text
+
+    for _ in range(2):
+        caplog.clear()
+        assert wait_until(tries_again, 30)
+        with embedded_broker(port):
+            assert collect(link, Connected, timeout=30)
+        collect(link, Disconnected)
+    link.close()
 
 
 def test_what_is_on_its_way_when_the_link_breaks_is_told_as_lost() -> None:
