@@ -1,4 +1,4 @@
-"""Hold a bill of materials against a lock file: ``python .ci/sbom.py device.lock sbom.json``.
+"""Hold a bill of materials against a lock file: ``python .ci/sbom.py tools/flash/device.lock sbom.json``.
 
 Whatever is installed is locked, but for Fleetune itself and pip's own tools; and each part has a name, a version and a
 licence: the one that it states, or the one here.

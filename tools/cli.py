@@ -26,6 +26,7 @@ COMMANDS = (
     "status",
     "agent",
     "fleet",
+    "flash",
     "enroll",
     "verify",
     "doctor",

@@ -8,6 +8,7 @@ from fleetune.edge.protocol.errors import ConfigError, install_hint
 
 _PACK = ("torch", "transformers", "optimum", "bitsandbytes", "onnx", "rich")
 _EXPERIMENT = ("resvg_py", "PIL", "rich")
+_FLASH = ("cyclonedx", "packaging")
 _SERVER = ("iotcore", "jinja2", "matplotlib", "rich")
 
 
@@ -36,6 +37,15 @@ def require_experiment_extra() -> None:
         ConfigError: A package is missing.
     """
     _require(_EXPERIMENT, "experiment")
+
+
+def require_flash_extra() -> None:
+    """Check that what builds images is installed.
+
+    Raises:
+        ConfigError: A package is missing.
+    """
+    _require(_FLASH, "flash")
 
 
 def require_accountant() -> None:

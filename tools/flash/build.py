@@ -1,0 +1,81 @@
+"""Builds what is flashed: a Debian package, an overlay for a root file system, and what says what is in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from fleetune.edge.protocol.errors import RunFolderError
+from fleetune.tools.assets.carriers import sha256_of
+from fleetune.tools.assets.staging import staged
+from fleetune.tools.flash.content import Content, lay_out
+from fleetune.tools.flash.deb import write_deb
+from fleetune.tools.flash.lockfile import locked
+from fleetune.tools.flash.sbom import bill_of_materials
+from fleetune.tools.flash.tarball import write_tar_gz
+from fleetune.tools.flash.tier import Tier
+from fleetune.tools.flash.wheelhouse import fetch_wheels
+
+BUILD = "build.json"
+"""Names every file of a build by its hash; what is signed."""
+
+
+def build(
+    tier: Tier,
+    out: Path,
+    *,
+    packs: Iterable[Path] = (),
+    own_wheels: Iterable[Path] = (),
+    maintainer: str,
+    say: Callable[[str], None],
+) -> dict[str, str]:
+    """Build all of one tier.
+
+    Args:
+        tier: Of the boards.
+        out: Folder for the files; those of an earlier build of the same tier are replaced, each at once.
+        packs: Packs that come along.
+        own_wheels: Wheels in place of pinned ones.
+        maintainer: Of the Debian package.
+        say: Called with what is done next.
+
+    Returns:
+        Name → SHA-256 of each file in ``out``.
+
+    Raises:
+        AssetError: A wheel cannot be had, or is not the pinned one.
+        ConfigError: A program is missing.
+        RunFolderError: ``out`` is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise RunFolderError(f"--out: {out} is not a folder", "name a folder; it is made if it is missing")
+    say(f"wheels for {tier.system}, Python {tier.minor}")
+    wheels = fetch_wheels(tier, locked(tier), own_wheels)
+    with staged(out) as scratch:
+        say("content")
+        root, made = scratch / "content", scratch / "made"
+        root.mkdir()
+        made.mkdir()
+        content = lay_out(root, tier, wheels, packs)
+        sbom = bill_of_materials(content)
+        stem = f"fleetune_{content.version}+{tier.name}_arm64"
+        say("Debian package")
+        write_deb(content, sbom, maintainer, scratch, made / f"{stem}.deb")
+        say("overlay")
+        _enable(content)
+        write_tar_gz(root, made / f"{stem}.overlay.tar.gz")
+        (made / f"{stem}.sbom.cdx.json").write_text(sbom, encoding="utf-8")
+        hashes = {file.name: sha256_of(file) for file in sorted(made.iterdir())}
+        document = {"schema": 1, "fleetune": content.version, "tier": tier.name, "kit": content.kit, "files": hashes}
+        (made / f"{stem}.{BUILD}").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        for file in sorted(made.iterdir(), key=lambda file: file.name.endswith(BUILD)):  # it comes last
+            file.replace(out / file.name)
+    return hashes
+
+
+def _enable(content: Content) -> None:
+    """Nothing runs when an overlay is unpacked, so what a package's script would enable lies there as a link."""
+    wanted = content.root / "etc/systemd/system/multi-user.target.wants"
+    wanted.mkdir(parents=True)
+    (wanted / "fleetune-firstboot.service").symlink_to("/usr/lib/systemd/system/fleetune-firstboot.service")
