@@ -11,13 +11,14 @@ import msgspec
 from fleetune.edge.protocol.errors import ConfigError, DuplicateDeviceError
 from fleetune.edge.protocol.topics import check_name
 from fleetune.edge.resources.limits import Budget
-from fleetune.profiles.profile import Profile, read_profile
-from fleetune.profiles.yamlfile import Size, read_yaml
+from fleetune.profiles.profile import Profile, profile_names, read_profile
+from fleetune.profiles.yamlfile import Size, read_yaml, to_yaml
 
 _REMEDY = "see docs/fleet-file.md for the fields and an example"
 
 
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
+_Serial = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}\Z")]
 
 
 class _Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,11 +39,28 @@ class _Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             joules=self.joules or unlimited,
         )
 
+    @classmethod
+    def of(cls, budget: Budget) -> _Budget:
+        """The same, as it is written."""
+
+        def limit(value: float) -> float | None:
+            return None if math.isinf(value) else value
+
+        disk = None if math.isinf(budget.disk_mib) else Size(f"{budget.disk_mib:.9g}MiB")
+        return cls(
+            Size(f"{budget.memory_mib:.9g}MiB"),
+            limit(budget.cpu_s),
+            limit(budget.deadline_s),
+            limit(budget.joules),
+            disk,
+        )
+
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: str
     profile: str
     budget: _Budget
+    serial: _Serial | None = None
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,11 +76,13 @@ class FleetDevice(msgspec.Struct, frozen=True):
         id: Its id.
         profile: Its board.
         budget: What the board's other work leaves over for training.
+        serial: The board's serial number, where the file names it.
     """
 
     id: str
     profile: Profile
     budget: Budget
+    serial: str | None = None
 
 
 class Fleet(msgspec.Struct, frozen=True):
@@ -91,11 +111,11 @@ def read_fleet(path: Path) -> Fleet:
 
     Raises:
         ConfigError: It does not fit the schema, or a budget exceeds the board.
-        DuplicateDeviceError: Two devices share an id.
+        DuplicateDeviceError: Two devices share an id, or a serial number.
     """
     document = read_yaml(path, _File, _REMEDY)
     check_name(document.where("fleet"), document.value.fleet)
-    devices, profiles = dict[str, FleetDevice](), dict[str, Profile]()
+    devices, profiles, serials = dict[str, FleetDevice](), dict[str, Profile](), dict[str, str]()
     for index, entry in enumerate(document.value.devices):
         field = f"devices[{index}]"
         check_name(document.where(f"{field}.id"), entry.id)
@@ -103,6 +123,14 @@ def read_fleet(path: Path) -> Fleet:
             raise DuplicateDeviceError(
                 f"{document.where(f'{field}.id')}: {entry.id!r} is there twice", "give every device an id of its own"
             )
+        if entry.serial is not None:
+            if entry.serial in serials:
+                raise DuplicateDeviceError(
+                    f"{document.where(f'{field}.serial')}: the serial number {entry.serial} is that of "
+                    f"{serials[entry.serial]} already, and of {entry.id}",
+                    "a serial number is one board's: look at both",
+                )
+            serials[entry.serial] = entry.id
         try:
             if entry.profile not in profiles:
                 profiles[entry.profile] = read_profile(entry.profile, beside=path.parent)
@@ -114,7 +142,19 @@ def read_fleet(path: Path) -> Fleet:
                 f"{document.where(f'{field}.budget.memory')}: {memory} is not within the board's {profile.memory}",
                 "leave room for the system and the board's other work",
             )
-        devices[entry.id] = FleetDevice(entry.id, profile, entry.budget.as_budget())
+        devices[entry.id] = FleetDevice(entry.id, profile, entry.budget.as_budget(), entry.serial)
     if not devices:
         raise ConfigError(f"{document.where('devices')}: the list is empty", "add a device")
     return Fleet(document.value.fleet, tuple(devices.values()))
+
+
+def fleet_files(fleet: Fleet) -> dict[str, bytes]:
+    """A fleet file, ``fleet.yaml``, and beside it the profiles that Fleetune does not ship: name → content."""
+    files, entries, shipped = dict[str, bytes](), list[_Entry](), profile_names()
+    for device in fleet.devices:
+        name = device.profile.name
+        if name not in shipped or read_profile(name) != device.profile:
+            name = f"{name}.yaml"
+            files[name] = to_yaml(device.profile, f"The profile {device.profile.name}.")
+        entries.append(_Entry(device.id, name, _Budget.of(device.budget), device.serial))
+    return files | {"fleet.yaml": to_yaml(_File(1, fleet.name, entries), f"Of the fleet {fleet.name}.")}

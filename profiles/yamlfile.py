@@ -124,11 +124,15 @@ def read_yaml(path: Path, kind: type[T], remedy: str) -> Document[T]:
 
 
 def write_yaml(path: Path, value: msgspec.Struct, head: str) -> None:
-    """Write a struct, atomically; what is absent or empty is left out.
+    """Write a struct, atomically, as :func:`to_yaml` has it."""
+    write_atomic(path, to_yaml(value, head))
+
+
+def to_yaml(value: msgspec.Struct, head: str) -> bytes:
+    """A struct as a file that :func:`read_yaml` reads; what is absent or empty is left out.
 
     Args:
-        path: The file.
-        value: What to write.
+        value: The struct.
         head: A comment for its first line.
     """
     text: str = yaml.safe_dump(
@@ -138,7 +142,7 @@ def write_yaml(path: Path, value: msgspec.Struct, head: str) -> None:
         allow_unicode=True,
         width=1000,
     )
-    write_atomic(path, f"# {head}\n{text}".encode())
+    return f"# {head}\n{text}".encode()
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from typing import Any
 
 _CELLS = 30
@@ -66,3 +67,8 @@ class Bar:
             text = f"{self._what}: {done} of {total}\n"
         sys.stderr.write(text)
         sys.stderr.flush()
+
+
+def utc(when: float) -> str:
+    """A Unix time, as ISO 8601 has it."""
+    return datetime.fromtimestamp(when, timezone.utc).isoformat()

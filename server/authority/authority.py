@@ -226,6 +226,11 @@ class Authority:
         return self._file.site
 
     @property
+    def ends(self) -> float:
+        """Unix time from which the root certificate counts no more, and nothing that it signed."""
+        return self._roots[0].ends
+
+    @property
     def signer(self) -> SeedSigner:
         """The private key that signs now."""
         return self._signers[0]

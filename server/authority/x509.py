@@ -90,6 +90,11 @@ class CertificateAuthority:
         """Unix time at which it was made, in whole seconds."""
         return (self._certificate.not_valid_before_utc + _EARLIER).timestamp()
 
+    @property
+    def ends(self) -> float:
+        """Unix time from which it counts no more."""
+        return self._certificate.not_valid_after_utc.timestamp()
+
     def certify(self, fleet: str, name: str, public: CertificateKey, *, begins: float, expires: float) -> Certificate:
         """A certificate for a member: its common name is the member's name, and it may only connect."""
         builder = self._leaf(fleet, name, public, begins, expires).add_extension(

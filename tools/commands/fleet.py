@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleetune.tools.commands.options import add_command
+from fleetune.tools.text import utc
 
 if TYPE_CHECKING:
     from fleetune.server.authority.authority import Authority
@@ -191,7 +192,7 @@ def _enroll(args: argparse.Namespace) -> None:
         what = "1 token is" if len(tokens) == 1 else f"{len(tokens)} tokens are"
         _say(f"{what} in {args.out}, for {args.hours:g} hours")
     elif args.json:
-        rows = [{"device": token.device, "token": token.text, "expires": _utc(token.expires)} for token in tokens]
+        rows = [{"device": token.device, "token": token.text, "expires": utc(token.expires)} for token in tokens]
         _say(json.dumps(rows, indent=1))
     else:
         _say(*(token.text if len(tokens) == 1 else f"{token.device} {token.text}" for token in tokens))
@@ -292,12 +293,6 @@ def _member_state(row: Any, now: float, *, soon: bool) -> str:
     if row.revoked is not None:
         return "revoked"
     return "expired" if row.expires < now else "expires soon" if soon else "current"
-
-
-def _utc(when: float) -> str:
-    from datetime import datetime, timezone
-
-    return datetime.fromtimestamp(when, timezone.utc).isoformat()
 
 
 def _day(when: float) -> str:

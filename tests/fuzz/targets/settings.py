@@ -14,12 +14,13 @@ import safetensors.numpy
 import yaml
 
 from fleetune.edge.protocol.errors import ConfigError, DataError, RunFolderError, UnsupportedBackboneError
-from fleetune.profiles.fleet import read_fleet
+from fleetune.profiles.fleet import fleet_files, read_fleet
 from fleetune.profiles.profile import read_profile, write_profile
 from fleetune.profiles.yamlfile import read_size
 from fleetune.tools.assets.datasets import read_rotten_tomatoes
 from fleetune.tools.assets.idx import read_idx
 from fleetune.tools.demo.folder import RunFolder
+from fleetune.tools.firstboot.seed import Seed, read_seed, write_seed
 from fuzz.mutations import from_seeds, mutate_bytes, mutate_json, mutate_tensors, mutate_yaml, of_lines
 from fuzz.target import MIB, Target
 from fuzz.targets.device import costs_file
@@ -30,6 +31,7 @@ devices:
   - id: cam-1
     profile: raspberry-pi-5
     budget: {memory: 512MiB, cpu_seconds: 10.5, disk: 1GiB}
+    serial: "1422521030042"
   - id: cam-2
     profile: own.yaml
     budget: &b
@@ -70,6 +72,24 @@ MEASURED = (
 )
 
 
+SEED = write_seed(
+    Seed(
+        1,
+        "lab",
+        "cam-1",
+        "mqtts://broker:8883",
+        "/usr/share/fleetune/packs/minilm",
+        "/var/lib/x.jsonl",
+        "1422521030042",
+    )
+)
+
+
+def seed(data: bytes, _folder: Path) -> None:
+    found = read_seed(data, "seed.json")
+    assert read_seed(write_seed(found), "seed.json") == found
+
+
 def fleet(data: bytes, folder: Path) -> None:
     (folder / "own.yaml").write_bytes(PROFILE)
     (folder / "fleet.yaml").write_bytes(data)
@@ -77,6 +97,11 @@ def fleet(data: bytes, folder: Path) -> None:
     for device in found.devices:
         assert device.budget.memory_mib > 0
         found.device(device.id)
+    again = folder / "again"
+    again.mkdir(exist_ok=True)
+    for name, content in fleet_files(found).items():
+        (again / name).write_bytes(content)
+    assert [one.id for one in read_fleet(again / "fleet.yaml").devices] == [one.id for one in found.devices]
 
 
 def profile(data: bytes, folder: Path) -> None:
@@ -196,6 +221,7 @@ TARGETS = [
         memory=8 * MIB,
         slow=True,
     ),
+    Target("seed", from_seeds([SEED], mutate_json, mutate_bytes), seed, (ConfigError,)),
     Target("size", from_seeds([b"512MiB", b"1.5 GiB"], mutate_bytes), size, (ConfigError,)),
     Target(
         "run's options",

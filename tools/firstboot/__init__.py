@@ -1,0 +1,1 @@
+"""What a board does when it starts for the first time."""

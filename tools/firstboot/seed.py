@@ -1,0 +1,68 @@
+"""What a seed holds: all that makes a board itself, and not like any other of its fleet."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError, field_and_reason
+from fleetune.edge.protocol.messages import Name
+
+LABEL = "FLEETSEED"
+"""Name of a file system that holds a seed."""
+
+SEED_FILE = "seed.json"
+TOKEN_FILE = "token"  # noqa: S105 - a file's name
+FLEET_FILE = "fleet.yaml"
+
+MAX_FILE = 1 << 16
+"""Bytes of each file of a seed."""
+
+Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\n\0]{0,4000}\Z")]
+
+
+class Seed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """``seed.json``; beside it lie the device's own fleet file with its profile, and a token that counts once.
+
+    Attributes:
+        schema: Version of this layout.
+        fleet: Name of the fleet.
+        device: Id that the board gets.
+        broker: Address of the fleet's broker.
+        pack: Where the pack is on the board.
+        data: Where the board's samples are, once there are some.
+        serial: The only board that may take this seed; any may where there is none.
+    """
+
+    schema: Literal[1]
+    fleet: Name
+    device: Name
+    broker: Annotated[str, msgspec.Meta(max_length=300)]
+    pack: Path
+    data: Path
+    serial: Annotated[str, msgspec.Meta(max_length=64)] | None = None
+
+
+def write_seed(seed: Seed) -> bytes:
+    """The file's content."""
+    return msgspec.json.format(msgspec.json.encode(seed), indent=1) + b"\n"
+
+
+def read_seed(raw: bytes, where: str) -> Seed:
+    """Read ``seed.json``.
+
+    Args:
+        raw: Its content.
+        where: What an error calls it.
+
+    Raises:
+        ConfigError: It does not fit the schema.
+    """
+    try:
+        return msgspec.json.decode(raw, type=Seed)
+    except UNDECODABLE as error:
+        field, reason = field_and_reason(error)
+        raise ConfigError(
+            f"{where}{f': field {field}' if field else ''}: {reason}", "make the seed anew: `fleetune flash seed`"
+        ) from error
