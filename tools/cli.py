@@ -28,6 +28,7 @@ COMMANDS = (
     "fleet",
     "flash",
     "enroll",
+    "firstboot",
     "verify",
     "doctor",
     "profile",

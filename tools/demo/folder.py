@@ -144,6 +144,7 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory: str
     cpu: float
     few_blocks: bool = False
+    extractor_memory: str | None = None
 
 
 class _Template(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -227,7 +228,8 @@ def prepare(
             )
             for kit, pack in packs.items()
         }
-        write_atomic(folder.fleet, _fleet_file(template, {id_: options[kit] for id_, kit in kits.items()}).encode())
+        choices = {device: options[kit] for device, kit in kits.items()}
+        write_atomic(folder.fleet, _fleet_file(template, choices, mixed=mixed).encode())
     states = [(entry.id, folder.device(entry.id)) for entry in template.devices]
     make_identities(folder.authority, template.fleet, [kit.pack for kit in packs], folder.aggregator, states)
     return kits
@@ -251,14 +253,14 @@ class _Choices:
         return min(plan.cpu_s for plan in plans if plan.depth == depth) * (1 + TIME_MARGIN)
 
 
-def _fleet_file(template: _Template, choices: Mapping[str, _Choices]) -> str:
+def _fleet_file(template: _Template, choices: Mapping[str, _Choices], *, mixed: bool) -> str:
     spans = {device: (choice.cpu_s(1), choice.cpu_s(choice.workload.max_depth)) for device, choice in choices.items()}
     devices = [
         {
             "id": entry.id,
             "profile": entry.profile,
             "budget": {
-                "memory": entry.memory,
+                "memory": entry.extractor_memory if mixed and entry.extractor_memory else entry.memory,
                 "cpu_seconds": round(spans[entry.id][0] + entry.cpu * (spans[entry.id][1] - spans[entry.id][0]), 2),
             },
         }
