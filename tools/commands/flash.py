@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fleetune.tools.commands.options import add_command
+from fleetune.tools.commands.options import add_authority, add_command
 from fleetune.tools.text import utc
 
 
@@ -151,13 +151,7 @@ def _register_seed(actions: Any) -> None:
         "--hours", type=float, default=168.0, metavar="H", help="life of the tokens (default: %(default)s, a week)"
     )
     parser.add_argument("--renew", action="store_true", help="new tokens, also for devices that have used theirs")
-    parser.add_argument(
-        "--authority",
-        metavar="DIR",
-        type=Path,
-        default=Path("authority"),
-        help="the authority's folder (default: %(default)s)",
-    )
+    add_authority(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("seeds"), help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the seeds as JSON")
     parser.set_defaults(run=_seed)

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fleetune.tools.commands.options import add_command
+from fleetune.tools.commands.options import add_authority, add_command
 from fleetune.tools.text import utc
 
 if TYPE_CHECKING:
@@ -51,13 +51,7 @@ def register(subparsers: Any) -> None:
 
 def _add(actions: Any, name: str, *, summary: str, description: str, examples: str) -> argparse.ArgumentParser:
     parser = add_command(actions, name, summary=summary, description=description, examples=examples)
-    parser.add_argument(
-        "--authority",
-        metavar="DIR",
-        type=Path,
-        default=Path("authority"),
-        help="the authority's folder (default: %(default)s)",
-    )
+    add_authority(parser)
     return parser
 
 

@@ -54,6 +54,17 @@ def add_identity(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_authority(parser: argparse.ArgumentParser) -> None:
+    """``--authority``."""
+    parser.add_argument(
+        "--authority",
+        metavar="DIR",
+        type=Path,
+        default=Path("authority"),
+        help="the authority's folder (default: %(default)s)",
+    )
+
+
 def check_identity(args: argparse.Namespace, sender: Sender, fleet: str) -> tuple[BrokerAddress, Identity | None]:
     """The broker, and who this machine is there.
 
