@@ -7,6 +7,7 @@ import pwd
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -125,8 +126,10 @@ class Board:
         write_atomic(self.state / JOURNAL, msgspec.json.format(msgspec.json.encode(journal), indent=1) + b"\n")
 
 
-def as_user(board: Board) -> dict[str, str | int | None]:
+def as_user(board: Board) -> dict[str, Any]:
     """What `subprocess` needs to run something as the agent's user; nothing where that is who runs this already."""
     if board.user is None or os.geteuid() == pwd.getpwnam(board.user).pw_uid:
         return {}
-    return {"user": board.user, "group": pwd.getpwnam(board.user).pw_gid}
+    group = pwd.getpwnam(board.user).pw_gid
+    env = os.environ | {"HOME": str(board.state)}
+    return {"user": board.user, "group": group, "extra_groups": [], "env": env}

@@ -30,7 +30,7 @@ from fleetune.profiles.profile import read_profile
 from fleetune.tools.commands.options import IDENTITY
 from fleetune.tools.firstboot.board import PROVISIONED, Board, as_user
 from fleetune.tools.firstboot.grow import grow_root
-from fleetune.tools.firstboot.seed import FLEET_FILE, MAX_FILE, SEED_FILE, read_seed
+from fleetune.tools.firstboot.seed import FLEET_FILE, MAX_FILE, SEED_FILE, TOKEN_FILE, read_seed
 from fleetune.tools.firstboot.source import opened, shred
 
 log = logging.getLogger(__name__)
@@ -112,11 +112,10 @@ def take_seed(board: Board) -> str:
                 f"the seed of {seed.device} is for the board {seed.serial}, and this is {this}",
                 "give each board its own: the serial numbers are in the inventory",
             )
-        files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
-        for file in files:
-            if file.name != SEED_FILE:
-                board.keep(file.name, read_bytes(file, MAX_FILE))
-        board.keep(SEED_FILE, read_bytes(folder / SEED_FILE, MAX_FILE))  # last: with it all is there
+        profiles = [file.name for file in sorted(folder.glob("[!.]*.yaml")) if file.name != FLEET_FILE]
+        for name in (*profiles, FLEET_FILE, TOKEN_FILE, SEED_FILE):  # the last: with it all is there
+            if (folder / name).exists():  # a token that was used is not
+                board.keep(name, read_bytes(folder / name, MAX_FILE))
     board.fleet.device(seed.device)
     return seed.device
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,7 @@ from fleetune.edge.protocol.identity.folder import read_identity
 from fleetune.edge.protocol.identity.signature import sign_file
 from fleetune.profiles.fleet import read_fleet
 from fleetune.tools.firstboot import steps as steps_module
-from fleetune.tools.firstboot.board import Board
+from fleetune.tools.firstboot.board import Board, as_user
 from fleetune.tools.firstboot.seed import write_seed
 from fleetune.tools.firstboot.steps import Step, all_steps, first_boot, run_fleetune
 from fleetune.tools.flash.seed import Order, Seeded, make_seeds
@@ -226,3 +228,22 @@ def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
     (board.state / "firstboot.json").write_text("{", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"firstboot\.json"):
         first_boot(board, ())
+
+
+def test_only_what_belongs_to_a_seed_is_taken_from_a_stick(
+    fleet: GuardedFleet, tiny_bert_pack: Pack, tmp_path: Path
+) -> None:
+    board = flashed(fleet, tmp_path, tiny_bert_pack)
+    (board.state / "seed/holiday.mp4").write_bytes(bytes(1 << 20))
+    (board.state / "seed/._fleet.yaml").write_bytes(b"what a desktop leaves")
+    first_boot(board, tuple(step for step in steps(board) if step.name == "seed"))
+    assert {file.name for file in board.own.iterdir()} == {"seed.json", "fleet.yaml", "token"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_what_is_run_for_the_agent_has_no_right_of_roots(tmp_path: Path) -> None:
+    board = Board(tmp_path, "nobody")
+    board.state.mkdir(parents=True)
+    said = steps_module._run(["/bin/sh", "-c", "id -u; id -G; echo $HOME"], **as_user(board))  # noqa: SLF001
+    who = pwd.getpwnam("nobody")
+    assert said.split() == [str(who.pw_uid), str(who.pw_gid), str(board.state)]
