@@ -244,6 +244,6 @@ def test_only_what_belongs_to_a_seed_is_taken_from_a_stick(
 def test_what_is_run_for_the_agent_has_no_right_of_roots(tmp_path: Path) -> None:
     board = Board(tmp_path, "nobody")
     board.state.mkdir(parents=True)
-    said = steps_module._run(["/bin/sh", "-c", "id -u; id -G; echo $HOME"], **as_user(board))  # noqa: SLF001
+    said = steps_module._run(["/bin/sh", "-c", "id -u; id -G; echo $HOME"], **as_user(board))
     who = pwd.getpwnam("nobody")
     assert said.split() == [str(who.pw_uid), str(who.pw_gid), str(board.state)]
