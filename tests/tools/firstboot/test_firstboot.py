@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -39,9 +40,8 @@ class PowerCutError(Exception):
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, tiny_bert_pack: Pack) -> Iterator[GuardedFleet]:
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedFleet]:
     guarded = GuardedFleet(tmp_path_factory.mktemp("fleet"))
-    sign_file(tiny_bert_pack.path, guarded.identity("publisher"), guarded.clock())
     yield guarded
     guarded.close()
 
@@ -50,6 +50,15 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, tiny_bert_pack: Pack) -> Ite
 def broker(fleet: GuardedFleet) -> Iterator[GuardedBroker]:
     with fleet.broker() as broker, fleet.desk():
         yield broker
+
+
+@pytest.fixture(scope="module")
+def signed(fleet: GuardedFleet, tiny_bert_pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    """A copy: other tests have the same pack, unsigned."""
+    folder = tmp_path_factory.mktemp("signed") / "pack"
+    shutil.copytree(tiny_bert_pack.path, folder)
+    sign_file(folder, fleet.identity("publisher"), fleet.clock())
+    return Pack.open(folder)
 
 
 def flashed(fleet: GuardedFleet, folder: Path, pack: Pack, device: str = "nano-1", serial: str = "1400") -> Board:
@@ -86,9 +95,9 @@ def left(board: Board) -> dict[str, object]:
 
 
 def test_a_flashed_board_becomes_a_member(
-    fleet: GuardedFleet, broker: GuardedBroker, tiny_bert_pack: Pack, tmp_path: Path
+    fleet: GuardedFleet, broker: GuardedBroker, signed: Pack, tmp_path: Path
 ) -> None:
-    board = flashed(fleet, tmp_path, tiny_bert_pack)
+    board = flashed(fleet, tmp_path, signed)
     token = (board.state / "seed/token").read_text()
     first_boot(board, steps(board))
     after = left(board)
@@ -108,13 +117,13 @@ CUTS = ("seed", "enrol", "look", "measure", "unit", "report", "provisioned")
 
 
 def test_a_power_cut_after_any_step_ends_in_the_same_state(
-    fleet: GuardedFleet, broker: GuardedBroker, tiny_bert_pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fleet: GuardedFleet, broker: GuardedBroker, signed: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "whole").mkdir()
-    whole = flashed(fleet, tmp_path / "whole", tiny_bert_pack)
+    whole = flashed(fleet, tmp_path / "whole", signed)
     first_boot(whole, steps(whole))
     (tmp_path / "cut").mkdir()
-    board = flashed(fleet, tmp_path / "cut", tiny_bert_pack)
+    board = flashed(fleet, tmp_path / "cut", signed)
     finish, cut = Board.finish, list[str]()
 
     def fails_once(self: Board, step: str, came: str) -> None:
@@ -138,13 +147,13 @@ def test_a_power_cut_after_any_step_ends_in_the_same_state(
 def test_a_power_cut_between_two_files_ends_in_the_same_state(
     fleet: GuardedFleet,
     broker: GuardedBroker,
-    tiny_bert_pack: Pack,
+    signed: Pack,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     written: int,
 ) -> None:
     """Cut off after so many files; looking and measuring, which write theirs in one go, are left out here."""
-    board = flashed(fleet, tmp_path, tiny_bert_pack)
+    board = flashed(fleet, tmp_path, signed)
     quick = tuple(step for step in steps(board) if step.name not in ("look", "measure"))
     keep, write, count = Board.keep, steps_module.write_atomic, [0]
 
@@ -170,18 +179,16 @@ def test_a_power_cut_between_two_files_ends_in_the_same_state(
     assert not (board.state / "seed/token").exists()
 
 
-def test_a_seed_of_another_board_is_not_taken(fleet: GuardedFleet, tiny_bert_pack: Pack, tmp_path: Path) -> None:
-    board = flashed(fleet, tmp_path, tiny_bert_pack, serial="9999")
+def test_a_seed_of_another_board_is_not_taken(fleet: GuardedFleet, signed: Pack, tmp_path: Path) -> None:
+    board = flashed(fleet, tmp_path, signed, serial="9999")
     with pytest.raises(ConfigError, match="nano-1 is for the board 1400, and this is 9999"):
         first_boot(board, steps(board))
     assert not board.own.exists()
     assert board.done() == {}
 
 
-def test_a_seed_without_a_serial_number_is_any_boards(
-    fleet: GuardedFleet, tiny_bert_pack: Pack, tmp_path: Path
-) -> None:
-    board = flashed(fleet, tmp_path, tiny_bert_pack, "nano-2", serial="9999")
+def test_a_seed_without_a_serial_number_is_any_boards(fleet: GuardedFleet, signed: Pack, tmp_path: Path) -> None:
+    board = flashed(fleet, tmp_path, signed, "nano-2", serial="9999")
     first_boot(board, tuple(step for step in steps(board) if step.name == "seed"))
     assert board.done() == {"seed": "nano-2"}
 
@@ -192,10 +199,10 @@ def test_a_board_without_a_seed_says_so(tmp_path: Path) -> None:
 
 
 def test_what_a_step_says_reaches_the_log_and_the_next_run_goes_on_there(
-    fleet: GuardedFleet, tiny_bert_pack: Pack, tmp_path: Path
+    fleet: GuardedFleet, signed: Pack, tmp_path: Path
 ) -> None:
     """The broker is not there: the seed stays taken, the token stays whole."""
-    board = flashed(fleet, tmp_path, tiny_bert_pack)
+    board = flashed(fleet, tmp_path, signed)
     seed = board.state / "seed/seed.json"
     gone = "mqtts://localhost:1"
     token = (board.state / "seed/token").read_text()
@@ -211,9 +218,9 @@ def test_what_a_step_says_reaches_the_log_and_the_next_run_goes_on_there(
 
 
 def test_a_doctor_who_finds_something_is_quoted(
-    fleet: GuardedFleet, broker: GuardedBroker, tiny_bert_pack: Pack, tmp_path: Path
+    fleet: GuardedFleet, broker: GuardedBroker, signed: Pack, tmp_path: Path
 ) -> None:
-    board = flashed(fleet, tmp_path, tiny_bert_pack)
+    board = flashed(fleet, tmp_path, signed)
     first_boot(board, tuple(step for step in steps(board) if step.name in ("seed", "enrol")))
     board.keep("seed.json", write_seed(msgspec.structs.replace(board.seed, pack="/no/such/pack")))
     with pytest.raises(RunFailedError, match="/no/such/pack") as caught:
@@ -230,10 +237,8 @@ def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
         first_boot(board, ())
 
 
-def test_only_what_belongs_to_a_seed_is_taken_from_a_stick(
-    fleet: GuardedFleet, tiny_bert_pack: Pack, tmp_path: Path
-) -> None:
-    board = flashed(fleet, tmp_path, tiny_bert_pack)
+def test_only_what_belongs_to_a_seed_is_taken_from_a_stick(fleet: GuardedFleet, signed: Pack, tmp_path: Path) -> None:
+    board = flashed(fleet, tmp_path, signed)
     (board.state / "seed/holiday.mp4").write_bytes(bytes(1 << 20))
     (board.state / "seed/._fleet.yaml").write_bytes(b"what a desktop leaves")
     first_boot(board, tuple(step for step in steps(board) if step.name == "seed"))
