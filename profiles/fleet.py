@@ -17,6 +17,7 @@ from fleetune.profiles.yamlfile import Size, read_yaml, to_yaml
 _REMEDY = "see docs/fleet-file.md for the fields and an example"
 
 
+_PROFILE = ".profile.yaml"
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 _Serial = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}\Z")]
 
@@ -154,7 +155,7 @@ def fleet_files(fleet: Fleet) -> dict[str, bytes]:
     for device in fleet.devices:
         name = device.profile.name
         if name not in shipped or read_profile(name) != device.profile:
-            name = f"{name}.yaml"
+            name = f"{name}{_PROFILE}"
             files[name] = to_yaml(device.profile, f"The profile {device.profile.name}.")
         entries.append(_Entry(device.id, name, _Budget.of(device.budget), device.serial))
     return files | {"fleet.yaml": to_yaml(_File(1, fleet.name, entries), f"Of the fleet {fleet.name}.")}

@@ -15,8 +15,9 @@ import pytest
 import safetensors.numpy
 
 from fleetune.edge.pack.manifest import FILE, WEIGHTS_FILE
-from fleetune.edge.pack.pack import Pack, file_sha256
+from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol import chunks
+from fleetune.edge.protocol.files import file_sha256
 from fleetune.tools.assets import fetch
 from support.guarded import GuardedBroker, GuardedFleet, SoftToken, guarded_fleet, make_soft_token
 

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.pack.manifest import MAX_PICTURE, Image
-from fleetune.edge.pack.pack import Pack, file_sha256
+from fleetune.edge.pack.pack import Pack
 from fleetune.edge.pack.patches import to_patches
 from fleetune.edge.pack.tensorfile import TensorFile
 from fleetune.edge.pack.wordpiece import WordPiece
 from fleetune.edge.protocol.errors import UNDECODABLE, DataError, PackError, field_and_reason
+from fleetune.edge.protocol.files import file_sha256
 from fleetune.edge.protocol.modelfile import MAX_CLASSES
 
 FloatArray = NDArray[np.float32]

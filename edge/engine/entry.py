@@ -25,9 +25,8 @@ from fleetune.edge.engine.prefix import ComputedPrefix, Indices, Prefix, by_leng
 from fleetune.edge.engine.suffix import Part
 from fleetune.edge.engine.tokens import CODECS, CodecName, TokenCodec
 from fleetune.edge.pack.manifest import File
-from fleetune.edge.pack.pack import file_sha256
 from fleetune.edge.protocol.errors import UNDECODABLE, FileAccessError
-from fleetune.edge.protocol.files import write_atomic
+from fleetune.edge.protocol.files import file_sha256, write_atomic
 from fleetune.edge.protocol.messages import encode
 
 FloatArray = NDArray[np.float32]

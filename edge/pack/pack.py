@@ -13,7 +13,7 @@ import msgspec
 from fleetune.edge.pack.manifest import FILE, MAX_EXTRACTOR, SCHEMA, WEIGHTS_FILE, Manifest
 from fleetune.edge.pack.weights import Weights
 from fleetune.edge.protocol.errors import UNDECODABLE, PackError
-from fleetune.edge.protocol.files import read_bytes
+from fleetune.edge.protocol.files import file_sha256, read_bytes
 from fleetune.edge.protocol.messages import Word
 
 _MAX_MANIFEST = 1 << 20
@@ -131,12 +131,3 @@ def _contradiction(manifest: Manifest) -> str | None:
 class _Version(msgspec.Struct, frozen=True):
     schema: int
     kit: Word = ""
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

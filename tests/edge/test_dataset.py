@@ -13,9 +13,10 @@ import safetensors.numpy
 
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.dataset import read_dataset
-from fleetune.edge.pack.pack import Pack, file_sha256
+from fleetune.edge.pack.pack import Pack
 from fleetune.edge.pack.patches import to_patches
 from fleetune.edge.protocol.errors import DataError
+from fleetune.edge.protocol.files import file_sha256
 
 GOOD = [
     {"text": "a good film", "label": 1, "split": "train"},

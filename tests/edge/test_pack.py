@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fleetune.edge.pack.manifest import FILE, GRAPHS, WEIGHTS_FILE
-from fleetune.edge.pack.pack import Pack, file_sha256
+from fleetune.edge.pack.pack import Pack
 from fleetune.edge.pack.tensorfile import TensorFile
 from fleetune.edge.protocol.errors import PackError
+from fleetune.edge.protocol.files import file_sha256
 
 Json = dict[str, Any]
 

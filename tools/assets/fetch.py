@@ -10,9 +10,9 @@ from pathlib import Path
 import msgspec
 
 from fleetune.edge.protocol.errors import UNDECODABLE, AssetError
-from fleetune.edge.protocol.files import read_bytes
+from fleetune.edge.protocol.files import file_sha256, read_bytes
 from fleetune.tools.assets import emoji, focus_vit
-from fleetune.tools.assets.carriers import UnavailableError, bring, sha256_of
+from fleetune.tools.assets.carriers import UnavailableError, bring
 from fleetune.tools.assets.registry import ASSETS, Asset
 from fleetune.tools.assets.staging import fill, locked, staged
 
@@ -177,7 +177,7 @@ def _converted(asset: Asset, converter: _Converter, given: Path | None, cache: P
             files.mkdir()
             converter.convert(source, files)
             written = [file for file in files.rglob("*") if file.is_file()]
-            hashes = {str(file.relative_to(files)): sha256_of(file) for file in written}
+            hashes = {str(file.relative_to(files)): file_sha256(file) for file in written}
             record = _Record(converter.version, asset.digest, hashes)
             (files / _RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2))
             with locked(root):
@@ -214,7 +214,7 @@ def _intact(asset: Asset, converter: _Converter, target: Path) -> bool:
 def _verify(asset: Asset, path: Path, expected: str) -> None:
     """Compares a file's bytes with a digest."""
     try:
-        found = sha256_of(path)
+        found = file_sha256(path)
     except OSError as error:
         raise AssetError(
             f"{asset.name}: {path} cannot be read: {error.strerror} (expected SHA-256 {expected})",

@@ -131,5 +131,6 @@ def as_user(board: Board) -> dict[str, Any]:
     if board.user is None or os.geteuid() == pwd.getpwnam(board.user).pw_uid:
         return {}
     group = pwd.getpwnam(board.user).pw_gid
-    env = os.environ | {"HOME": str(board.state)}
+    bytecode = str(board.root / "var/cache/fleetune/agent")
+    env = os.environ | {"HOME": str(board.state), "PYTHONPYCACHEPREFIX": bytecode}
     return {"user": board.user, "group": group, "extra_groups": [], "env": env}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
-from fleetune.edge.protocol.errors import RunFailedError
+from fleetune.tools.programs import run_program
 
+_REMEDY = "see journalctl -u fleetune-firstboot"
 _GROWFS = ("usr/lib/systemd/systemd-growfs", "lib/systemd/systemd-growfs")
 
 
@@ -33,17 +33,10 @@ def grow_root(root: Path) -> str:
         if growpart is None:
             return f"{name} stays as it is: growpart is not here (cloud-guest-utils)"
         # 1: it has no room to grow into
-        _run([growpart, f"/dev/{disk}", number.read_text(encoding="ascii").strip()], fine=(0, 1))
+        run_program([growpart, f"/dev/{disk}", number.read_text(encoding="ascii").strip()], _REMEDY, fine=(0, 1))
         told.append(f"partition {name}")
     program = next((str(root / path) for path in _GROWFS if (root / path).exists()), None)
     if program is None:
         return "the file system stays as it is: systemd-growfs is not here"
-    _run([program, "/"])
+    run_program([program, "/"], _REMEDY)
     return " and ".join([*told, f"the file system on {name}"])
-
-
-def _run(command: list[str], fine: tuple[int, ...] = (0,)) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode not in fine:
-        said = (done.stderr or done.stdout).strip()[-300:]
-        raise RunFailedError(f"{Path(command[0]).name} failed: {said}", "see journalctl -u fleetune-firstboot")

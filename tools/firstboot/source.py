@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fleetune.edge.protocol.errors import ConfigError
 from fleetune.edge.protocol.files import sync_folder
 from fleetune.tools.firstboot.board import Board
 from fleetune.tools.firstboot.seed import LABEL, SEED_FILE, TOKEN_FILE
+from fleetune.tools.programs import run_program
 
 _DEVICE = Path("dev/disk/by-label") / LABEL
+_REMEDY = f"look at the file system with the label {LABEL}"
 _MOUNT = Path("run/fleetune/seed")
 
 
@@ -22,7 +22,7 @@ def opened(board: Board) -> Iterator[Path | None]:
     """The folder of the seed, as long as the block lasts; None if there is none (any more).
 
     Raises:
-        ConfigError: The file system with the seed cannot be mounted.
+        RunFailedError: The file system with the seed cannot be mounted.
     """
     folder, device = board.state / "seed", board.root / _DEVICE
     if (folder / SEED_FILE).is_file():
@@ -30,11 +30,11 @@ def opened(board: Board) -> Iterator[Path | None]:
     elif device.exists():
         place = board.root / _MOUNT
         place.mkdir(parents=True, exist_ok=True)
-        _run("mount", "-o", "rw,sync,nosuid,nodev,noexec,umask=0077", str(device), str(place))
+        run_program(["mount", "-o", "rw,sync,nosuid,nodev,noexec,umask=0077", device, place], _REMEDY)
         try:
             yield place
         finally:
-            _run("umount", str(place))
+            run_program(["umount", place], _REMEDY)
     else:
         yield None
 
@@ -50,11 +50,3 @@ def shred(folder: Path) -> bool:
     file.unlink()
     sync_folder(folder)
     return True
-
-
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ConfigError(
-            f"{command[0]} {command[-1]}: {done.stderr.strip()}", f"look at the file system with the label {LABEL}"
-        )

@@ -112,7 +112,7 @@ def take_seed(board: Board) -> str:
                 f"the seed of {seed.device} is for the board {seed.serial}, and this is {this}",
                 "give each board its own: the serial numbers are in the inventory",
             )
-        profiles = [file.name for file in sorted(folder.glob("[!.]*.yaml")) if file.name != FLEET_FILE]
+        profiles = [file.name for file in sorted(folder.glob("[!.]*.profile.yaml"))]
         for name in (*profiles, FLEET_FILE, TOKEN_FILE, SEED_FILE):  # the last: with it all is there
             if (folder / name).exists():  # a token that was used is not
                 board.keep(name, read_bytes(folder / name, MAX_FILE))
@@ -164,12 +164,15 @@ def measure(board: Board, fleetune: Fleetune) -> str:
     device = fleet.device(seed.device)
     if device.profile.measured:
         return f"the profile {device.profile.name} has it already"
-    out, own = board.own / _MEASURED, board.own / f"{device.profile.name}.yaml"
+    out, own = board.state / _MEASURED, next(board.own.glob("[!.]*.profile.yaml"), None)
     out.unlink(missing_ok=True)  # of a run that was cut off
-    fleetune("profile", "--pack", seed.pack, "--out", str(out), "--board", str(own) if own.exists() else own.stem)
-    known = msgspec.structs.replace(device, profile=read_profile(str(out)))
-    board.keep(FLEET_FILE, fleet_files(Fleet(fleet.name, (known,)))[FLEET_FILE])
-    return f"in {out}"
+    fleetune("profile", "--pack", seed.pack, "--out", str(out), "--board", str(own or device.profile.name))
+    profile = msgspec.structs.replace(read_profile(str(out)), name=device.profile.name)
+    files = fleet_files(Fleet(fleet.name, (msgspec.structs.replace(device, profile=profile),)))
+    for name in sorted(files, key=lambda name: name == FLEET_FILE):  # the last: it names the others
+        board.keep(name, files[name])
+    out.unlink()
+    return f"the profile {profile.name}"
 
 
 def install_unit(board: Board, fleetune: Fleetune) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fleetune.edge.protocol.errors import RunFolderError
-from fleetune.tools.assets.carriers import sha256_of
+from fleetune.edge.protocol.files import file_sha256
 from fleetune.tools.assets.staging import staged
-from fleetune.tools.flash.content import Content, lay_out
+from fleetune.tools.flash.content import lay_out
 from fleetune.tools.flash.deb import write_deb
 from fleetune.tools.flash.lockfile import locked
 from fleetune.tools.flash.sbom import bill_of_materials
@@ -63,19 +63,11 @@ def build(
         say("Debian package")
         write_deb(content, sbom, maintainer, scratch, made / f"{stem}.deb")
         say("overlay")
-        _enable(content)
         write_tar_gz(root, made / f"{stem}.overlay.tar.gz")
         (made / f"{stem}.sbom.cdx.json").write_text(sbom, encoding="utf-8")
-        hashes = {file.name: sha256_of(file) for file in sorted(made.iterdir())}
+        hashes = {file.name: file_sha256(file) for file in sorted(made.iterdir())}
         document = {"schema": 1, "fleetune": content.version, "tier": tier.name, "kit": content.kit, "files": hashes}
         (made / f"{stem}.{BUILD}").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         for file in sorted(made.iterdir(), key=lambda file: file.name.endswith(BUILD)):  # it comes last
             file.replace(out / file.name)
     return hashes
-
-
-def _enable(content: Content) -> None:
-    """Nothing runs when an overlay is unpacked, so what a package's script would enable lies there as a link."""
-    wanted = content.root / "etc/systemd/system/multi-user.target.wants"
-    wanted.mkdir(parents=True)
-    (wanted / "fleetune-firstboot.service").symlink_to("/usr/lib/systemd/system/fleetune-firstboot.service")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fleetune.edge.protocol.errors import ConfigError
-from fleetune.tools.assets.carriers import sha256_of
+from fleetune.edge.protocol.files import file_sha256
 from fleetune.tools.flash.tier import Tier
 from fleetune.tools.flash.wheelhouse import Wheel, install_wheels
 
@@ -23,6 +23,8 @@ EPOCH = 1767225600
 KITS = PurePosixPath("usr/lib/fleetune")
 """Where kits lie, each in a folder named by its content: bytecode that Python keeps of one never fits another."""
 
+UNITS = PurePosixPath("usr/lib/systemd/system")
+FIRSTBOOT = "fleetune-firstboot.service"
 PACKS = PurePosixPath("usr/share/fleetune/packs")
 MANIFEST = PurePosixPath("usr/share/fleetune/manifest.json")
 
@@ -78,6 +80,9 @@ def lay_out(root: Path, tier: Tier, wheels: Iterable[Wheel], packs: Iterable[Pat
     """
     root.chmod(0o755)
     shutil.copytree(Path(__file__).with_name("tree"), root, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    wanted = root / UNITS / "multi-user.target.wants" / FIRSTBOOT
+    wanted.parent.mkdir()
+    wanted.symlink_to(f"../{FIRSTBOOT}")  # nothing runs when an overlay is unpacked, so it is enabled as it lies there
     kits = root / KITS
     kits.mkdir()
     wheels, scratch = tuple(sorted(wheels, key=lambda wheel: wheel.name)), kits / "kit"
@@ -115,7 +120,7 @@ def tree_digest(root: Path) -> str:
         elif path.is_dir():
             digest.update(f"folder {name}\n".encode())
         else:
-            digest.update(f"file {path.stat().st_mode & 0o777:o} {name}\0{sha256_of(path)}\n".encode())
+            digest.update(f"file {path.stat().st_mode & 0o777:o} {name}\0{file_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -165,7 +170,7 @@ def _write_manifest(content: Content) -> None:
         "packs": list(content.packs),
         "wheels": {wheel.file.name: wheel.sha256 for wheel in content.wheels},
         "files": {
-            path.relative_to(content.root).as_posix(): sha256_of(path)
+            path.relative_to(content.root).as_posix(): file_sha256(path)
             for path in content.files()
             if not path.is_symlink()
         },

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
@@ -12,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fleetune.edge.protocol.errors import ConfigError, EnrolmentError, RunFailedError
+from fleetune.edge.protocol.errors import ConfigError, EnrolmentError
 from fleetune.edge.protocol.files import FolderLock, read_bytes
 from fleetune.edge.protocol.identity.enrolment import MAX_TOKEN, Token
 from fleetune.edge.protocol.identity.folder import write_private
@@ -22,6 +19,7 @@ from fleetune.server.authority.ledger import TokenRow
 from fleetune.tools.assets.staging import staged
 from fleetune.tools.firstboot.seed import LABEL, SEED_FILE, TOKEN_FILE, Seed, write_seed
 from fleetune.tools.flash.content import EPOCH
+from fleetune.tools.programs import find_program, run_program
 
 Form = Literal["image", "folder", "rootfs"]
 State = Literal["new", "kept", "used"]
@@ -104,8 +102,8 @@ def make_seeds(
             "the root certificate of the authority has expired, or will do so before the tokens",
             "make another: `fleetune fleet rotate authority`",
         )
-    if order.form == "image" and not (shutil.which("mformat") and shutil.which("mcopy")):
-        raise ConfigError("an image needs mtools", "apt-get install mtools, or take --form folder")
+    if order.form == "image":
+        find_program("mformat", "mtools, or take --form folder")
     with closing(FolderLock(out, remedy="wait until that one is done")):
         out.chmod(0o700)
         tokens = {row.id: row for row in authority.ledger.tokens()}
@@ -157,7 +155,7 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def _image(device: str, folder: Path, files: Mapping[str, bytes], out: Path) -> bytes:
     """A FAT file system; the same files are the same bytes."""
-    environment = os.environ | {"SOURCE_DATE_EPOCH": str(EPOCH)}
+    environment = {"SOURCE_DATE_EPOCH": str(EPOCH)}
     number = f"{zlib.crc32(device.encode()):08x}"
     with staged(out) as scratch:
         image = str(scratch / "seed.img")
@@ -165,9 +163,5 @@ def _image(device: str, folder: Path, files: Mapping[str, bytes], out: Path) -> 
             ["mformat", "-C", "-i", image, "-T", str(_SECTORS), "-v", LABEL, "-N", number, "::"],
             ["mcopy", "-i", image, *(str(folder / name) for name in sorted(files)), "::"],
         ):
-            run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-            if run.returncode:
-                raise RunFailedError(
-                    f"{command[0]} failed for {device}: {run.stderr.strip()[-300:]}", "see what it says"
-                )
+            run_program(command, f"the image for {device} is not there: see what it says", env=environment)
         return read_bytes(Path(image), _IMAGE)

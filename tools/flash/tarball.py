@@ -18,8 +18,6 @@ def write_tar(root: Path, stream: IO[bytes]) -> None:
             entry.uid = entry.gid = 0
             entry.uname = entry.gname = ""
             entry.mtime = EPOCH
-            if entry.islnk():  # the same bytes twice, whatever this disk makes of them
-                entry.type, entry.size = tarfile.REGTYPE, path.stat().st_size
             if entry.isreg():
                 with path.open("rb") as file:
                     archive.addfile(entry, file)

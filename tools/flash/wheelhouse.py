@@ -13,7 +13,7 @@ from pathlib import Path
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
 from fleetune.edge.protocol.errors import AssetError
-from fleetune.tools.assets.carriers import sha256_of
+from fleetune.edge.protocol.files import file_sha256
 from fleetune.tools.assets.fetch import cache_root
 from fleetune.tools.assets.staging import fill, staged
 from fleetune.tools.flash.lockfile import Pin
@@ -122,7 +122,7 @@ def _read(file: Path) -> Wheel:
         name, version, _build, _tags = parse_wheel_filename(file.name)
     except InvalidWheelFilename as error:
         raise AssetError(f"{file}: {error}", "name a wheel as its maker named it") from error
-    return Wheel(file, name, str(version), sha256_of(file))
+    return Wheel(file, name, str(version), file_sha256(file))
 
 
 def _read_own(file: Path) -> Wheel:

@@ -17,9 +17,10 @@ from fleetune.edge.engine.backbone import Backbone
 from fleetune.edge.engine.expert import Expert, Layout
 from fleetune.edge.engine.inference import Inference
 from fleetune.edge.engine.suffix import Suffix
-from fleetune.edge.pack.pack import Pack, file_sha256
+from fleetune.edge.pack.pack import Pack
 from fleetune.edge.pack.patches import to_patches
 from fleetune.edge.protocol.errors import PackError
+from fleetune.edge.protocol.files import file_sha256
 from fleetune.tools.pack.checkpoint import WEIGHTS, Checkpoint, first_blocks, is_matrix, read_checkpoint
 from fleetune.tools.pack.quantise import BLOCK_SIZE, quantise
 from fleetune.tools.pack.torch_backbone import torch_backbone, torch_block, torch_pool

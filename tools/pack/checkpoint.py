@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetune.edge.pack.pack import file_sha256
 from fleetune.edge.pack.tensorfile import TensorFile
 from fleetune.edge.protocol.errors import ConfigError, PackError, UnsupportedBackboneError
-from fleetune.edge.protocol.files import read_bytes
+from fleetune.edge.protocol.files import file_sha256, read_bytes
 from fleetune.edge.protocol.header import BFLOAT16
 from fleetune.tools.pack.architectures import ARCHITECTURES, LINEARS, Architecture, Geometry, int_field
 from fleetune.tools.pack.compile import block_shapes

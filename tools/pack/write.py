@@ -25,10 +25,10 @@ from fleetune.edge.pack.manifest import (
     QuantisationType,
     Text,
 )
-from fleetune.edge.pack.pack import Pack, file_sha256
+from fleetune.edge.pack.pack import Pack
 from fleetune.edge.pack.wordpiece import MAX_VOCABULARY
 from fleetune.edge.protocol.errors import ConfigError, RunFolderError, UnsupportedBackboneError
-from fleetune.edge.protocol.files import read_bytes
+from fleetune.edge.protocol.files import file_sha256, read_bytes
 from fleetune.tools.pack.architectures import LINEARS
 from fleetune.tools.pack.checkpoint import MAX_SETTINGS, Checkpoint, is_matrix, read_checkpoint
 from fleetune.tools.pack.compile import block_graphs, inference_graph, outer_graphs, suffix_graph

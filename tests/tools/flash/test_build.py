@@ -117,6 +117,8 @@ def test_an_overlay_belongs_to_root_by_number(content: Content, tmp_path: Path) 
     assert {entry.mtime for entry in entries.values()} == {EPOCH}
     assert entries["usr/bin/fleetune"].mode == 0o755
     assert entries["usr/lib/fleetune/current"].linkname == content.kit
+    wanted = "usr/lib/systemd/system/multi-user.target.wants/fleetune-firstboot.service"
+    assert entries[wanted].linkname == "../fleetune-firstboot.service"
     assert not any(entry.mode & 0o6022 for entry in entries.values() if not entry.issym())
 
 

@@ -62,9 +62,14 @@ def test_a_seed_says_who_a_board_is(authority: Authority, tmp_path: Path) -> Non
     assert token.text not in (second.path / "token").read_text()
 
 
-def test_a_device_gets_its_own_entry_of_the_fleet_file_and_no_other(authority: Authority, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["mine", "fleet"])
+def test_a_device_gets_its_own_entry_of_the_fleet_file_and_no_other(
+    authority: Authority, tmp_path: Path, name: str
+) -> None:
     profile = tmp_path / "mine.yaml"
-    profile.write_text("schema: 1\nname: mine\nboard: A board\ntier: t4\nmemory: 3GiB\nsources: {memory: its label}\n")
+    profile.write_text(
+        f"schema: 1\nname: {name}\nboard: A board\ntier: t4\nmemory: 3GiB\nsources: {{memory: its label}}\n"
+    )
     file = inventory(tmp_path, profile="mine.yaml")
     first, _ = seeds(file, authority, tmp_path / "seeds")
     own = read_fleet(first.path / "fleet.yaml")
