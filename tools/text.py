@@ -69,6 +69,12 @@ class Bar:
         sys.stderr.flush()
 
 
+def say(words: str) -> None:
+    """Tell the user what is done next, where it is no part of the result."""
+    sys.stderr.write(f"{words}\n")
+    sys.stderr.flush()
+
+
 def utc(when: float) -> str:
     """A Unix time, as ISO 8601 has it."""
     return datetime.fromtimestamp(when, timezone.utc).isoformat()

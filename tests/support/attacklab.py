@@ -33,7 +33,7 @@ from fleetune.server.job import Job
 from fleetune.server.journal import FILE as JOURNAL
 from fleetune.server.journal import Accepted, Journal, read_records
 from fleetune.tools.bench.transfer.noop import BACKBONE, FLEET, NoOpAnswer, NoOpWorker
-from fleetune.tools.bench.transfer.secured import Secured, secured
+from fleetune.tools.secured import Secured, secured
 
 TOPICS = Topics(FLEET)
 SHAPES = {"head.bias": (2,), "head.weight": (2, 8)}
@@ -265,7 +265,7 @@ def attack_lab(folder: Path) -> Iterator[Lab]:
     """A secured fleet, not yet started."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        lab = Lab(stack.enter_context(secured(folder / "fleet", (*HONEST, MALLORY))), folder)
+        lab = Lab(stack.enter_context(secured(folder / "fleet", FLEET, (*HONEST, MALLORY))), folder)
         stack.callback(lab.close)
         Intruder(
             lab, lab.identity(HONEST[0])

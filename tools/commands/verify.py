@@ -16,8 +16,9 @@ def register(subparsers: Any) -> None:
         "verify",
         summary="see that packs, releases and images are what the fleet's publisher has signed",
         description=(
-            "Verify files, or packs with all their files, against the signatures beside them (FILE.sig), as\n"
-            "`fleetune fleet sign` made them. Whom to believe is in the identity of this machine."
+            "Verify files, packs with all their files, or builds (*.build.json) with all theirs, against the\n"
+            "signatures beside them (FILE.sig), as `fleetune fleet sign` made them. Whom to believe is in the\n"
+            "identity of this machine."
         ),
         examples=(
             "  fleetune verify packs/minilm --identity /var/lib/fleetune/identity\n"
@@ -35,11 +36,14 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.pack.pack import Pack
     from fleetune.edge.protocol.identity.folder import read_identity
     from fleetune.edge.protocol.identity.signature import check_file
+    from fleetune.tools.flash.record import ENDING, check_record
 
     trust = read_identity(args.identity).trust
     for path in args.paths:
         signed = check_file(path, trust)
         if path.is_dir():
             Pack.open(path)
+        elif path.name.endswith(ENDING):
+            check_record(path)
         when = datetime.fromtimestamp(signed.issued).astimezone()
         print(f"{path}: signed by the publisher of the fleet {trust.fleet} on {when:%Y-%m-%d %H:%M}")  # noqa: T201

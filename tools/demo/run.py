@@ -22,10 +22,10 @@ from fleetune.profiles.fleet import Fleet, read_fleet
 from fleetune.server.broker import free_port
 from fleetune.tools.demo.folder import Kit, RunFolder, prepare
 from fleetune.tools.demo.page import write_page
-from fleetune.tools.demo.processes import Processes, processes
 from fleetune.tools.demo.report import Main, RunFacts, build_report
 from fleetune.tools.demo.task import Task
 from fleetune.tools.demo.watch import Watch
+from fleetune.tools.processes import Processes, processes
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,9 @@ MemoryMax={mib}M
 _ROOM = 1.25
 _SAY_WITHIN_S = 60.0
 
+STEPS = ("grow", "seed", "enrol", "look", "measure", "unit", "report", "provisioned")
+"""Their names, in the order in which they are done."""
+
 Fleetune = Callable[..., str]
 """Runs a command of Fleetune's and returns what it printed."""
 
@@ -236,16 +239,14 @@ def provision(board: Board) -> str:
 
 def all_steps(fleetune: Fleetune) -> tuple[Step, ...]:
     """In the order in which they are done."""
-    return (
-        Step("grow", grow),
-        Step("seed", take_seed),
-        Step("enrol", partial(enrol, fleetune=fleetune)),
-        Step("look", partial(look, fleetune=fleetune)),
-        Step("measure", partial(measure, fleetune=fleetune)),
-        Step("unit", partial(install_unit, fleetune=fleetune)),
-        Step("report", report),
-        Step("provisioned", provision),
+    run: tuple[Callable[[Board], str], ...] = (
+        grow,
+        take_seed,
+        *(partial(step, fleetune=fleetune) for step in (enrol, look, measure, install_unit)),
+        report,
+        provision,
     )
+    return tuple(Step(name, step) for name, step in zip(STEPS, run, strict=True))
 
 
 def run_fleetune(board: Board, *arguments: str) -> str:

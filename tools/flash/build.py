@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,13 +11,14 @@ from fleetune.tools.assets.staging import staged
 from fleetune.tools.flash.content import lay_out
 from fleetune.tools.flash.deb import write_deb
 from fleetune.tools.flash.lockfile import locked
+from fleetune.tools.flash.record import ENDING, Build, write_record
 from fleetune.tools.flash.sbom import bill_of_materials
 from fleetune.tools.flash.tarball import write_tar_gz
 from fleetune.tools.flash.tier import Tier
 from fleetune.tools.flash.wheelhouse import fetch_wheels
 
-BUILD = "build.json"
-"""Names every file of a build by its hash; what is signed."""
+MAINTAINER = "Fleet operator <root@localhost>"
+"""Who answers for a package where nobody else is named."""
 
 
 def build(
@@ -27,7 +27,7 @@ def build(
     *,
     packs: Iterable[Path] = (),
     own_wheels: Iterable[Path] = (),
-    maintainer: str,
+    maintainer: str = MAINTAINER,
     say: Callable[[str], None],
 ) -> dict[str, str]:
     """Build all of one tier.
@@ -66,8 +66,8 @@ def build(
         write_tar_gz(root, made / f"{stem}.overlay.tar.gz")
         (made / f"{stem}.sbom.cdx.json").write_text(sbom, encoding="utf-8")
         hashes = {file.name: file_sha256(file) for file in sorted(made.iterdir())}
-        document = {"schema": 1, "fleetune": content.version, "tier": tier.name, "kit": content.kit, "files": hashes}
-        (made / f"{stem}.{BUILD}").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        for file in sorted(made.iterdir(), key=lambda file: file.name.endswith(BUILD)):  # it comes last
+        (out / f"{stem}{ENDING}").unlink(missing_ok=True)  # until all that it names is there
+        for file in sorted(made.iterdir()):
             file.replace(out / file.name)
+        write_record(Build(1, content.version, tier.name, content.kit, hashes), out / f"{stem}{ENDING}")
     return hashes

@@ -87,7 +87,7 @@ def lay_out(root: Path, tier: Tier, wheels: Iterable[Wheel], packs: Iterable[Pat
     kits.mkdir()
     wheels, scratch = tuple(sorted(wheels, key=lambda wheel: wheel.name)), kits / "kit"
     _lay_out_kit(scratch, tier, wheels)
-    _set_modes(root)
+    set_modes(root)
     kit = tree_digest(scratch)[:12]
     scratch.rename(kits / kit)
     (kits / "current").symlink_to(kit)
@@ -95,7 +95,7 @@ def lay_out(root: Path, tier: Tier, wheels: Iterable[Wheel], packs: Iterable[Pat
     version = importlib.metadata.version("fleetune")
     content = Content(root, tier, version, kit, wheels, names)
     _write_manifest(content)
-    _set_modes(root)
+    set_modes(root)
     for path in walk(root):
         os.utime(path, (EPOCH, EPOCH), follow_symlinks=False)
     os.utime(root, (EPOCH, EPOCH))
@@ -180,7 +180,7 @@ def _write_manifest(content: Content) -> None:
     file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def _set_modes(root: Path) -> None:
+def set_modes(root: Path) -> None:
     """Everybody may read; programs may be run, and nothing else."""
     for path in walk(root):
         if not path.is_symlink():

@@ -122,6 +122,23 @@ def test_an_overlay_belongs_to_root_by_number(content: Content, tmp_path: Path) 
     assert not any(entry.mode & 0o6022 for entry in entries.values() if not entry.issym())
 
 
+@pytest.mark.parametrize("updated", [False, True])
+def test_a_kit_is_started_by_the_name_of_its_content(content: Content, tmp_path: Path, updated: bool) -> None:
+    """Python keeps bytecode by path: of one kit it would take that of another for its own."""
+    launcher = (content.root / "usr/bin/fleetune").read_text(encoding="utf-8")
+    image, update = tmp_path / "image", tmp_path / "update"
+    for kits, name in ((image, "abc"), *([(update, "def")] if updated else [])):
+        program = kits / name / "bin/python3"
+        program.parent.mkdir(parents=True)
+        program.write_text('#!/bin/sh\necho "$0" "$1" "$2"\n', encoding="utf-8")
+        program.chmod(0o755)
+        (kits / "current").symlink_to(name)
+    script = launcher.replace("/var/lib/fleetune-kits", str(update)).replace("/usr/lib/fleetune", str(image))
+    said = subprocess.run(["/bin/sh", "-c", script, "fleetune", "doctor"], capture_output=True, text=True, check=True)
+    kit = update / "def" if updated else image / "abc"
+    assert said.stdout.split() == [f"{kit}/bin/python3", f"{kit}/bin/fleetune", "doctor"]
+
+
 def test_the_package_is_what_dpkg_takes(content: Content, tmp_path: Path) -> None:
     file = package(content, tmp_path / "made")
     fields = subprocess.run([DPKG, "--field", file], capture_output=True, text=True, check=True).stdout

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -15,8 +10,8 @@ from pathlib import Path
 import psutil
 
 from fleetune.edge.protocol.address import BrokerAddress
-from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.server.broker import free_port
+from fleetune.tools.secured import run_mosquitto
 
 CONFIG = files("fleetune.server") / "mosquitto.conf"
 
@@ -44,32 +39,3 @@ def mosquitto(
     address = BrokerAddress(host, port)
     with run_mosquitto(config, address) as process:
         yield address, process
-
-
-@contextmanager
-def run_mosquitto(config: Path, address: BrokerAddress) -> Iterator[psutil.Process]:
-    """Run it with a configuration, which lets it listen at an address.
-
-    Raises:
-        RunFailedError: It is not installed, or does not start.
-    """
-    program = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if program is None:
-        raise RunFailedError("Mosquitto is not installed", "install it: apt-get install mosquitto")
-    with psutil.Popen([program, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            while not _listens(address):
-                if process.poll() is not None:
-                    raise RunFailedError("Mosquitto does not start", f"see: {program} -c {config}")
-                time.sleep(0.02)
-            yield process
-        finally:
-            process.terminate()
-
-
-def _listens(address: BrokerAddress) -> bool:
-    try:
-        socket.create_connection((address.host, address.port), timeout=1.0).close()
-    except OSError:
-        return False
-    return True

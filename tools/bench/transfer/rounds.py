@@ -19,8 +19,8 @@ from fleetune.tools.bench.peers import FLOWER, peer_versions, peers_python
 from fleetune.tools.bench.transfer.broker import mosquitto
 from fleetune.tools.bench.transfer.fleet import killed, lead, spec_for, start
 from fleetune.tools.bench.transfer.flower import flower_idle, flower_rounds, lora_matrices
-from fleetune.tools.bench.transfer.noop import NoOpSpec, lora_shapes
-from fleetune.tools.bench.transfer.secured import secured
+from fleetune.tools.bench.transfer.noop import FLEET, NoOpSpec, lora_shapes
+from fleetune.tools.secured import secured
 
 PEERS = {"deployed": "Flower, deployed", "streams": "Flower, streams"}
 """As its documentation has it, and its older interface of one gRPC stream for each device, which is deprecated."""
@@ -105,7 +105,7 @@ def _secured(place: Path, count: int, rounds: int, codec: str) -> list[float]:
     """The same with TLS on both sides, the broker's rights checked, and every message signed and verified."""
     place.mkdir()
     devices = _names(count)
-    with secured(place, devices) as lab:
+    with secured(place, FLEET, devices) as lab:
         spec = spec_for(lab.address, place / "devices", (), lora_shapes(), rounds)
         with_keys = msgspec.structs.replace(spec, codec=codec, identities=str(lab.identities), tls=True)
         return _rounds(place, with_keys, devices)
@@ -167,7 +167,7 @@ def _idle(place: Path, repeats: int) -> tuple[list[float], list[float]]:
     """Resident set of an agent that waits, in MiB; and of one with an identity."""
     place.mkdir()
     bare, member = list[float](), list[float]()
-    with mosquitto(place) as (broker, _), secured(place / "secured", ("idle",)) as lab:
+    with mosquitto(place) as (broker, _), secured(place / "secured", FLEET, ("idle",)) as lab:
         for repeat in range(repeats):
             for address, identities, found in ((broker, "", bare), (lab.address, str(lab.identities), member)):
                 state = place / f"{len(bare)}-{len(member)}"

@@ -1,0 +1,236 @@
+"""A fleet's flashing, rehearsed: an emulated board boots the image, takes its seed, becomes a member and trains."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.errors import RunFailedError, RunFolderError
+from fleetune.edge.protocol.files import write_atomic
+from fleetune.edge.protocol.identity.signature import sign_file
+from fleetune.profiles.fleet import read_fleet
+from fleetune.server.authority.authority import Authority
+from fleetune.server.journal import FILE as JOURNAL
+from fleetune.server.journal import Accepted, read_records
+from fleetune.tools.commands.fleet import AUTHORITY_FOLDER, PUBLISHER_FOLDER
+from fleetune.tools.emulator.image import Image
+from fleetune.tools.emulator.machine import HOST, Machine, machine, make_disk
+from fleetune.tools.firstboot.board import JOURNAL as FIRSTBOOT
+from fleetune.tools.firstboot.board import PROVISIONED, STATE
+from fleetune.tools.firstboot.steps import STEPS
+from fleetune.tools.flash.content import PACKS
+from fleetune.tools.flash.seed import Order, Seeded, make_seeds
+from fleetune.tools.processes import Processes, processes
+from fleetune.tools.secured import Secured, secured
+
+FLEET, DEVICE = "rehearsal", "nano"
+REPORT = "rehearsal.json"
+JOURNALED = "journal.log"
+"""What the board's journal had in the end."""
+
+_INVENTORY = """\
+schema: 1
+fleet: {fleet}
+devices:
+  - {{id: {device}, profile: jetson-nano-2gb, budget: {{memory: {memory_mib}MiB}}}}
+"""
+_SAMPLES = f"/{STATE}/samples.jsonl"
+AGENT = "fleetune-agent.service"
+_GROUP = f"/sys/fs/cgroup/system.slice/{AGENT}"
+_JOB = ("--classes", "2", "--global-rounds", "1", "--personal-rounds", "1", "--batch", "8", "--max-depth", "2")
+_BOOTS_WITHIN_S, _PROVISIONED_WITHIN_S, _TRAINED_WITHIN_S = 300.0, 900.0, 900.0
+_MIB = 1 << 20
+_TRIES = 3
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What is rehearsed.
+
+    Attributes:
+        image: What boots.
+        pack: The pack in it.
+        samples: What the board trains on, JSON lines.
+        memory_mib: The board's.
+        budget_mib: The device's.
+        cut: Step of the first boot in which the power is cut once; None for none.
+    """
+
+    image: Image
+    pack: Path
+    samples: Path
+    memory_mib: int = 2048
+    budget_mib: int = 192
+    cut: str | None = None
+
+
+def rehearse(what: Rehearsal, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Boot one board, and let it train a round.
+
+    Args:
+        what: What is rehearsed.
+        out: Folder for keys, logs, the board's disk and the report; that of an earlier rehearsal is replaced.
+        say: Called with what happens.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: A program is missing.
+        RunFailedError: A step did not come to its end.
+    """
+    _clear(out)
+    start = time.monotonic()
+    seconds: dict[str, float] = {}
+
+    def reached(name: str, words: str) -> None:
+        seconds[name] = round(time.monotonic() - start, 1)
+        say(words)
+
+    with secured(out, FLEET, hosts=(HOST, "localhost")) as lab, processes() as running:
+        disks = _disks(what, lab, out)
+        _start_fleet(lab, out, running)
+        reached("disks", "seed and disk are made; the board starts")
+        with machine(what.image, out, disks, memory_mib=what.memory_mib) as board, _explained(board):
+            board.wait_up(_BOOTS_WITHIN_S)
+            reached("up", "the board is up")
+            if what.cut is not None:
+                _wait(board, running, what.cut)
+                board.cut_power()
+                reached("cut", f"power cut in step {what.cut}")
+                board.wait_up(_BOOTS_WITHIN_S)
+                reached("up_again", "the board is up again")
+            _wait(board, running, None)
+            reached("provisioned", "the board is provisioned; its agent starts")
+            ends = time.monotonic() + _TRAINED_WITHIN_S
+            while not running.ended("aggregator"):
+                board.check()
+                running.check()
+                if time.monotonic() > ends:
+                    raise RunFailedError("no round was done in time", f"see {out / 'logs'}")
+                time.sleep(1.0)
+            reached("trained", "its rounds are done")
+            found = _look(board)
+    records = read_records(out / "aggregator" / JOURNAL)
+    accepted = [record.manifest for record in records if isinstance(record, Accepted)]
+    report = {
+        "schema": 1,
+        "seconds": seconds,
+        "cut": what.cut,
+        "pack": Pack.open(what.pack).sha256,
+        "accepted": [{"job": update.job, "samples": update.samples, "metrics": update.metrics} for update in accepted],
+        **found,
+    }
+    write_atomic(out / REPORT, json.dumps(report, indent=1).encode() + b"\n")
+    (out / "disk.img").unlink()
+    return report
+
+
+def _clear(out: Path) -> None:
+    """Make the folder; one of an earlier rehearsal is replaced, and no other."""
+    if out.exists():
+        if any(out.iterdir()) and not (out / "authority").is_dir():
+            raise RunFolderError(f"--out: {out} is not empty, and no rehearsal's", "name another folder")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+
+
+def _disks(what: Rehearsal, lab: Secured, out: Path) -> list[Path]:
+    """The board's disk, with samples and a signature of this fleet's publisher, and its seed."""
+    inventory, pack = out / "fleet.yaml", out / "pack"
+    text = _INVENTORY.format(fleet=FLEET, device=DEVICE, memory_mib=what.budget_mib)
+    inventory.write_text(text, encoding="utf-8")
+    shutil.copytree(what.pack, pack)
+    place, fleet, seeds = f"/{PACKS / what.pack.resolve().name}", read_fleet(inventory), list[Seeded]()
+    with closing(Authority(lab.authority)) as authority:
+        authority.make_member("authority", lab.authority / AUTHORITY_FOLDER)
+        publisher = authority.make_member("publisher", lab.authority / PUBLISHER_FOLDER)
+        signature = sign_file(pack, publisher, authority.now())
+        make_seeds(Order(fleet, place, _SAMPLES, 24.0, "image"), fleet.devices, authority, out / "seeds", seeds.append)
+    samples = out / "samples"
+    shutil.copyfile(what.samples, samples)
+    for file in (samples, signature):
+        file.chmod(0o644)  # the agent is not root there
+    return [make_disk(what.image, out, {_SAMPLES: samples, f"{place}/{signature.name}": signature}), seeds[0].path]
+
+
+def _start_fleet(lab: Secured, out: Path, running: Processes) -> None:
+    broker, logs = ("--broker", str(lab.address)), out / "logs"
+    running.start("authority", logs / "authority.log", ["fleet", "serve", "--authority", str(lab.authority), *broker])
+    serve = ["serve", "--fleet", str(out / "fleet.yaml"), "--pack", str(out / "pack"), *broker, *_JOB]
+    serve += ["--identity", str(lab.identities / "aggregator"), "--state", str(out / "aggregator")]
+    running.start("aggregator", logs / "aggregator.log", serve)
+
+
+@contextmanager
+def _explained(board: Machine) -> Iterator[None]:
+    """Whatever goes wrong, the board's own log lies beside its console."""
+    try:
+        yield
+    finally:
+        try:
+            said = board.run("/usr/bin/journalctl", "--no-pager", "--output=short-monotonic", timeout_s=60.0)
+        except (OSError, RunFailedError) as error:
+            log.warning("the board does not give its log: %s", error)
+        else:
+            write_atomic(board.folder / JOURNALED, said.out.encode())
+
+
+def _wait(board: Machine, running: Processes, until: str | None) -> None:
+    """Wait until a step of the first boot is being done, or all are."""
+    ends = time.monotonic() + _PROVISIONED_WITHIN_S
+    while time.monotonic() < ends:
+        running.check()
+        done = _done(board)
+        if until is None and PROVISIONED in done:
+            return
+        if until is not None and set(STEPS[: STEPS.index(until)]) <= done:
+            if until in done:
+                raise RunFailedError(f"step {until} was over before the power could be cut", "choose a longer one")
+            return
+        state = _properties(board, "fleetune-firstboot.service", "NRestarts")
+        if int(state["NRestarts"]) >= _TRIES:
+            said = board.run("/usr/bin/journalctl", "--unit=fleetune-firstboot", "--output=cat", "--lines=20").out
+            raise RunFailedError(f"the first boot fails again and again: {said.strip()}", f"see {board.folder}")
+        time.sleep(1.0)
+    raise RunFailedError(f"the first boot was not over in {_PROVISIONED_WITHIN_S:.0f} s", f"see {board.folder}")
+
+
+def _done(board: Machine) -> set[str]:
+    said = board.run("/bin/cat", f"/{STATE}/{FIRSTBOOT}")
+    return set(json.loads(said.out)["done"]) if said.code == 0 else set()
+
+
+def _properties(board: Machine, unit: str, *names: str) -> dict[str, str]:
+    said = board.run("/usr/bin/systemctl", "show", unit, f"--property={','.join(names)}").out
+    return dict(line.split("=", 1) for line in said.splitlines())
+
+
+def _look(board: Machine) -> dict[str, Any]:
+    """What the board itself says of its agent."""
+    state = _properties(board, AGENT, "ActiveState", "User", "MemoryMax", "NRestarts")
+    events = dict(line.split() for line in board.run("/bin/cat", f"{_GROUP}/memory.events").out.splitlines())
+    size = board.run("/bin/df", "--block-size=1M", "--output=size", "/").out.split()[-1]
+    return {
+        "agent": {
+            "state": state["ActiveState"],
+            "user": state["User"],
+            "restarts": int(state["NRestarts"]),
+            "memory_max_mib": int(state["MemoryMax"]) / _MIB,
+            "memory_peak_mib": round(int(board.run("/bin/cat", f"{_GROUP}/memory.peak").out) / _MIB, 1),
+            "killed_for_memory": int(events["oom_kill"]),
+            "held_back_for_memory": int(events["max"]),
+        },
+        "root_mib": int(size),
+        "first_boot": json.loads(board.run("/bin/cat", f"/{STATE}/{FIRSTBOOT}").out)["done"],
+    }
