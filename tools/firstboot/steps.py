@@ -196,7 +196,7 @@ def install_unit(board: Board, fleetune: Fleetune) -> str:
     wanted.parent.mkdir(parents=True, exist_ok=True)
     if not wanted.is_symlink():
         wanted.symlink_to(f"/{_UNIT}")
-    if (board.root / "run/systemd/system").exists():
+    if _has_systemd(board):
         _run([_systemctl(), "daemon-reload"])
     return f"/{_UNIT}, at most {budget * _ROOM:.0f} MiB"
 
@@ -234,6 +234,8 @@ def provision(board: Board) -> str:
     file = board.state / PROVISIONED
     write_atomic(file, f"{board.seed.device}\n".encode())
     board.give(file)
+    if _has_systemd(board):  # it waits for this to be over; after a power cut here it starts with the next boot
+        _run([_systemctl(), "--no-block", "start", _UNIT.name])
     return str(file)
 
 
@@ -269,6 +271,10 @@ def _run(command: list[str], **options: Any) -> str:
             remedy.strip() or "see journalctl -u fleetune-firstboot",
         )
     return str(done.stdout)
+
+
+def _has_systemd(board: Board) -> bool:
+    return (board.root / "run/systemd/system").exists()
 
 
 def _systemctl() -> str:
