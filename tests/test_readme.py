@@ -14,19 +14,27 @@ from fleetune.tools.cli import build_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+GUIDE = (ROOT / "docs/flashing.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str) -> list[str]:
+    """Its shell blocks."""
+    return re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+BLOCKS = blocks(README)
 COMMANDS = [
     line.partition("#")[0].strip()
-    for block in BLOCKS
+    for block in BLOCKS + blocks(GUIDE)
     for line in block.replace("\\\n", " ").splitlines()
-    if re.search(r"(^|/)fleetune ", line.partition("#")[0])
+    if re.search(r"(^|/|sudo )fleetune ", line.partition("#")[0])
 ]
 
 
 def fleetune_part(line: str) -> list[str]:
     """The arguments of the ``fleetune`` command in a shell line."""
     last = line.split("&&")[-1].split("|")[0].strip()
-    words = shlex.split(last)
+    words = shlex.split(last.removeprefix("sudo "))
     assert Path(words[0]).name == "fleetune"
     return words[1:]
 

@@ -103,6 +103,7 @@ def _machine(subject: Subject, broken: set[str]) -> Iterator[Check]:
     from fleetune.tools.doctor.disk import check_disk
     from fleetune.tools.doctor.heat import check_heat
     from fleetune.tools.doctor.memory import check_memory
+    from fleetune.tools.doctor.slots import check_slots
 
     tree = Tree(subject.root)
     machine = probe(subject.root, folder=subject.state, write=True, commands=tree.live)
@@ -110,5 +111,7 @@ def _machine(subject: Subject, broken: set[str]) -> Iterator[Check]:
     yield check_disk(subject.state, machine.disk)
     yield check_clock(machine.clock)
     yield check_heat(machine)
+    if slots := check_slots(subject.root):
+        yield slots
     if skipped := dict.fromkeys((*machine.skipped, *tree.skipped)):
         yield Check("probes", "note", f"could not be read: {'; '.join(skipped)}")

@@ -20,7 +20,6 @@ from fleetune.profiles.yamlfile import read_size
 from fleetune.tools.assets.datasets import read_rotten_tomatoes
 from fleetune.tools.assets.idx import read_idx
 from fleetune.tools.demo.folder import RunFolder
-from fleetune.tools.firstboot.seed import Seed, read_seed, write_seed
 from fuzz.mutations import from_seeds, mutate_bytes, mutate_json, mutate_tensors, mutate_yaml, of_lines
 from fuzz.target import MIB, Target
 from fuzz.targets.device import costs_file
@@ -70,24 +69,6 @@ MEASURED = (
         }
     ).encode()
 )
-
-
-SEED = write_seed(
-    Seed(
-        1,
-        "lab",
-        "cam-1",
-        "mqtts://broker:8883",
-        "/usr/share/fleetune/packs/minilm",
-        "/var/lib/x.jsonl",
-        "1422521030042",
-    )
-)
-
-
-def seed(data: bytes, _folder: Path) -> None:
-    found = read_seed(data, "seed.json")
-    assert read_seed(write_seed(found), "seed.json") == found
 
 
 def fleet(data: bytes, folder: Path) -> None:
@@ -221,7 +202,6 @@ TARGETS = [
         memory=8 * MIB,
         slow=True,
     ),
-    Target("seed", from_seeds([SEED], mutate_json, mutate_bytes), seed, (ConfigError,)),
     Target("size", from_seeds([b"512MiB", b"1.5 GiB"], mutate_bytes), size, (ConfigError,)),
     Target(
         "run's options",
