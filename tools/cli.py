@@ -27,6 +27,8 @@ COMMANDS = (
     "agent",
     "fleet",
     "flash",
+    "release",
+    "update",
     "enroll",
     "firstboot",
     "verify",

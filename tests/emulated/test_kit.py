@@ -8,10 +8,11 @@ import pytest
 
 from emulated.device import Device
 from fleetune.tools.doctor.kernels import KERNELS
-from fleetune.tools.flash.content import KITS, Content, lay_out
+from fleetune.tools.flash.content import Content, lay_out
 from fleetune.tools.flash.lockfile import locked
 from fleetune.tools.flash.tier import TIERS
 from fleetune.tools.flash.wheelhouse import fetch_wheels
+from fleetune.tools.places import KITS
 
 pytestmark = [pytest.mark.emulated, pytest.mark.slow]
 

@@ -132,6 +132,13 @@ def _yaml() -> None:
     _expect(yaml.safe_load(text) == {"fleet": "lab", "devices": [{"id": "cam-01", "memory": 1.5}]}, "what was parsed")
 
 
+def _tuf() -> None:
+    from tuf.api.metadata import Metadata, Timestamp
+
+    found = Metadata[Timestamp].from_bytes(Metadata(Timestamp(version=7)).to_bytes())
+    _expect(found.signed.version == 7, "metadata that were written")
+
+
 KERNELS: dict[str, Callable[[], None]] = {
     "numpy": _numpy,
     "onnxruntime": _onnxruntime,
@@ -142,6 +149,7 @@ KERNELS: dict[str, Callable[[], None]] = {
     "pynacl": _pynacl,
     "cryptography": _cryptography,
     "pyyaml": _yaml,
+    "tuf": _tuf,
 }
 """Package of the plain install → its computation, which raises what goes wrong."""
 

@@ -25,6 +25,7 @@ KNOWN_GOOD = {
     "pynacl": "1.6.2",
     "pyyaml": "6.0.3",
     "safetensors": "0.8.0",
+    "tuf": "7.0.1",
 }
 """Versions for Python 3.10 and later that CI runs on an emulated Cortex-A57, the oldest processor of all tiers."""
 

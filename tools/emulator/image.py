@@ -21,9 +21,8 @@ from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError, RunFailedErr
 from fleetune.edge.protocol.files import file_sha256, read_bytes, write_atomic
 from fleetune.tools.assets.fetch import cache_root
 from fleetune.tools.assets.staging import fill, staged
-from fleetune.tools.flash.content import set_modes, walk
-from fleetune.tools.flash.tarball import write_tar
 from fleetune.tools.programs import find_program, run_program
+from fleetune.tools.trees import set_modes, walk, write_tar
 
 SUITE = "bookworm"
 PACKAGES = (

@@ -15,6 +15,9 @@ LABEL = "FLEETSEED"
 SEED_FILE = "seed.json"
 TOKEN_FILE = "token"  # noqa: S105 - a file's name
 FLEET_FILE = "fleet.yaml"
+RELEASES_FILE = "releases.root.json"
+"""Whom a board believes when it looks for releases: root metadata of The Update Framework."""
+
 
 MAX_FILE = 1 << 16
 """Bytes of each file of a seed."""
@@ -32,6 +35,7 @@ class Seed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
         broker: Address of the fleet's broker.
         pack: Where the pack is on the board.
         data: Where the board's samples are, once there are some.
+        releases: Where releases are served, if they are.
         serial: The only board that may take this seed; any may where there is none.
     """
 
@@ -41,6 +45,7 @@ class Seed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     broker: Annotated[str, msgspec.Meta(max_length=300)]
     pack: Path
     data: Path
+    releases: Annotated[str, msgspec.Meta(pattern=r"^https?://[^\s]{1,300}\Z")] | None = None
     serial: Annotated[str, msgspec.Meta(max_length=64)] | None = None
 
 

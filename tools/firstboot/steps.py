@@ -30,7 +30,7 @@ from fleetune.profiles.profile import read_profile
 from fleetune.tools.commands.options import IDENTITY
 from fleetune.tools.firstboot.board import PROVISIONED, Board, as_user
 from fleetune.tools.firstboot.grow import grow_root
-from fleetune.tools.firstboot.seed import FLEET_FILE, MAX_FILE, SEED_FILE, TOKEN_FILE, read_seed
+from fleetune.tools.firstboot.seed import FLEET_FILE, MAX_FILE, RELEASES_FILE, SEED_FILE, TOKEN_FILE, read_seed
 from fleetune.tools.firstboot.source import opened, shred
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def take_seed(board: Board) -> str:
                 "give each board its own: the serial numbers are in the inventory",
             )
         profiles = [file.name for file in sorted(folder.glob("[!.]*.profile.yaml"))]
-        for name in (*profiles, FLEET_FILE, TOKEN_FILE, SEED_FILE):  # the last: with it all is there
+        for name in (*profiles, FLEET_FILE, RELEASES_FILE, TOKEN_FILE, SEED_FILE):  # the last: with it all is there
             if (folder / name).exists():  # a token that was used is not
                 board.keep(name, read_bytes(folder / name, MAX_FILE))
     board.fleet.device(seed.device)

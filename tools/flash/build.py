@@ -13,9 +13,9 @@ from fleetune.tools.flash.deb import write_deb
 from fleetune.tools.flash.lockfile import locked
 from fleetune.tools.flash.record import ENDING, Build, write_record
 from fleetune.tools.flash.sbom import bill_of_materials
-from fleetune.tools.flash.tarball import write_tar_gz
 from fleetune.tools.flash.tier import Tier
 from fleetune.tools.flash.wheelhouse import fetch_wheels
+from fleetune.tools.trees import write_tar_gz
 
 MAINTAINER = "Fleet operator <root@localhost>"
 """Who answers for a package where nobody else is named."""

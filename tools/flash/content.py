@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -10,23 +9,15 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from fleetune.edge.protocol.errors import ConfigError
 from fleetune.edge.protocol.files import file_sha256
+from fleetune.edge.protocol.topics import check_name
 from fleetune.tools.flash.tier import Tier
 from fleetune.tools.flash.wheelhouse import Wheel, install_wheels
-
-EPOCH = 1767225600
-"""Unix time of every file, 2026-01-01: two builds of the same content are the same bytes."""
-
-KITS = PurePosixPath("usr/lib/fleetune")
-"""Where kits lie, each in a folder named by its content: bytecode that Python keeps of one never fits another."""
-
-UNITS = PurePosixPath("usr/lib/systemd/system")
-FIRSTBOOT = "fleetune-firstboot.service"
-PACKS = PurePosixPath("usr/share/fleetune/packs")
-MANIFEST = PurePosixPath("usr/share/fleetune/manifest.json")
+from fleetune.tools.places import KITS, MANIFEST, PACKS, TMPFILES, UNITS, UPDATES, WANTED
+from fleetune.tools.trees import EPOCH, set_modes, tree_digest, walk
 
 _PACKAGES = ("edge", "server", "profiles", "tools")
 
@@ -80,9 +71,13 @@ def lay_out(root: Path, tier: Tier, wheels: Iterable[Wheel], packs: Iterable[Pat
     """
     root.chmod(0o755)
     shutil.copytree(Path(__file__).with_name("tree"), root, dirs_exist_ok=True, copy_function=shutil.copyfile)
-    wanted = root / UNITS / "multi-user.target.wants" / FIRSTBOOT
-    wanted.parent.mkdir()
-    wanted.symlink_to(f"../{FIRSTBOOT}")  # nothing runs when an overlay is unpacked, so it is enabled as it lies there
+    for (
+        target,
+        unit,
+    ) in WANTED.items():  # nothing runs when an overlay is unpacked, so they are enabled as they lie there
+        wanted = root / UNITS / f"{target}.wants" / unit
+        wanted.parent.mkdir()
+        wanted.symlink_to(f"../{unit}")
     kits = root / KITS
     kits.mkdir()
     wheels, scratch = tuple(sorted(wheels, key=lambda wheel: wheel.name)), kits / "kit"
@@ -100,28 +95,6 @@ def lay_out(root: Path, tier: Tier, wheels: Iterable[Wheel], packs: Iterable[Pat
         os.utime(path, (EPOCH, EPOCH), follow_symlinks=False)
     os.utime(root, (EPOCH, EPOCH))
     return content
-
-
-def walk(root: Path) -> Iterator[Path]:
-    """All that lies below a folder, folders before what they hold, by name; links are not followed."""
-    for path in sorted(root.iterdir()):
-        yield path
-        if path.is_dir() and not path.is_symlink():
-            yield from walk(path)
-
-
-def tree_digest(root: Path) -> str:
-    """SHA-256 of a tree: of its names, modes, links and bytes."""
-    digest = hashlib.sha256()
-    for path in walk(root):
-        name = path.relative_to(root).as_posix()
-        if path.is_symlink():
-            digest.update(f"link {name}\0{path.readlink()}\n".encode())
-        elif path.is_dir():
-            digest.update(f"folder {name}\n".encode())
-        else:
-            digest.update(f"file {path.stat().st_mode & 0o777:o} {name}\0{file_sha256(path)}\n".encode())
-    return digest.hexdigest()
 
 
 def _lay_out_kit(kit: Path, tier: Tier, wheels: tuple[Wheel, ...]) -> None:
@@ -149,13 +122,20 @@ def _lay_out_kit(kit: Path, tier: Tier, wheels: tuple[Wheel, ...]) -> None:
 
 
 def _lay_out_packs(root: Path, packs: Iterable[Path]) -> tuple[str, ...]:
+    """Packs, each with a link where an update may put another in its place."""
     names = []
     for pack in packs:
         name = pack.resolve().name
         if name in names:
             raise ConfigError(f"--pack: two packs are called {name}", "rename one of the folders")
+        check_name("--pack", name)
         shutil.copytree(pack, root / PACKS / name, copy_function=shutil.copyfile)
         names.append(name)
+    places = [
+        f"d /{UPDATES}/packs 0755 root root",
+        *(f"L /{UPDATES}/packs/{name} - - - - /{PACKS}/{name}" for name in names),
+    ]
+    (root / TMPFILES / "fleetune-packs.conf").write_text("".join(f"{line}\n" for line in places), encoding="utf-8")
     return tuple(names)
 
 
@@ -178,10 +158,3 @@ def _write_manifest(content: Content) -> None:
     file = content.root / MANIFEST
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def set_modes(root: Path) -> None:
-    """Everybody may read; programs may be run, and nothing else."""
-    for path in walk(root):
-        if not path.is_symlink():
-            path.chmod(0o755 if path.is_dir() or path.relative_to(root).as_posix() == "usr/bin/fleetune" else 0o644)

@@ -9,8 +9,9 @@ import shutil
 from email.utils import formatdate
 from pathlib import Path
 
-from fleetune.tools.flash.content import EPOCH, Content, walk
+from fleetune.tools.flash.content import Content
 from fleetune.tools.programs import find_program, run_program
+from fleetune.tools.trees import EPOCH, walk
 
 _HERE = Path(__file__).with_name("debian")
 _SCRIPTS = ("postinst", "prerm", "postrm")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
-import tarfile
 from pathlib import Path
 
 from fleetune.edge.protocol.errors import AssetError
 from fleetune.tools.assets.staging import staged
-from fleetune.tools.flash.content import EPOCH, KITS
+from fleetune.tools.places import KITS
 from fleetune.tools.programs import find_program, run_program
+from fleetune.tools.trees import extract, write_tar_gz
 
 SLOT = "appfs"
 _MANIFEST = """\
@@ -53,7 +52,7 @@ def write_rauc(
         content.mkdir()
         text = _MANIFEST.format(compatible=compatible, version=version, kit=kit, slot=SLOT)
         (content / "manifest.raucm").write_text(text, encoding="utf-8")
-        _take_kit(overlay, content / "kit.tar.gz")
+        _take_kit(overlay, scratch, content / "kit.tar.gz")
         command = [program, "bundle", f"--cert={certificate}", f"--key={key}", f"--signing-keyring={keyring}"]
         run_program([*command, content, bundle], "see what it says; docs/flashing.md has an example with its keys")
         check_rauc(bundle, keyring)
@@ -70,18 +69,11 @@ def check_rauc(bundle: Path, keyring: Path) -> None:
     run_program([program, "info", f"--keyring={keyring}", bundle], f"write {bundle.name} anew")
 
 
-def _take_kit(overlay: Path, target: Path) -> None:
-    """What lies below `KITS`, by itself: the same entries, without the folders above them."""
-    inside, found = f"{KITS}/", False
-    with (
-        tarfile.open(overlay, "r:gz") as source,
-        target.open("wb") as raw,
-        gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=raw, mtime=EPOCH) as stream,
-        tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as archive,
-    ):
-        for entry in source:
-            if entry.name.startswith(inside):
-                entry.name, found = entry.name.removeprefix(inside), True
-                archive.addfile(entry, source.extractfile(entry) if entry.isreg() else None)
-    if not found:
+def _take_kit(overlay: Path, scratch: Path, target: Path) -> None:
+    """What lies below `KITS`, by itself."""
+    tree = scratch / "kits"
+    tree.mkdir()
+    extract(overlay, tree, below=str(KITS))
+    if not (tree / "current").is_symlink():
         raise AssetError(f"{overlay} has no kit", "name the overlay of a build: `fleetune flash build`")
+    write_tar_gz(tree, target)

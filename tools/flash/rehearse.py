@@ -26,8 +26,8 @@ from fleetune.tools.emulator.machine import HOST, Machine, machine, make_disk
 from fleetune.tools.firstboot.board import JOURNAL as FIRSTBOOT
 from fleetune.tools.firstboot.board import PROVISIONED, STATE
 from fleetune.tools.firstboot.steps import STEPS
-from fleetune.tools.flash.content import PACKS
 from fleetune.tools.flash.seed import Order, Seeded, make_seeds
+from fleetune.tools.places import PACKS, UPDATES
 from fleetune.tools.processes import Processes, processes
 from fleetune.tools.secured import Secured, secured
 
@@ -151,17 +151,26 @@ def _disks(what: Rehearsal, lab: Secured, out: Path) -> list[Path]:
     text = _INVENTORY.format(fleet=FLEET, device=DEVICE, memory_mib=what.budget_mib)
     inventory.write_text(text, encoding="utf-8")
     shutil.copytree(what.pack, pack)
-    place, fleet, seeds = f"/{PACKS / what.pack.resolve().name}", read_fleet(inventory), list[Seeded]()
+    name, fleet, seeds = what.pack.resolve().name, read_fleet(inventory), list[Seeded]()
     with closing(Authority(lab.authority)) as authority:
         authority.make_member("authority", lab.authority / AUTHORITY_FOLDER)
         publisher = authority.make_member("publisher", lab.authority / PUBLISHER_FOLDER)
         signature = sign_file(pack, publisher, authority.now())
-        make_seeds(Order(fleet, place, _SAMPLES, 24.0, "image"), fleet.devices, authority, out / "seeds", seeds.append)
+        make_seeds(
+            Order(fleet, f"/{UPDATES}/packs/{name}", _SAMPLES, 24.0, "image"),
+            fleet.devices,
+            authority,
+            out / "seeds",
+            seeds.append,
+        )
     samples = out / "samples"
     shutil.copyfile(what.samples, samples)
     for file in (samples, signature):
         file.chmod(0o644)  # the agent is not root there
-    return [make_disk(what.image, out, {_SAMPLES: samples, f"{place}/{signature.name}": signature}), seeds[0].path]
+    return [
+        make_disk(what.image, out, {_SAMPLES: samples, f"/{PACKS}/{name}/{signature.name}": signature}),
+        seeds[0].path,
+    ]
 
 
 def _start_fleet(lab: Secured, out: Path, running: Processes) -> None:

@@ -17,9 +17,9 @@ from fleetune.profiles.fleet import Fleet, FleetDevice, fleet_files
 from fleetune.server.authority.authority import Authority
 from fleetune.server.authority.ledger import TokenRow
 from fleetune.tools.assets.staging import staged
-from fleetune.tools.firstboot.seed import LABEL, SEED_FILE, TOKEN_FILE, Seed, write_seed
-from fleetune.tools.flash.content import EPOCH
+from fleetune.tools.firstboot.seed import LABEL, RELEASES_FILE, SEED_FILE, TOKEN_FILE, Seed, write_seed
 from fleetune.tools.programs import find_program, run_program
+from fleetune.tools.trees import EPOCH
 
 Form = Literal["image", "folder", "rootfs"]
 State = Literal["new", "kept", "used"]
@@ -46,6 +46,7 @@ class Order:
         hours: Life of a token.
         form: ``image``: a FAT file system with the label `LABEL`, for a partition or a USB stick; ``folder``: the same
             files in a folder; ``rootfs``: a folder to copy over the root file system in the image of one board.
+        releases: Address of the fleet's releases, and their root metadata, if there are some.
         renew: Whether devices get a new token, whatever became of theirs.
     """
 
@@ -54,6 +55,7 @@ class Order:
     data: str
     hours: float
     form: Form
+    releases: tuple[str, bytes] | None = None
     renew: bool = False
 
 
@@ -117,9 +119,11 @@ def _make(order: Order, device: FleetDevice, authority: Authority, rows: Mapping
     state: State = "new" if token is None else "used" if used else "kept"
     if token is None:
         token = authority.make_token(device.id, order.hours)
-    seed = Seed(1, order.fleet.name, device.id, authority.site.broker, order.pack, order.data, device.serial)
+    url, root = order.releases or (None, b"")
+    seed = Seed(1, order.fleet.name, device.id, authority.site.broker, order.pack, order.data, url, device.serial)
     files = fleet_files(Fleet(order.fleet.name, (device,)))
     files |= {SEED_FILE: write_seed(seed), TOKEN_FILE: f"{token.text}\n".encode()}
+    files |= {RELEASES_FILE: root} if root else {}
     _write(folder, files)
     path = folder
     if order.form == "image":

@@ -21,7 +21,7 @@ from fuzz.mutations import from_seeds, mutate_bytes, mutate_json, of_lines
 from fuzz.target import MIB, Target
 
 SEED = write_seed(
-    Seed(1, "lab", "cam-1", "mqtts://broker:8883", "/usr/share/fleetune/packs/minilm", "/var/lib/x.jsonl", "142252103")
+    Seed(1, "lab", "cam-1", "mqtts://b:8883", "/packs/minilm", "/var/lib/x.jsonl", "https://u.example.org", "142252103")
 )
 RECORD = json.dumps(
     {

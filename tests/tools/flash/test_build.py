@@ -18,13 +18,13 @@ import pytest
 
 from fleetune.edge.protocol.errors import AssetError, ConfigError
 from fleetune.tools.flash.build import build
-from fleetune.tools.flash.content import EPOCH, Content, lay_out, tree_digest
+from fleetune.tools.flash.content import Content, lay_out
 from fleetune.tools.flash.deb import write_deb
 from fleetune.tools.flash.lockfile import Pin, locked, read_lock
 from fleetune.tools.flash.sbom import bill_of_materials
-from fleetune.tools.flash.tarball import write_tar_gz
 from fleetune.tools.flash.tier import TIERS, Tier, find_tier
 from fleetune.tools.flash.wheelhouse import Wheel, fetch_wheels
+from fleetune.tools.trees import EPOCH, tree_digest, write_tar_gz
 from support.wheels import ROOT
 
 pytestmark = pytest.mark.slow

@@ -21,7 +21,7 @@ from fleetune.server.authority.authority import Authority, Site
 from fleetune.tools.firstboot.seed import read_seed
 from fleetune.tools.flash.seed import Order, Seeded, make_seeds
 
-PACK, DATA = "/usr/share/fleetune/packs/minilm", "/var/lib/fleetune/samples.jsonl"
+PACK, DATA = "/var/lib/fleetune-kits/packs/minilm", "/var/lib/fleetune/samples.jsonl"
 
 _DEVICE = """\
   - {{id: nano-{0}, serial: "14{0:04}", profile: {1}, budget: {{memory: 160MiB, cpu_seconds: 5.5, disk: 1.5GiB}}}}

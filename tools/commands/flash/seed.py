@@ -52,6 +52,12 @@ def register(actions: Any) -> None:
         "--hours", type=float, default=168.0, metavar="H", help="life of the tokens (default: %(default)s, a week)"
     )
     parser.add_argument("--renew", action="store_true", help="new tokens, also for devices that have used theirs")
+    parser.add_argument(
+        "--releases",
+        metavar="DIR",
+        type=Path,
+        help="what `fleetune release init` made, so that boards look for releases",
+    )
     add_authority(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("seeds"), help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the seeds as JSON")
@@ -65,18 +71,24 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.profiles.fleet import read_fleet
     from fleetune.server.authority.authority import Authority
-    from fleetune.tools.flash.content import PACKS
     from fleetune.tools.flash.seed import Order, Seeded, make_seeds
+    from fleetune.tools.places import UPDATES
 
     if not 0 < args.hours <= 24 * 365:
         raise ConfigError(f"--hours: {args.hours} is out of range", "choose from above 0 to 8760")
-    pack = args.pack if "/" in args.pack else f"/{PACKS / args.pack}"
+    pack = args.pack if "/" in args.pack else f"/{UPDATES}/packs/{args.pack}"
     for option, path in (("--pack", pack), ("--data", args.data)):
         if not path.startswith("/"):
             raise ConfigError(f"{option}: {path} is not absolute", "say where it is on the boards, from / on")
     fleet = read_fleet(args.inventory)
     devices = [fleet.device(name) for name in dict.fromkeys(args.devices)] if args.devices else list(fleet.devices)
-    order = Order(fleet, pack, args.data, args.hours, args.form, args.renew)
+    releases = None
+    if args.releases is not None:
+        from fleetune.tools.release.repository import Releases
+
+        with Releases(args.releases) as held:
+            releases = held.url, held.root_file
+    order = Order(fleet, pack, args.data, args.hours, args.form, releases, args.renew)
     seeded: list[Seeded] = []
 
     def done(one: Seeded) -> None:

@@ -11,7 +11,7 @@ import msgspec
 
 from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError
 from fleetune.edge.protocol.files import read_bytes
-from fleetune.tools.flash.content import MANIFEST
+from fleetune.tools.places import MANIFEST
 
 FLASH, INITRD_FLASH = Path("flash.sh"), Path("tools/kernel_flash/l4t_initrd_flash.sh")
 

@@ -15,7 +15,7 @@ from fleetune.edge.protocol.errors import ConfigError, RunFailedError
 from fleetune.edge.protocol.files import read_bytes
 from fleetune.tools.assets.staging import staged
 from fleetune.tools.ext4 import put_files
-from fleetune.tools.firstboot.seed import FLEET_FILE, SEED_FILE, TOKEN_FILE
+from fleetune.tools.firstboot.seed import FLEET_FILE, RELEASES_FILE, SEED_FILE, TOKEN_FILE
 from fleetune.tools.programs import find_program, run_program
 
 _MAX_MAP = 64 << 20
@@ -72,7 +72,7 @@ def write_card(image: Path, card: Path, seed: Path | None, say: Callable[[str], 
     if seed is not None:
         say(f"{card}: its seed")
         names = sorted(file.name for file in seed.iterdir() if file.suffix == ".yaml")
-        wanted = [name for name in (*names, TOKEN_FILE, SEED_FILE) if (seed / name).is_file()]
+        wanted = [name for name in (*names, RELEASES_FILE, TOKEN_FILE, SEED_FILE) if (seed / name).is_file()]
         if not {FLEET_FILE, SEED_FILE} <= set(wanted):
             raise ConfigError(f"{seed} is no seed", "make it with `fleetune flash seed --form folder`")
         put_files(card, {f"{_SEED}/{name}": seed / name for name in wanted}, offset=root_offset(card))

@@ -1,0 +1,18 @@
+"""Where things lie on a board."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+KITS = PurePosixPath("usr/lib/fleetune")
+"""Where kits lie, each in a folder named by its content: bytecode that Python keeps of one never fits another."""
+
+UNITS, TMPFILES = PurePosixPath("usr/lib/systemd/system"), PurePosixPath("usr/lib/tmpfiles.d")
+WANTED = {"multi-user.target": "fleetune-firstboot.service", "timers.target": "fleetune-update.timer"}
+"""Unit of systemd's → the unit of ours that starts with it."""
+
+PACKS = PurePosixPath("usr/share/fleetune/packs")
+MANIFEST = PurePosixPath("usr/share/fleetune/manifest.json")
+
+UPDATES = PurePosixPath("var/lib/fleetune-kits")
+"""What came as an update, kits and packs: root's alone."""
