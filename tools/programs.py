@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
@@ -12,6 +13,7 @@ from fleetune.edge.protocol.errors import ConfigError, RunFailedError
 
 _SYSTEM_FOLDERS = "/usr/sbin:/sbin:/usr/local/sbin"
 _QUOTED = 300
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def find_program(name: str, package: str) -> str:
@@ -57,6 +59,8 @@ def run_program(
         command, capture_output=True, text=True, errors="replace", check=False, env=os.environ | (env or {}), cwd=cwd
     )
     if done.returncode not in fine:
-        said = (done.stderr.strip() or done.stdout.strip())[-_QUOTED:]
+        said = _COLOURS.sub("", done.stderr.strip() or done.stdout.strip())
+        if len(said) > _QUOTED:  # whole lines, where there are some
+            said = said[-_QUOTED:].partition("\n")[2] or said[-_QUOTED:]
         raise RunFailedError(f"{Path(command[0]).name} ended with {done.returncode}: {said}", remedy)
     return done.stdout

@@ -138,6 +138,11 @@ class FolderLock:
             self._file.close()
             raise RunFolderError(f"{folder} is in use by another process", remedy) from error
 
+    @property
+    def fileno(self) -> int:
+        """Its open file: a child that inherits it holds the lock too."""
+        return self._file.fileno()
+
     def close(self) -> None:
         """Let others have the folder."""
         self._file.close()

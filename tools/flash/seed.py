@@ -69,6 +69,7 @@ class Seeded:
         path: The seed.
         state: ``new``; ``kept``: its token still waits; ``used``: the device has enrolled with it.
         expires: Unix time until which the token counts.
+        ended: Whether a token that still waited, in another seed, counts no more for it.
     """
 
     device: str
@@ -76,6 +77,7 @@ class Seeded:
     path: Path
     state: State
     expires: float
+    ended: bool = False
 
 
 def make_seeds(
@@ -117,7 +119,10 @@ def _make(order: Order, device: FleetDevice, authority: Authority, rows: Mapping
     folder = out / device.id
     token, used = (None, False) if order.renew else _held(folder / TOKEN_FILE, authority, rows)
     state: State = "new" if token is None else "used" if used else "kept"
+    ended = False
     if token is None:
+        waits = [row for row in rows.values() if row.device == device.id and row.used is None]
+        ended = any(row.expires > authority.now() for row in waits)
         token = authority.make_token(device.id, order.hours)
     url, root = order.releases or (None, b"")
     seed = Seed(1, order.fleet.name, device.id, authority.site.broker, order.pack, order.data, url, device.serial)
@@ -132,7 +137,7 @@ def _make(order: Order, device: FleetDevice, authority: Authority, rows: Mapping
     elif order.form == "rootfs":
         path = out / f"{device.serial or device.id}.rootfs"
         _write(path / ROOTFS, files)
-    return Seeded(device.id, device.serial, path, state, token.expires)
+    return Seeded(device.id, device.serial, path, state, token.expires, ended)
 
 
 def _held(file: Path, authority: Authority, rows: Mapping[str, TokenRow]) -> tuple[Token | None, bool]:

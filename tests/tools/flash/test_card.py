@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from fleetune.edge.protocol.errors import ConfigError, RunFailedError
+from fleetune.profiles.fleet import read_fleet
+from fleetune.server.authority.authority import Authority, Site
 from fleetune.tools.ext4 import put_files
+from fleetune.tools.flash.seed import Order, make_seeds
 from fleetune.tools.flash.station import card as card_module
-from fleetune.tools.flash.station.card import check_card, read_back, read_map, root_offset, write_card
+from fleetune.tools.flash.station.card import check_card, read_back, read_map, release_of, root_offset, write_card
 from support.lacking import lacking
 
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -62,11 +67,14 @@ def card(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def seed(tmp_path: Path) -> Path:
+    (tmp_path / "fleet.yaml").write_text(
+        "schema: 1\nfleet: lab\ndevices:\n  - {id: nano-1, profile: jetson-nano-2gb, budget: {memory: 160MiB}}\n"
+    )
+    fleet = read_fleet(tmp_path / "fleet.yaml")
+    with closing(Authority.make(tmp_path / "authority", "lab", Site(("broker.local",)))) as authority:
+        order = Order(fleet, "/packs/minilm", "/samples.jsonl", 24.0, "folder")
+        make_seeds(order, fleet.devices, authority, tmp_path / "seeds", lambda _: None)
     seed = tmp_path / "seeds/nano-1"
-    seed.mkdir(parents=True)
-    for name in ("seed.json", "token", "fleet.yaml", "mine.profile.yaml"):
-        (seed / name).write_text(f"{name} of nano-1\n")
-        (seed / name).chmod(0o600)
     (seed / "holiday.mp4").write_bytes(b"not of a seed")
     return seed
 
@@ -81,8 +89,8 @@ def test_a_card_is_written_read_back_and_gets_its_seed(image: Path, card: Path, 
     command = [sys.executable, "-m", "fleetune.tools.cli", "flash", "card", image, card, "--seed", seed]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in ("seed.json", "token", "fleet.yaml", "mine.profile.yaml"):
-        assert inside(card, f"cat /var/lib/fleetune/seed/{name}") == f"{name} of nano-1\n"
+    for name in ("seed.json", "token", "fleet.yaml"):
+        assert inside(card, f"cat /var/lib/fleetune/seed/{name}") == (seed / name).read_text()
     told = inside(card, "stat /var/lib/fleetune/seed/token")
     assert "Mode:  0600" in told
     assert "User:     0" in told
@@ -110,7 +118,7 @@ def test_a_card_that_does_not_keep_what_is_written_is_refused(
     monkeypatch.setattr(card_module, "run_program", worn)
     with pytest.raises(RunFailedError, match="does not keep what is written: bytes"):
         write_card(image, card, seed, lambda _: None)
-    assert b"token of nano-1" not in card.read_bytes()
+    assert (seed / "token").read_bytes() not in card.read_bytes()
 
 
 def test_a_compressed_image_is_written_by_its_block_map(image: Path, card: Path) -> None:
@@ -163,10 +171,42 @@ def test_a_damaged_block_map_is_refused(tmp_path: Path, text: str, why: str) -> 
         read_map(file)
 
 
-def test_what_is_no_seed_is_not_put_into_a_card(image: Path, card: Path, tmp_path: Path) -> None:
+def test_what_is_no_seed_is_refused_before_a_card_is_written(image: Path, card: Path, tmp_path: Path) -> None:
+    before = card.read_bytes()
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match="is no seed"):
         write_card(image, card, tmp_path / "folder", lambda _: None)
+    assert card.read_bytes() == before
+
+
+def test_the_image_itself_is_no_card(image: Path) -> None:
+    before = image.read_bytes()
+    with pytest.raises(ConfigError, match="is the image itself"):
+        write_card(image, image, None, lambda _: None)
+    assert image.read_bytes() == before
+
+
+def test_a_compressed_image_without_a_block_map_is_refused_before_a_card_is_written(image: Path, card: Path) -> None:
+    before = card.read_bytes()
+    subprocess.run([tool("gzip", "gzip"), image], check=True)
+    with pytest.raises(ConfigError, match="is compressed, and has no block map"):
+        write_card(image.with_name("nano.img.gz"), card, None, lambda _: None)
+    assert card.read_bytes() == before
+
+
+def test_a_card_that_is_being_written_is_left_alone(image: Path, card: Path) -> None:
+    with card.open("rb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(RunFailedError, match="being written already"):
+            write_card(image, card, None, lambda _: None)
+
+
+def test_an_image_tells_its_release_of_l4t(image: Path, tmp_path: Path) -> None:
+    assert release_of(image) is None
+    told = tmp_path / "nv_tegra_release"
+    told.write_text("# R32 (release), REVISION: 7.4, GCID: 1\n")
+    put_files(image, {"/etc/nv_tegra_release": told}, offset=root_offset(image))
+    assert release_of(image) == 32
 
 
 def test_a_file_that_does_not_fit_is_no_silent_loss(image: Path, card: Path, tmp_path: Path) -> None:

@@ -128,6 +128,13 @@ def test_a_token_that_was_used_stays_and_one_that_ended_is_replaced(authority: A
     assert [one.state for one in seeds(file, authority, out, renew=True)] == ["new", "new"]
 
 
+def test_a_seed_elsewhere_that_counts_no_more_is_told(authority: Authority, tmp_path: Path) -> None:
+    file = inventory(tmp_path)
+    assert [one.ended for one in seeds(file, authority, tmp_path / "one")] == [False, False]
+    assert [one.ended for one in seeds(file, authority, tmp_path / "two")] == [True, True]
+    assert [(one.state, one.ended) for one in seeds(file, authority, tmp_path / "two")] == [("kept", False)] * 2
+
+
 def test_a_token_that_another_took_the_place_of_is_replaced(authority: Authority, tmp_path: Path) -> None:
     file, out = inventory(tmp_path), tmp_path / "seeds"
     seeds(file, authority, out)

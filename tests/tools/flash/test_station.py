@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,14 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from fleetune.edge.protocol.errors import ConfigError, RunFolderError
+from fleetune.edge.protocol.errors import ConfigError, FileAccessError, RunFolderError
+from fleetune.edge.protocol.files import FolderLock
 from fleetune.profiles.fleet import read_fleet
+from fleetune.server.authority.authority import Authority, Site
 from fleetune.tools.doctor.host import Check
+from fleetune.tools.flash.seed import Order, make_seeds
 from fleetune.tools.flash.station.boards import boards_in_recovery
 from fleetune.tools.flash.station.ledger import Ledger, read_ledger
 from fleetune.tools.flash.station.plan import Plan, Wanted, Way, make_plan
 from fleetune.tools.flash.station.preflight import PREFLIGHT, Station, preflight
 from fleetune.tools.flash.station.run import Flashed, run_plan
+from support.mqtt5 import wait_until
 from support.station import calls, make_bsp, make_station, write
 
 CLI = [sys.executable, "-m", "fleetune.tools.cli", "flash"]
@@ -42,10 +48,15 @@ def inventory(folder: Path) -> Path:
     return file
 
 
-def seeds(folder: Path, *devices: str) -> Path:
-    for device in devices:
-        write(folder / "seeds" / device / "seed.json", json.dumps({"device": device}))
-        write(folder / "seeds" / device / "token", f"secret of {device}")
+def seeds(folder: Path, *devices: str, hours: float = 24.0, renew: bool = False) -> Path:
+    """Seeds as the real command makes them."""
+    made = (folder / "authority").exists()
+    site, fleet = Site(("broker.local",)), read_fleet(inventory(folder))
+    with closing(
+        Authority(folder / "authority") if made else Authority.make(folder / "authority", "lab", site)
+    ) as authority:
+        order = Order(fleet, "/packs/minilm", "/samples.jsonl", hours, "folder", renew=renew)
+        make_seeds(order, [fleet.device(name) for name in devices], authority, folder / "seeds", lambda _: None)
     return folder / "seeds"
 
 
@@ -63,7 +74,7 @@ def plan_of(
     root = make_station(folder, dict(boards))
     devices = read_fleet(inventory(folder)).devices
     wanted = Wanted(way, devices, at or {}, with_seeds, None, bsp or make_bsp(folder), board, erase=erase)
-    return make_plan(wanted, boards_in_recovery(root)), Station(root)
+    return make_plan(wanted, boards_in_recovery(root), read_ledger(folder / "ledger")), Station(root)
 
 
 def found(plan: Plan, station: Station) -> dict[str, Check]:
@@ -225,6 +236,82 @@ def test_whoever_is_not_root_is_told(tmp_path: Path) -> None:
     refused(plan, Station(station.root, user=1000), "rights", "root", "sudo")
 
 
+def test_a_seed_that_a_broken_off_run_left_reaches_no_other_board(tmp_path: Path) -> None:
+    plan, station = orin(tmp_path)
+    left = tmp_path / "Linux_for_Tegra/rootfs/var/lib/fleetune/seed"
+    write(left / "seed.json", '{"device": "nano-1"}')
+    refused(plan, station, "rootfs", "every board would get", f"rm -r {left}")
+    nano = tmp_path / "nano"
+    nano.mkdir()
+    plan, _ = plan_of(nano, "usb", {"1-1": (NANO, "1400")})
+    left = nano / "Linux_for_Tegra/rootfs/var/lib/fleetune/seed"
+    write(left / "seed.json", '{"device": "nano-2"}')
+    run(plan, nano)
+    assert calls(nano / "Linux_for_Tegra") == ["flash.sh --usb-instance 1-1 jetson-nano-devkit mmcblk0p1 seed="]
+    assert not left.exists()
+
+
+def test_a_serial_number_that_is_not_the_devices_is_refused(tmp_path: Path) -> None:
+    plan, station = plan_of(tmp_path, "usb", {"1-1": (NANO, "1401")}, at={"1-1": "nano-1"})
+    refused(plan, station, "boards", "says that its serial number is 1401; that of nano-1 is 1400", "--at")
+
+
+def test_a_nano_is_not_flashed_with_orins_program(tmp_path: Path) -> None:
+    plan, station = plan_of(tmp_path, "initrd", {"1-1": (NANO, "1400")})
+    refused(plan, station, "program", "does not flash a Jetson Nano", "--way usb")
+
+
+# --- seeds -----------------------------------------------------------------------------------------------------------
+
+
+def spoiled(folder: Path, how: str) -> Path:
+    made = seeds(folder, "nano-1", "nano-2", hours=0.0001 if how == "ended" else 24.0)
+    seed = made / "nano-1"
+    if how == "another's":
+        for file in (made / "nano-2").iterdir():
+            shutil.copyfile(file, seed / file.name)
+    elif how == "without a token":
+        (seed / "token").unlink()
+    elif how == "empty":
+        shutil.rmtree(seed)
+        seed.mkdir()
+    elif how == "of another board":
+        text = (seed / "seed.json").read_text()
+        (seed / "seed.json").write_text(text.replace('"1400"', '"9999"'))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("ended", "counts no more"),
+        ("another's", "is the seed of nano-2, not of nano-1"),
+        ("without a token", "token is missing"),
+        ("empty", "seed.json is missing"),
+        ("of another board", "is for the board 9999"),
+    ],
+)
+def test_a_seed_that_a_board_could_not_use_is_refused_before_it_is_flashed(tmp_path: Path, how: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why) as caught:
+        plan_of(tmp_path, "usb", {"1-1": (NANO, "1400")}, with_seeds=spoiled(tmp_path, how))
+    assert "fleetune flash seed" in caught.value.remedy
+
+
+def test_a_board_whose_seed_was_renewed_is_not_done(tmp_path: Path) -> None:
+    boards = {"1-1": (NANO, "1400")}
+    plan, _ = plan_of(tmp_path, "usb", boards, with_seeds=seeds(tmp_path, "nano-1"))
+    assert [one.code for one in run(plan, tmp_path)] == [0]
+    bsp, again = tmp_path / "Linux_for_Tegra", seeds(tmp_path, "nano-1", renew=True)
+    plan, _ = plan_of(tmp_path, "usb", boards, bsp=bsp, with_seeds=again)
+    assert [one.code for one in run(plan, tmp_path)] == [0]
+
+
+def test_boards_that_are_flashed_all_at_once_get_no_seed_of_one(tmp_path: Path) -> None:
+    bsp = make_bsp(tmp_path, "R36 (release), REVISION: 4.3", "t2")
+    with pytest.raises(ConfigError, match="--seeds"):
+        plan_of(tmp_path, "initrd", {"1-1": (ORIN, "2400")}, bsp=bsp, with_seeds=seeds(tmp_path, "orin-1"))
+
+
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +411,86 @@ def test_a_line_that_a_power_cut_tore_is_left_out(tmp_path: Path) -> None:
         Ledger(tmp_path / "ledger")
 
 
+def test_a_board_that_is_done_may_have_left_recovery_mode(tmp_path: Path) -> None:
+    """As every real one does."""
+    boards, at = {"1-1": (NANO, ""), "1-2": (NANO, "")}, {"1-1": "nano-1", "1-2": "nano-2"}
+    plan, _ = plan_of(tmp_path, "usb", boards, at=at)
+    bsp = tmp_path / "Linux_for_Tegra"
+    (bsp / "fail-1-2").touch()
+    assert [one.code for one in run(plan, tmp_path)] == [0, 3]
+    (bsp / "fail-1-2").unlink()
+    shutil.rmtree(tmp_path / "station/sys/bus/usb/devices/1-1")
+    plan, station = plan_of(tmp_path, "usb", {"1-2": (NANO, "")}, at=at, bsp=bsp)
+    assert found(plan, station)["boards"].verdict == "ok"
+    assert [(one.device, one.code) for one in run(plan, tmp_path)] == [("nano-1", None), ("nano-2", 0)]
+
+
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_told_to_stop_ends_with_the_board_it_is_at_and_says_so(tmp_path: Path, told: int) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, which NVIDIA's programs ask for")
+    root, bsp = make_station(tmp_path, {"1-1": (NANO, "1400"), "1-2": (NANO, "1401")}), make_bsp(tmp_path)
+    (bsp / "flash.sh").write_text("#!/bin/sh\ntouch began\nsleep 3\n", encoding="utf-8")
+    command = [*CLI, "run", "--inventory", inventory(tmp_path), "--way", "usb", "--bsp", bsp]
+    command += ["--board", "jetson-nano-devkit", "--root", root, "--ledger", tmp_path / "ledger"]
+    command += ["--seeds", seeds(tmp_path, "nano-1", "nano-2")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        assert wait_until((bsp / "began").exists, 30)
+        process.send_signal(told)
+        assert process.wait(40) == 130
+    assert [(entry.device, entry.code) for entry in read_ledger(tmp_path / "ledger")] == [
+        ("nano-1", None),
+        ("nano-1", 0),
+    ]
+    assert not (bsp / "rootfs/var/lib/fleetune/seed").exists()
+
+
+def test_what_a_killed_run_has_started_keeps_the_next_one_out(tmp_path: Path) -> None:
+    with closing(Ledger(tmp_path / "ledger")) as ledger:
+        orphan = subprocess.Popen(["/bin/sleep", "30"], pass_fds=(ledger.held,))
+    try:
+        with pytest.raises(RunFolderError, match="in use"):
+            Ledger(tmp_path / "ledger")
+    finally:
+        orphan.kill()
+        orphan.wait()
+    Ledger(tmp_path / "ledger").close()
+
+
+def test_two_ledgers_do_not_let_two_runs_into_one_bsp(tmp_path: Path) -> None:
+    plan, _ = plan_of(tmp_path, "usb", {"1-1": (NANO, "1400")})
+    with closing(FolderLock(tmp_path / "Linux_for_Tegra")), pytest.raises(RunFolderError, match="in use"):
+        run(plan, tmp_path)
+    assert calls(tmp_path / "Linux_for_Tegra") == []
+
+
+def test_a_full_disk_tears_no_line_of_the_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel takes a part of the line, and no more."""
+    plan, _ = plan_of(tmp_path, "usb", {"1-1": (NANO, "1400")})
+    run(plan, tmp_path)
+    file = tmp_path / "ledger/ledger.jsonl"
+    whole = file.read_bytes()
+    with closing(Ledger(tmp_path / "ledger")) as ledger:
+        write_part = os.write
+        monkeypatch.setattr("os.write", lambda number, data: write_part(number, data[:20]))
+        with pytest.raises(FileAccessError, match=r"ledger\.jsonl: no room"):
+            ledger.begin("nano-2", None, "1-2", "0" * 64)
+        monkeypatch.undo()
+        assert file.read_bytes() == whole
+        ledger.begin("nano-2", None, "1-2", "0" * 64)
+    assert len(list(read_ledger(tmp_path / "ledger"))) == 3
+
+
+def test_one_card_under_two_names_is_refused(tmp_path: Path) -> None:
+    for name in ("image", "card"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "by-id").symlink_to("card")
+    at = {str(tmp_path / "card"): "nano-1", str(tmp_path / "by-id"): "nano-2"}
+    wanted = Wanted("card", read_fleet(inventory(tmp_path)).devices, at, None, tmp_path / "image")
+    with pytest.raises(ConfigError, match="are one card"):
+        make_plan(wanted, ())
+
+
 def test_two_runs_at_once_on_one_ledger_are_refused(tmp_path: Path) -> None:
     with closing(Ledger(tmp_path / "ledger")), pytest.raises(RunFolderError, match="in use"):
         Ledger(tmp_path / "ledger")
@@ -336,7 +503,8 @@ def test_a_dry_run_prints_the_very_commands_and_runs_none(tmp_path: Path) -> Non
     common += ["--root", root, "--ledger", tmp_path / "ledger"]
     done = subprocess.run([*CLI, "run", *common, "--dry-run"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{bsp}/flash.sh --usb-instance 1-1 jetson-nano-devkit mmcblk0p1\n"
+    clear = f"rm --recursive --force {bsp}/rootfs/var/lib/fleetune/seed\n"
+    assert done.stdout == f"{clear}{bsp}/flash.sh --usb-instance 1-1 jetson-nano-devkit mmcblk0p1\n{clear}"
     assert calls(bsp) == []
     assert not (tmp_path / "ledger").exists()
     done = subprocess.run([*CLI, "plan", *common, "--json"], capture_output=True, text=True, check=False)

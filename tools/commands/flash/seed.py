@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetune.tools.commands.options import add_authority, add_command
-from fleetune.tools.text import utc
+from fleetune.tools.text import say, utc
 
 
 def register(actions: Any) -> None:
@@ -93,6 +93,8 @@ def _run(args: argparse.Namespace) -> None:
 
     def done(one: Seeded) -> None:
         seeded.append(one)
+        if one.ended:
+            say(f"{one.device}: the token of another seed counts no more; a board has to be given this one")
         if not args.json:
             print(f"{one.state:5} {one.device:24} {one.path}  until {utc(one.expires)}")  # noqa: T201
 

@@ -6,7 +6,9 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +109,7 @@ def _made(args: argparse.Namespace) -> tuple[Plan, Station]:
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.profiles.fleet import read_fleet
     from fleetune.tools.flash.station.boards import boards_in_recovery
+    from fleetune.tools.flash.station.ledger import read_ledger
     from fleetune.tools.flash.station.plan import Wanted, make_plan
     from fleetune.tools.flash.station.preflight import Station
 
@@ -116,9 +119,10 @@ def _made(args: argparse.Namespace) -> tuple[Plan, Station]:
         if not where or not device or where in at:
             raise ConfigError(f"--at: {words} is not WHERE=ID, or is there twice", "such as --at 1-2.1=nano-1")
         at[where] = device
+    entries = list(read_ledger(args.ledger))
     devices = read_fleet(args.inventory).devices
     wanted = Wanted(args.way, devices, at, args.seeds, args.image, args.bsp, args.board, args.storage, erase=args.erase)
-    plan = make_plan(wanted, boards_in_recovery(args.root))
+    plan = make_plan(wanted, boards_in_recovery(args.root), entries)
     return plan, Station(args.root, os.geteuid(), args.qspi)
 
 
@@ -127,7 +131,7 @@ def _plan(args: argparse.Namespace) -> None:
 
     plan, _ = _made(args)
     entries = list(read_ledger(args.ledger))
-    states = {job.device.id: state_of(entries, job.device.id, plan.image) for job in plan.jobs}
+    states = {job.device.id: state_of(entries, job.device.id, job.image) for job in plan.jobs}
     if args.json:
         boards = [
             {
@@ -148,8 +152,10 @@ def _plan(args: argparse.Namespace) -> None:
     _print_commands(plan)
 
 
-def _print_commands(plan: Plan) -> None:
-    for command in [*(command for job in plan.jobs for command in (*job.commands, *job.after)), plan.shared]:
+def _print_commands(plan: Plan, done: Collection[str] = ()) -> None:
+    todo = [job for job in plan.jobs if job.device.id not in done]
+    shared = plan.shared if todo else ()
+    for command in [*(command for job in todo for command in (*job.commands, *job.after)), shared]:
         if command:
             print(shlex.join(command))  # noqa: T201
 
@@ -175,14 +181,18 @@ def _run(args: argparse.Namespace) -> int:
 
     from fleetune.edge.protocol.errors import RunFailedError
     from fleetune.tools.doctor.host import as_text, exit_code
-    from fleetune.tools.flash.station.ledger import Ledger
+    from fleetune.tools.flash.station.ledger import Ledger, read_ledger, state_of
     from fleetune.tools.flash.station.preflight import preflight
     from fleetune.tools.flash.station.run import run_plan
 
     plan, station = _made(args)
     if args.dry_run:
-        _print_commands(plan)
+        entries = list(read_ledger(args.ledger))
+        done = {job.device.id for job in plan.jobs if state_of(entries, job.device.id, job.image) == "done"}
+        _print_commands(plan, set() if args.again else done)
         return 0
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what was staged for one board is taken away
+        signal.signal(number, signal.default_int_handler)
     with closing(Ledger(args.ledger)) as ledger:
         checks = list(preflight(plan, station))
         for check in checks:

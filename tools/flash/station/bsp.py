@@ -18,7 +18,7 @@ FLASH, INITRD_FLASH = Path("flash.sh"), Path("tools/kernel_flash/l4t_initrd_flas
 TIERS = {"t1": (32,), "t2": (36,), "t3": (38, 39)}
 """Tier → major releases of L4T that it runs on."""
 
-_RELEASE = re.compile(rb"^# R(\d+) \(release\), REVISION: ([0-9.]+)")
+L4T_RELEASE = re.compile(rb"^# R(\d+) \(release\), REVISION: ([0-9.]+)")
 _MAX_MANIFEST = 64 << 20
 
 
@@ -74,7 +74,7 @@ def read_bsp(path: Path) -> Bsp:
         raise ConfigError(f"--bsp: {path} has no {FLASH}", "name the folder Linux_for_Tegra of NVIDIA's driver package")
     release, tier, kit = None, "", ""
     try:
-        if found := _RELEASE.match(read_bytes(path / "rootfs/etc/nv_tegra_release", 1 << 16)):
+        if found := L4T_RELEASE.match(read_bytes(path / "rootfs/etc/nv_tegra_release", 1 << 16)):
             release = int(found[1]), found[2].decode("ascii")
     except FileNotFoundError:
         pass

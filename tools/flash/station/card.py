@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree  # a block map has no more than its size, which is checked
 
 from fleetune.edge.protocol.errors import ConfigError, RunFailedError
 from fleetune.edge.protocol.files import read_bytes
-from fleetune.tools.assets.staging import staged
 from fleetune.tools.ext4 import put_files
-from fleetune.tools.firstboot.seed import FLEET_FILE, RELEASES_FILE, SEED_FILE, TOKEN_FILE
+from fleetune.tools.firstboot.seed import RELEASES_FILE, SEED_FILE, TOKEN_FILE
+from fleetune.tools.flash.station.bsp import L4T_RELEASE
+from fleetune.tools.flash.station.seeds import check_seed
 from fleetune.tools.programs import find_program, run_program
 
 _MAX_MAP = 64 << 20
 _PIECE = 1 << 20
+_COMPRESSED = (".bz2", ".gz", ".lz4", ".lzo", ".xz", ".zip", ".zst")
+_WRITING = "see what it says: a block map of another image, a full disk, or a card that cannot be written"
 _ROOT = "APP"
 """What NVIDIA calls the partition with the root file system."""
 
@@ -53,28 +59,24 @@ def write_card(image: Path, card: Path, seed: Path | None, say: Callable[[str], 
         RunFailedError: It cannot be written, or does not keep what is written.
     """
     check_card(card)
+    if seed is not None:
+        check_seed(seed)
     program = find_program("bmaptool", "bmap-tools")
-    with staged(image.parent) as scratch:
-        described = next((file for file in _maps(image) if file.is_file()), None)
+    with tempfile.TemporaryDirectory() as scratch, _held(card):
+        check_room(image, card)
+        described = block_map_of(image)
         if described is None:
-            described = scratch / "image.bmap"
+            described = Path(scratch, "image.bmap")
             run_program([program, "create", "--output", described, image], f"see that {image} is a raw image")
         blocks = read_map(described)
-        room = _size(card)
-        if room < blocks.size:
-            raise ConfigError(
-                f"{card} has {room >> 20} MiB, {image} needs {-(-blocks.size >> 20)}", "use a larger card"
-            )
         say(f"{card}: writing {image}")
-        run_program([program, "copy", "--bmap", described, image, card], "try another card, and another reader")
+        run_program([program, "copy", "--bmap", described, image, card], _WRITING)
         say(f"{card}: reading it back")
         read_back(blocks, card)
     if seed is not None:
         say(f"{card}: its seed")
         names = sorted(file.name for file in seed.iterdir() if file.suffix == ".yaml")
         wanted = [name for name in (*names, RELEASES_FILE, TOKEN_FILE, SEED_FILE) if (seed / name).is_file()]
-        if not {FLEET_FILE, SEED_FILE} <= set(wanted):
-            raise ConfigError(f"{seed} is no seed", "make it with `fleetune flash seed --form folder`")
         put_files(card, {f"{_SEED}/{name}": seed / name for name in wanted}, offset=root_offset(card))
 
 
@@ -92,6 +94,55 @@ def check_card(card: Path, mounts: Path = Path("/proc/self/mounts")) -> None:
         device, place = line.split(" ", 2)[:2]
         if device.startswith(str(card.resolve())):
             raise ConfigError(f"{card} is mounted at {place}", f"see that it is the right one, then: umount {device}")
+
+
+def check_room(image: Path, card: Path) -> None:
+    """See that an image fits a card, and is not the card itself.
+
+    Raises:
+        ConfigError: It does not, or is compressed without a block map.
+    """
+    if card.samefile(image):
+        raise ConfigError(f"{card} is the image itself", "name the card, which `lsblk` shows")
+    described = block_map_of(image)
+    if described is None and image.suffix in _COMPRESSED:
+        raise ConfigError(
+            f"{image} is compressed, and has no block map", f"name the raw image, or get {image.name}.bmap"
+        )
+    needed, room = image.stat().st_size if described is None else read_map(described).size, _size(card)
+    if room < needed:
+        raise ConfigError(f"{card} has {room >> 20} MiB, {image} needs {-(-needed >> 20)}", "use a larger card")
+
+
+def block_map_of(image: Path) -> Path | None:
+    """The block map beside an image, if there is one."""
+    maps = (image.with_name(f"{image.name}.bmap"), image.with_suffix(".bmap"))
+    return next((file for file in maps if file.is_file()), None)
+
+
+def release_of(image: Path) -> int | None:
+    """Major release of L4T in a raw image; None where it does not tell."""
+    if image.suffix in _COMPRESSED:
+        return None
+    place = f"{image}?offset={root_offset(image)}"
+    said = run_program(
+        [find_program("debugfs", "e2fsprogs"), "-R", "cat /etc/nv_tegra_release", place],
+        "see what it says",
+        fine=(0, 1),
+    )
+    found = L4T_RELEASE.match(said.encode())
+    return int(found[1]) if found else None
+
+
+@contextmanager
+def _held(card: Path) -> Iterator[None]:
+    """Keeps others from writing to the same card."""
+    with card.open("rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunFailedError(f"{card} is being written already", "wait until that is over") from error
+        yield
 
 
 def read_map(file: Path) -> BlockMap:
@@ -156,10 +207,6 @@ def root_offset(card: Path) -> int:
     named = [one for one in partitions if one.get("name") == _ROOT]
     chosen = named[0] if named else max(partitions, key=lambda one: int(one["size"]))
     return int(chosen["start"]) * int(table.get("sectorsize", 512))
-
-
-def _maps(image: Path) -> list[Path]:
-    return [image.with_name(f"{image.name}.bmap"), image.with_suffix(".bmap")]
 
 
 def _size(card: Path) -> int:

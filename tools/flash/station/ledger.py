@@ -10,13 +10,14 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError
+from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError, FileAccessError
 from fleetune.edge.protocol.files import FolderLock, read_bytes, sync_folder
 from fleetune.edge.protocol.messages import Name, Sha256
 
 FILE = "ledger.jsonl"
 
 _MAX = 64 << 20
+_AGAIN = "make room, and give the same command again"
 
 State = Literal["open", "done", "failed", "interrupted"]
 
@@ -55,7 +56,7 @@ class Ledger:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._lock = FolderLock(folder, remedy="wait until that run is over, or name another --ledger")
+        self._lock = FolderLock(folder, remedy="wait until that run, and what it has started, is over")
         self.folder = folder
         (folder / "logs").mkdir(exist_ok=True)
         self._entries = list(read_ledger(folder))
@@ -78,14 +79,27 @@ class Ledger:
         began = next(entry for entry in reversed(self._entries) if entry.device == device)
         self._add(msgspec.structs.replace(began, at=time.time(), code=code))
 
+    @property
+    def held(self) -> int:
+        """The lock's file: whoever inherits it keeps others out, also when this process is killed."""
+        return self._lock.fileno
+
     def close(self) -> None:
         """Let others write."""
         os.close(self._file)
         self._lock.close()
 
     def _add(self, entry: Entry) -> None:
-        os.write(self._file, msgspec.json.encode(entry) + b"\n")
-        os.fsync(self._file)
+        line, end = msgspec.json.encode(entry) + b"\n", os.fstat(self._file).st_size
+        try:
+            whole = os.write(self._file, line) == len(line)
+            os.fsync(self._file)
+        except OSError as error:
+            os.ftruncate(self._file, end)
+            raise FileAccessError(f"{self.folder / FILE}: {error.strerror}", _AGAIN) from error
+        if not whole:
+            os.ftruncate(self._file, end)
+            raise FileAccessError(f"{self.folder / FILE}: no room for a line", _AGAIN)
         self._entries.append(entry)
 
 

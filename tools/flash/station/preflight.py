@@ -13,8 +13,8 @@ from fleetune.profiles.profile import profile_names
 from fleetune.tools.doctor.host import Check
 from fleetune.tools.flash.station.boards import MODULES, Found
 from fleetune.tools.flash.station.bsp import FLASH, INITRD_FLASH, TIERS, Bsp
-from fleetune.tools.flash.station.card import check_card
-from fleetune.tools.flash.station.plan import NETWORK, Job, Plan
+from fleetune.tools.flash.station.card import check_card, check_room, release_of
+from fleetune.tools.flash.station.plan import NETWORK, SEED, Job, Plan
 
 PREFLIGHT = 47
 """Exit code; docs/exit-codes.md has all."""
@@ -56,15 +56,20 @@ def preflight(plan: Plan, station: Station) -> Iterator[Check]:
     """What each check found; a run starts only where none is a failure."""
     yield _rights(plan, station)
     if plan.way == "card":
+        assert plan.source is not None
         for job in plan.jobs:
-            yield _card(job)
+            yield _card(job, plan.source)
+        yield _system(plan, plan.source)
         yield _qspi(plan, station)
+        if not plan.seeded:
+            yield Check("seeds", "note", "the cards get none", "name them with --seeds, or bring each on a USB stick")
         return
     assert plan.bsp is not None
     yield _program(plan, plan.bsp)
     yield _release(plan, plan.bsp)
     yield _modules(plan)
     yield _content(plan, plan.bsp)
+    yield _rootfs(plan, plan.bsp)
     yield _room(plan.bsp)
     if plan.way == "initrd":
         yield _export(plan.bsp, station)
@@ -84,28 +89,49 @@ def _rights(plan: Plan, station: Station) -> Check:
     return Check("rights", "ok", "root" if station.user == 0 else "a user's, which may do for cards")
 
 
-def _card(job: Job) -> Check:
+def _card(job: Job, image: Path) -> Check:
     name = f"card of {job.device.id}"
     try:
         check_card(Path(job.where))
+        check_room(image, Path(job.where))
     except ConfigError as error:
         return _failure(name, error.what, error.remedy)
     return Check(name, "ok", job.where)
 
 
+def _system(plan: Plan, image: Path) -> Check:
+    """What is on the cards has to be for the boards that get them."""
+    release = release_of(image)
+    if release is None:
+        return Check(
+            "image", "note", "it does not tell its release of L4T: compressed, or no system of NVIDIA's", "look"
+        )
+    for job in plan.jobs:
+        if release not in TIERS.get(job.device.profile.tier, ()):
+            return _failure(
+                "image",
+                f"it is R{release}; {job.device.id} (serial number {job.device.serial or 'unknown'}) is of tier "
+                f"{job.device.profile.tier}",
+                "name the image of those boards, and the others in a run of their own",
+            )
+    return Check("image", "ok", f"R{release}")
+
+
 def _qspi(plan: Plan, station: Station) -> Check:
     """A card starts from what is in the board's QSPI memory, which a card does not bring along."""
     tiers = {job.device.profile.tier for job in plan.jobs} & TIERS.keys()
-    releases = sorted({release for tier in tiers for release in TIERS[tier]})
-    if not releases:
+    if not tiers:
         return Check("qspi", "ok", "these boards have none")
+    releases = sorted(set.intersection(*(set(TIERS[tier]) for tier in tiers)))
+    if not releases:
+        return _failure("qspi", "these boards run on different releases of L4T", "make a run for each kind of board")
     wanted = " or ".join(f"R{release}" for release in releases)
     if station.qspi is None:
         return Check(
             "qspi",
             "note",
             f"not known; a card for {wanted} starts only from a QSPI memory of {wanted}",
-            "say --qspi 36",
+            f"say what it is: --qspi {releases[0]}",
         )
     if station.qspi not in releases:
         return _failure(
@@ -120,6 +146,8 @@ def _program(plan: Plan, bsp: Bsp) -> Check:
     program = bsp.path / (FLASH if plan.way == "usb" else INITRD_FLASH)
     if not os.access(program, os.X_OK):
         return _failure("program", f"{program} is missing, or no program", "unpack NVIDIA's driver package anew")
+    if plan.way == "initrd" and "t1" in {job.device.profile.tier for job in plan.jobs}:
+        return _failure("program", "it does not flash a Jetson Nano", "take --way usb")
     if not bsp.knows(plan.board):
         known = ", ".join(bsp.boards[:20]) or "none"
         return _failure("program", f"it knows no board {plan.board!r}", f"choose from {known}")
@@ -150,7 +178,16 @@ def _modules(plan: Plan) -> Check:
     at: dict[str, Found] = {board.port: board for board in plan.found}
     shipped = profile_names()
     for job in plan.jobs:
+        if job.where not in at:  # it is done, and has left recovery mode
+            continue
         module, profile = MODULES[at[job.where].product], job.device.profile
+        told, serial = at[job.where].serial, job.device.serial
+        if told and serial and told != serial.lower():
+            return _failure(
+                "boards",
+                f"the board at {job.where} says that its serial number is {told}; that of {job.device.id} is {serial}",
+                "correct --at, or the inventory",
+            )
         fits = profile.name in module.profiles if profile.name in shipped else profile.tier in module.tiers
         if not fits:
             return _failure(
@@ -174,6 +211,14 @@ def _content(plan: Plan, bsp: Bsp) -> Check:
                 f"build it for that tier, and unpack it: {fix}",
             )
     return Check("content", "ok", f"kit {bsp.kit}, tier {bsp.tier}")
+
+
+def _rootfs(plan: Plan, bsp: Bsp) -> Check:
+    """A seed that a broken-off run left behind would make all boards one."""
+    place = bsp.rootfs / SEED
+    if plan.way == "initrd" and place.exists():
+        return _failure("rootfs", f"{place} holds a seed, which every board would get", f"rm -r {place}")
+    return Check("rootfs", "ok", "no seed of another board")
 
 
 def _room(bsp: Bsp) -> Check:

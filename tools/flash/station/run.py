@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+from fleetune.edge.protocol.files import FolderLock
 from fleetune.tools.flash.station.ledger import Ledger
 from fleetune.tools.flash.station.plan import Command, Job, Plan
 
@@ -46,9 +48,20 @@ def run_plan(
 
     Returns:
         What became of each board, in the order of the plan.
+
+    Raises:
+        RunFolderError: Another run works with the same package of NVIDIA's.
     """
-    runner = _Runner(plan, ledger, say, cwd)
-    todo = [job for job in plan.jobs if again or ledger.state(job.device.id, plan.image) != "done"]
+    with ExitStack() as stack:
+        held = [ledger.held]
+        if plan.bsp is not None:  # NVIDIA's programs work in one folder
+            lock = stack.enter_context(closing(FolderLock(plan.bsp.path, remedy="wait until that run is over")))
+            held.append(lock.fileno)
+        return _run(plan, ledger, _Runner(plan, ledger, say, cwd, tuple(held)), again=again)
+
+
+def _run(plan: Plan, ledger: Ledger, runner: _Runner, *, again: bool) -> list[Flashed]:
+    todo = [job for job in plan.jobs if again or ledger.state(job.device.id, job.image) != "done"]
     if plan.shared:
         if len(todo) not in (0, len(plan.jobs)):
             todo = list(plan.jobs)  # the program takes whatever is connected
@@ -64,9 +77,11 @@ def run_plan(
 
 
 class _Runner:
-    def __init__(self, plan: Plan, ledger: Ledger, say: Callable[[str], None], cwd: Path | None) -> None:
+    def __init__(
+        self, plan: Plan, ledger: Ledger, say: Callable[[str], None], cwd: Path | None, held: tuple[int, ...]
+    ) -> None:
         self._plan, self._ledger, self._say, self._cwd = plan, ledger, say, cwd
-        self._lock = Lock()
+        self._lock, self._held = Lock(), held
 
     def alone(self, job: Job) -> Flashed:
         """One board, with commands of its own."""
@@ -91,12 +106,12 @@ class _Runner:
 
     def _begin(self, job: Job) -> Path:
         with self._lock:
-            state = self._ledger.state(job.device.id, self._plan.image)
+            state = self._ledger.state(job.device.id, job.image)
             again = {"interrupted": ", which an earlier run broke off", "failed": ", which failed before"}.get(
                 state, ""
             )
             self._say(f"{job.device.id} at {job.where}{again}")
-            return self._ledger.begin(job.device.id, job.device.serial, job.where, self._plan.image)
+            return self._ledger.begin(job.device.id, job.device.serial, job.where, job.image)
 
     def _end(self, job: Job, log: Path, code: int) -> Flashed:
         with self._lock:
@@ -110,7 +125,13 @@ class _Runner:
             out.flush()
             try:
                 return subprocess.run(
-                    command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, check=False, cwd=self._cwd
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    check=False,
+                    cwd=self._cwd,
+                    pass_fds=self._held,  # so that nobody begins beside it where this process is killed
                 ).returncode
             except OSError as error:
                 out.write(f"{command[0]}: {error.strerror}\n".encode())
