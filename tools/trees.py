@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import shutil
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -15,6 +17,9 @@ from fleetune.edge.protocol.files import file_sha256
 
 MAX_BYTES, MAX_FILES = 4 << 30, 200_000
 """Of what an archive may unpack to."""
+
+_DAMAGE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, OverflowError)
+_LONGEST, _LONGEST_PART = 1000, 255
 
 EPOCH = 1767225600
 """Unix time of every file, 2026-01-01: two builds of the same content are the same bytes."""
@@ -94,7 +99,7 @@ def extract(archive: Path, tree: Path, *, below: str = "") -> None:
                     raise SignatureError(f"{archive} unpacks to too much", "make a smaller one")
                 if entry.name.startswith(inside):
                     _extract(source, entry, entry.name.removeprefix(inside), tree)
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+    except (*_DAMAGE, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise SignatureError(f"{archive}: {error}", "get it again from where it is from") from error
     for path in walk(tree):
         if path.is_dir() and not path.is_symlink():
@@ -104,6 +109,9 @@ def extract(archive: Path, tree: Path, *, below: str = "") -> None:
 
 def _extract(source: tarfile.TarFile, entry: tarfile.TarInfo, name: str, tree: Path) -> None:
     place, parts = tree / name, Path(name).parts
+    longest = max((len(os.fsencode(part)) for part in parts), default=0)
+    if max(len(os.fsencode(name)), len(os.fsencode(entry.linkname))) > _LONGEST or longest > _LONGEST_PART:
+        raise tarfile.TarError(f"{name[:80]!r}… is too long")
     if name.startswith("/") or ".." in parts or not parts:
         raise tarfile.TarError(f"{entry.name!r} leads out of it")
     # A link may lead out of it, as a kit's does to the system's Python; what is written may not.
@@ -111,8 +119,9 @@ def _extract(source: tarfile.TarFile, entry: tarfile.TarInfo, name: str, tree: P
         if (tree / parent).is_symlink():
             raise tarfile.TarError(f"{entry.name!r} goes through a link")
     if entry.isdir():
-        place.mkdir(exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
     elif entry.issym():
+        place.parent.mkdir(parents=True, exist_ok=True)
         place.symlink_to(entry.linkname)
     elif entry.isreg():
         stream = source.extractfile(entry)

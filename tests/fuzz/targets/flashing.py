@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
 import json
+import shutil
+import tarfile
 from pathlib import Path
 
 import msgspec
@@ -17,6 +21,9 @@ from fleetune.tools.flash.station.boards import boards_in_recovery
 from fleetune.tools.flash.station.bsp import read_bsp
 from fleetune.tools.flash.station.card import read_map
 from fleetune.tools.flash.station.ledger import FILE, Entry, read_ledger, state_of
+from fleetune.tools.release.rollout import Part, Rollout, read_rollout, write_rollout
+from fleetune.tools.trees import extract
+from fleetune.tools.update.state import State, read_state
 from fuzz.mutations import from_seeds, mutate_bytes, mutate_json, of_lines
 from fuzz.target import MIB, Target
 
@@ -102,7 +109,56 @@ def journal(data: bytes, folder: Path) -> None:
     board.done()
 
 
+ROLLOUT = write_rollout(Rollout(1, 3, {"t1": Part("kit.tar.gz", "0" * 64)}, {"minilm": Part("p.tar.gz", "1" * 64)}))
+STATE = msgspec.json.encode(State(good=2, trying=3, before={"current": "a"}, after={"current": "b"}, bad=(1,)))
+
+
+def rollout(data: bytes, _folder: Path) -> None:
+    found = read_rollout(data, "rollout.json")
+    assert read_rollout(write_rollout(found), "rollout.json") == found
+    assert found.reaches("nano-1") in (True, False)
+
+
+def update_state(data: bytes, folder: Path) -> None:
+    (folder / "state.json").write_bytes(data)
+    read_state(folder)
+
+
+def archive(data: bytes, folder: Path) -> None:
+    """Whatever an archive holds, nothing is written beside the tree."""
+    whole = data if data.startswith(b"\x1f\x8b") else gzip.compress(data, 1)
+    (folder / "x.tar.gz").write_bytes(whole)
+    tree = folder / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    tree.mkdir()
+    try:
+        extract(folder / "x.tar.gz", tree)
+    finally:
+        assert {path.name for path in folder.iterdir()} == {"x.tar.gz", "tree"}
+
+
+def _archive() -> bytes:
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name, kind in (("bin", tarfile.DIRTYPE), ("bin/python3", tarfile.SYMTYPE), ("word", tarfile.REGTYPE)):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, "/usr/bin/python3" if kind == tarfile.SYMTYPE else ""
+            entry.size = 4 if kind == tarfile.REGTYPE else 0
+            tar.addfile(entry, io.BytesIO(b"word"))
+    return plain.getvalue()
+
+
+ARCHIVES = [_archive(), gzip.compress(_archive(), 0, mtime=0)]
 TARGETS = [
+    Target("rollout", from_seeds([ROLLOUT], mutate_json, mutate_bytes), rollout, (ConfigError,)),
+    Target("state of updates", from_seeds([STATE], mutate_json, mutate_bytes), update_state, (ConfigError,)),
+    Target(
+        "archive",
+        from_seeds(ARCHIVES, mutate_bytes),
+        archive,
+        (SignatureError,),
+        memory=8 * MIB,
+    ),
     Target("seed", from_seeds([SEED], mutate_json, mutate_bytes), seed, (ConfigError,)),
     Target("build's record", from_seeds([RECORD], mutate_json, mutate_bytes), record, (ConfigError, SignatureError)),
     Target("block map", from_seeds([MAP], mutate_bytes), block_map, (ConfigError,), memory=8 * MIB),
