@@ -17,7 +17,9 @@ from fleetune.profiles.yamlfile import Size, read_yaml, to_yaml
 _REMEDY = "see docs/fleet-file.md for the fields and an example"
 
 
-_PROFILE = ".profile.yaml"
+PROFILE_ENDING = ".profile.yaml"
+"""Of a profile that lies beside a fleet file."""
+
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 _Serial = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}\Z")]
 
@@ -155,7 +157,7 @@ def fleet_files(fleet: Fleet) -> dict[str, bytes]:
     for device in fleet.devices:
         name = device.profile.name
         if name not in shipped or read_profile(name) != device.profile:
-            name = f"{name}{_PROFILE}"
+            name = f"{name}{PROFILE_ENDING}"
             files[name] = to_yaml(device.profile, f"The profile {device.profile.name}.")
         entries.append(_Entry(device.id, name, _Budget.of(device.budget), device.serial))
     return files | {"fleet.yaml": to_yaml(_File(1, fleet.name, entries), f"Of the fleet {fleet.name}.")}

@@ -14,5 +14,13 @@ WANTED = {"multi-user.target": "fleetune-firstboot.service", "timers.target": "f
 PACKS = PurePosixPath("usr/share/fleetune/packs")
 MANIFEST = PurePosixPath("usr/share/fleetune/manifest.json")
 
+AGENT = "fleetune-agent.service"
+
+STATE = PurePosixPath("var/lib/fleetune")
+"""The agent's state."""
+
+SEED = STATE / "seed"
+"""Where a board looks for its seed in its own file system."""
+
 UPDATES = PurePosixPath("var/lib/fleetune-kits")
 """What came as an update, kits and packs: root's alone."""

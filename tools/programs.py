@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from fleetune.edge.protocol.errors import ConfigError, RunFailedError
+from fleetune.edge.resources.probes.command import find_command
 
-_SYSTEM_FOLDERS = "/usr/sbin:/sbin:/usr/local/sbin"
 _QUOTED = 300
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -26,7 +25,7 @@ def find_program(name: str, package: str) -> str:
     Raises:
         ConfigError: It is not there.
     """
-    program = shutil.which(name) or shutil.which(name, path=_SYSTEM_FOLDERS)
+    program = find_command(name)
     if program is None:
         raise ConfigError(f"this needs {name}, which is not here", f"apt-get install {package}")
     return program

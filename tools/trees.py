@@ -21,6 +21,9 @@ MAX_BYTES, MAX_FILES = 4 << 30, 200_000
 _DAMAGE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, OverflowError)
 _LONGEST, _LONGEST_PART = 1000, 255
 
+SHORT = 12
+"""Digits of its digest that a tree is called by."""
+
 EPOCH = 1767225600
 """Unix time of every file, 2026-01-01: two builds of the same content are the same bytes."""
 

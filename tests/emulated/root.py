@@ -8,8 +8,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from fleetune.edge.protocol.errors import FleetuneError
 from fleetune.tools.assets.fetch import cache_root
 from fleetune.tools.assets.staging import fill, staged
+from fleetune.tools.emulator.image import debian_archive
 from support.lacking import lacking
 
 RELEASE = "bookworm"
@@ -75,14 +77,10 @@ def _download(scratch: Path) -> list[Path]:
 
 
 def _archive() -> str:
-    """Where Debian's packages come from, as apt is set up here."""
-    if chosen := os.environ.get("FLEETUNE_DEBIAN"):
-        return chosen
-    targets = ["Created-By: Packages", "Origin: Debian", "Label: Debian", "Component: main"]
-    found = _run(["apt-get", "indextargets", "--format", "$(REPO_URI)", *targets]).split()
-    if not found:
-        lacking("needs a Debian archive: apt-get update on Debian, elsewhere set FLEETUNE_DEBIAN to a mirror's address")
-    return found[0]
+    try:
+        return debian_archive()
+    except FleetuneError as error:
+        lacking(f"needs a Debian archive: {error.remedy}")
 
 
 def _run(command: list[str], **environment: str) -> str:

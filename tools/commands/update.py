@@ -37,22 +37,22 @@ def register(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    import msgspec
-
-    from fleetune.tools.places import UPDATES
+    from fleetune.tools.documents import to_json
+    from fleetune.tools.places import MANIFEST, UPDATES
     from fleetune.tools.update.state import read_state
 
     root = args.root.resolve()
     folder = root / UPDATES
     if args.show:
-        print(msgspec.json.format(msgspec.json.encode(read_state(folder)), indent=1).decode())  # noqa: T201
+        print(to_json(read_state(folder)).decode().rstrip())  # noqa: T201
         return
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.edge.protocol.files import read_bytes
     from fleetune.tools.firstboot.board import Board as Flashed
     from fleetune.tools.firstboot.seed import MAX_FILE, RELEASES_FILE
+    from fleetune.tools.manifest import read_manifest
     from fleetune.tools.update.services import Systemd
-    from fleetune.tools.update.update import Board, tier_of, update
+    from fleetune.tools.update.update import Board, update
 
     flashed = Flashed(root)
     seed, trusted = flashed.seed, flashed.own / RELEASES_FILE
@@ -60,5 +60,8 @@ def _run(args: argparse.Namespace) -> None:
         raise ConfigError(
             "this board's seed names no releases", "make seeds with `fleetune flash seed --releases`, docs/flashing.md"
         )
-    board = Board(folder, seed.device, tier_of(root), seed.releases, read_bytes(trusted, MAX_FILE))
+    image = read_manifest(root)
+    if image is None:
+        raise ConfigError(f"{root / MANIFEST} is missing", "flash the board: docs/flashing.md")
+    board = Board(folder, seed.device, image.tier, seed.releases, read_bytes(trusted, MAX_FILE))
     print(update(board, Systemd(), within_s=args.within, say=say))  # noqa: T201

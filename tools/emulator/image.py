@@ -47,7 +47,7 @@ PACKAGES = (
 
 KERNEL, INITRD, ROOTFS = "vmlinuz", "initrd.img", "rootfs.ext4"
 
-_ARCHIVE = "http://deb.debian.org/debian"
+_MIRROR = "apt-get update on Debian, elsewhere set FLEETUNE_DEBIAN to a mirror's address"
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _BINFMT = Path("/proc/sys/fs/binfmt_misc")
 _REGISTER = "mount -t binfmt_misc binfmt_misc {0}; cat /usr/lib/binfmt.d/qemu-aarch64.conf > {0}/register"
@@ -134,8 +134,20 @@ def make_image(deb: Path, out: Path, say: Callable[[str], None]) -> Image:
 
 
 def debian_archive() -> str:
-    """Where Debian's packages come from: ``$FLEETUNE_DEBIAN``, else what Debian itself points to."""
-    return os.environ.get("FLEETUNE_DEBIAN", _ARCHIVE)
+    """Where Debian's packages come from: ``$FLEETUNE_DEBIAN``, else as apt is set up here.
+
+    Raises:
+        ConfigError: None is known here.
+        RunFailedError: apt does not tell.
+    """
+    if chosen := os.environ.get("FLEETUNE_DEBIAN"):
+        return chosen
+    targets = ["Created-By: Packages", "Origin: Debian", "Label: Debian", "Component: main"]
+    command = [find_program("apt-get", "apt"), "indextargets", "--format", "$(REPO_URI)", *targets]
+    found = run_program(command, _MIRROR).split()
+    if not found:
+        raise ConfigError("no Debian archive is known here", _MIRROR)
+    return found[0]
 
 
 def check_foreign() -> None:
@@ -188,6 +200,7 @@ def _base(say: Callable[[str], None]) -> Path:
     program = find_program("mmdebstrap", "mmdebstrap")
     if not _KEYRING.is_file():
         raise ConfigError("Debian's keys are not here", "apt-get install debian-archive-keyring")
+    archive = debian_archive()
     say(f"Debian {SUITE} for arm64, in some minutes; the next image takes it from the cache")
     with staged(root) as scratch:
         made, own = scratch / "made", scratch / "own"
@@ -202,9 +215,9 @@ def _base(say: Callable[[str], None]) -> Path:
                 *(f"--include={','.join(PACKAGES)}", f"--keyring={_KEYRING}", '--aptopt=Acquire::Languages "none"'),
                 *(f"--dpkgopt=path-exclude={pattern}" for pattern in _LEFT_OUT),
                 f"--setup-hook=tar-in {scratch / 'own.tar'} /",
-                '--customize-hook=systemctl --root="$1" enable systemd-networkd',
+                '--customize-hook=chroot "$1" systemctl enable systemd-networkd',
                 f"--customize-hook=copy-out /boot {scratch}",
-                *(SUITE, str(made / "base.tar"), debian_archive()),
+                *(SUITE, str(made / "base.tar"), archive),
             ],
             "see that this machine reaches a Debian archive, or name a mirror in FLEETUNE_DEBIAN",
         )

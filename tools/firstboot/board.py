@@ -11,13 +11,13 @@ from typing import Any
 
 import msgspec
 
-from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError
 from fleetune.edge.protocol.files import read_bytes, write_atomic
 from fleetune.edge.protocol.identity.folder import write_private
 from fleetune.profiles.fleet import Fleet, read_fleet
+from fleetune.tools.documents import from_json, to_json
 from fleetune.tools.firstboot.seed import FLEET_FILE, SEED_FILE, TOKEN_FILE, Seed, read_seed
+from fleetune.tools.places import STATE
 
-STATE = Path("var/lib/fleetune")
 JOURNAL = "firstboot.json"
 PROVISIONED = "provisioned"
 """A board with this file is a member of its fleet; its agent starts, and first boot no more."""
@@ -112,18 +112,15 @@ class Board:
         """
         file = self.state / JOURNAL
         try:
-            return msgspec.json.decode(read_bytes(file, _MAX_JOURNAL), type=_Journal).done
+            raw = read_bytes(file, _MAX_JOURNAL)
         except FileNotFoundError:
             return {}
-        except UNDECODABLE as error:
-            raise ConfigError(
-                f"{file}: {error}", f"remove {file}: what is done is seen to be done, and kept"
-            ) from error
+        return from_json(raw, _Journal, str(file), f"remove {file}: what is done is seen to be done, and kept").done
 
     def finish(self, step: str, came: str) -> None:
         """Remember that a step is done, through a power cut too."""
         journal = _Journal(1, self.done() | {step: came})
-        write_atomic(self.state / JOURNAL, msgspec.json.format(msgspec.json.encode(journal), indent=1) + b"\n")
+        write_atomic(self.state / JOURNAL, to_json(journal))
 
 
 def as_user(board: Board) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path as Folder
 from typing import Annotated, Literal
 
 import msgspec
 
-from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError, field_and_reason
 from fleetune.edge.protocol.messages import Name
+from fleetune.profiles.fleet import PROFILE_ENDING
+from fleetune.tools.documents import from_json, to_json
 
 LABEL = "FLEETSEED"
 """Name of a file system that holds a seed."""
@@ -18,6 +20,9 @@ FLEET_FILE = "fleet.yaml"
 RELEASES_FILE = "releases.root.json"
 """Whom a board believes when it looks for releases: root metadata of The Update Framework."""
 
+
+SOON_S = 600.0
+"""Seconds before its end from which a token is as good as ended."""
 
 MAX_FILE = 1 << 16
 """Bytes of each file of a seed."""
@@ -49,9 +54,16 @@ class Seed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     serial: Annotated[str, msgspec.Meta(max_length=64)] | None = None
 
 
+def seed_files(folder: Folder) -> list[str]:
+    """Names of a seed's files in a folder, which may hold others; ``seed.json`` is the last: with it all is there."""
+    profiles = sorted(file.name for file in folder.glob(f"[!.]*{PROFILE_ENDING}"))
+    names = (*profiles, FLEET_FILE, RELEASES_FILE, TOKEN_FILE, SEED_FILE)
+    return [name for name in names if (folder / name).is_file()]  # a token that was used is gone
+
+
 def write_seed(seed: Seed) -> bytes:
     """The file's content."""
-    return msgspec.json.format(msgspec.json.encode(seed), indent=1) + b"\n"
+    return to_json(seed)
 
 
 def read_seed(raw: bytes, where: str) -> Seed:
@@ -64,10 +76,4 @@ def read_seed(raw: bytes, where: str) -> Seed:
     Raises:
         ConfigError: It does not fit the schema.
     """
-    try:
-        return msgspec.json.decode(raw, type=Seed)
-    except UNDECODABLE as error:
-        field, reason = field_and_reason(error)
-        raise ConfigError(
-            f"{where}{f': field {field}' if field else ''}: {reason}", "make the seed anew: `fleetune flash seed`"
-        ) from error
+    return from_json(raw, Seed, where, "make the seed anew: `fleetune flash seed`")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import subprocess
 import sys
 import time
@@ -25,20 +24,22 @@ from fleetune.edge.protocol.identity.seals import Seals
 from fleetune.edge.protocol.link import Disconnected, Link, Refused
 from fleetune.edge.protocol.messages import Presence, shortened
 from fleetune.edge.protocol.topics import Topics
-from fleetune.profiles.fleet import Fleet, fleet_files
+from fleetune.profiles.fleet import PROFILE_ENDING, Fleet, fleet_files
 from fleetune.profiles.profile import read_profile
 from fleetune.tools.commands.options import IDENTITY
 from fleetune.tools.firstboot.board import PROVISIONED, Board, as_user
 from fleetune.tools.firstboot.grow import grow_root
-from fleetune.tools.firstboot.seed import FLEET_FILE, MAX_FILE, RELEASES_FILE, SEED_FILE, TOKEN_FILE, read_seed
+from fleetune.tools.firstboot.seed import FLEET_FILE, MAX_FILE, SEED_FILE, read_seed, seed_files
 from fleetune.tools.firstboot.source import opened, shred
+from fleetune.tools.places import AGENT
+from fleetune.tools.programs import find_program
 
 log = logging.getLogger(__name__)
 
 _MEASURED = "measured.yaml"
-_UNIT = Path("etc/systemd/system/fleetune-agent.service")
-_LIMIT = Path("etc/systemd/system/fleetune-agent.service.d/50-budget.conf")
-_WANTED = Path("etc/systemd/system/multi-user.target.wants/fleetune-agent.service")
+_UNITS = Path("etc/systemd/system")
+_UNIT, _LIMIT = _UNITS / AGENT, _UNITS / f"{AGENT}.d/50-budget.conf"
+_WANTED = _UNITS / "multi-user.target.wants" / AGENT
 _BUDGET = """\
 # What this device may spend, from its fleet file, and some room for what the kernel counts beside it.
 [Service]
@@ -115,10 +116,8 @@ def take_seed(board: Board) -> str:
                 f"the seed of {seed.device} is for the board {seed.serial}, and this is {this}",
                 "give each board its own: the serial numbers are in the inventory",
             )
-        profiles = [file.name for file in sorted(folder.glob("[!.]*.profile.yaml"))]
-        for name in (*profiles, FLEET_FILE, RELEASES_FILE, TOKEN_FILE, SEED_FILE):  # the last: with it all is there
-            if (folder / name).exists():  # a token that was used is not
-                board.keep(name, read_bytes(folder / name, MAX_FILE))
+        for name in seed_files(folder):
+            board.keep(name, read_bytes(folder / name, MAX_FILE))
     board.fleet.device(seed.device)
     return seed.device
 
@@ -167,7 +166,7 @@ def measure(board: Board, fleetune: Fleetune) -> str:
     device = fleet.device(seed.device)
     if device.profile.measured:
         return f"the profile {device.profile.name} has it already"
-    out, own = board.state / _MEASURED, next(board.own.glob("[!.]*.profile.yaml"), None)
+    out, own = board.state / _MEASURED, next(board.own.glob(f"[!.]*{PROFILE_ENDING}"), None)
     out.unlink(missing_ok=True)  # of a run that was cut off
     fleetune("profile", "--pack", seed.pack, "--out", str(out), "--board", str(own or device.profile.name))
     profile = msgspec.structs.replace(read_profile(str(out)), name=device.profile.name)
@@ -235,7 +234,7 @@ def provision(board: Board) -> str:
     write_atomic(file, f"{board.seed.device}\n".encode())
     board.give(file)
     if _has_systemd(board):  # it waits for this to be over; after a power cut here it starts with the next boot
-        _run([_systemctl(), "--no-block", "start", _UNIT.name])
+        _run([_systemctl(), "--no-block", "start", AGENT])
     return str(file)
 
 
@@ -278,4 +277,4 @@ def _has_systemd(board: Board) -> bool:
 
 
 def _systemctl() -> str:
-    return shutil.which("systemctl") or "/usr/bin/systemctl"
+    return find_program("systemctl", "systemd")

@@ -17,7 +17,7 @@ from fleetune.edge.protocol.topics import check_name
 from fleetune.tools.flash.tier import Tier
 from fleetune.tools.flash.wheelhouse import Wheel, install_wheels
 from fleetune.tools.places import KITS, MANIFEST, PACKS, TMPFILES, UNITS, UPDATES, WANTED
-from fleetune.tools.trees import EPOCH, set_modes, tree_digest, walk
+from fleetune.tools.trees import EPOCH, SHORT, set_modes, tree_digest, walk
 
 _PACKAGES = ("edge", "server", "profiles", "tools")
 
@@ -83,7 +83,7 @@ def lay_out(root: Path, tier: Tier, wheels: Iterable[Wheel], packs: Iterable[Pat
     wheels, scratch = tuple(sorted(wheels, key=lambda wheel: wheel.name)), kits / "kit"
     _lay_out_kit(scratch, tier, wheels)
     set_modes(root)
-    kit = tree_digest(scratch)[:12]
+    kit = tree_digest(scratch)[:SHORT]
     scratch.rename(kits / kit)
     (kits / "current").symlink_to(kit)
     names = _lay_out_packs(root, packs)

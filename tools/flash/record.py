@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError, SignatureError, field_and_reason
+from fleetune.edge.protocol.errors import SignatureError
 from fleetune.edge.protocol.files import file_sha256, read_bytes, write_atomic
 from fleetune.edge.protocol.messages import Sha256
+from fleetune.tools.documents import from_json, to_json
 
 ENDING = ".build.json"
 
@@ -37,7 +38,7 @@ class Build(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def write_record(build: Build, file: Path) -> None:
     """Write it."""
-    write_atomic(file, msgspec.json.format(msgspec.json.encode(build), indent=1) + b"\n")
+    write_atomic(file, to_json(build))
 
 
 def read_record(file: Path) -> Build:
@@ -47,11 +48,7 @@ def read_record(file: Path) -> Build:
         ConfigError: It is none.
         OSError: It cannot be read.
     """
-    try:
-        return msgspec.json.decode(read_bytes(file, _MAX), type=Build)
-    except UNDECODABLE as error:
-        field, reason = field_and_reason(error)
-        raise ConfigError(f"{file}{f': field {field}' if field else ''}: {reason}", "build it anew") from error
+    return from_json(read_bytes(file, _MAX), Build, str(file), "build it anew")
 
 
 def check_record(file: Path) -> Build:

@@ -24,10 +24,10 @@ from fleetune.tools.commands.fleet import AUTHORITY_FOLDER, PUBLISHER_FOLDER
 from fleetune.tools.emulator.image import Image
 from fleetune.tools.emulator.machine import HOST, Machine, machine, make_disk
 from fleetune.tools.firstboot.board import JOURNAL as FIRSTBOOT
-from fleetune.tools.firstboot.board import PROVISIONED, STATE
+from fleetune.tools.firstboot.board import PROVISIONED
 from fleetune.tools.firstboot.steps import STEPS
 from fleetune.tools.flash.seed import Order, Seeded, make_seeds
-from fleetune.tools.places import PACKS, UPDATES
+from fleetune.tools.places import AGENT, PACKS, STATE, UPDATES
 from fleetune.tools.processes import Processes, processes
 from fleetune.tools.secured import Secured, secured
 
@@ -43,7 +43,6 @@ devices:
   - {{id: {device}, profile: jetson-nano-2gb, budget: {{memory: {memory_mib}MiB}}}}
 """
 _SAMPLES = f"/{STATE}/samples.jsonl"
-AGENT = "fleetune-agent.service"
 _GROUP = f"/sys/fs/cgroup/system.slice/{AGENT}"
 _JOB = ("--classes", "2", "--global-rounds", "1", "--personal-rounds", "1", "--batch", "8", "--max-depth", "2")
 _BOOTS_WITHIN_S, _PROVISIONED_WITHIN_S, _TRAINED_WITHIN_S = 300.0, 900.0, 900.0

@@ -17,22 +17,18 @@ from fleetune.profiles.fleet import Fleet, FleetDevice, fleet_files
 from fleetune.server.authority.authority import Authority
 from fleetune.server.authority.ledger import TokenRow
 from fleetune.tools.assets.staging import staged
-from fleetune.tools.firstboot.seed import LABEL, RELEASES_FILE, SEED_FILE, TOKEN_FILE, Seed, write_seed
+from fleetune.tools.firstboot.seed import LABEL, RELEASES_FILE, SEED_FILE, SOON_S, TOKEN_FILE, Seed, write_seed
+from fleetune.tools.places import SEED
 from fleetune.tools.programs import find_program, run_program
 from fleetune.tools.trees import EPOCH
 
 Form = Literal["image", "folder", "rootfs"]
 State = Literal["new", "kept", "used"]
 
-ROOTFS = Path("var/lib/fleetune/seed")
-"""Where a board looks for its seed in its own file system."""
-
 _SECTORS = 2048
 """Of an image, each of 512 bytes: 1 MiB, where a seed has some kilobytes."""
 
 _IMAGE = _SECTORS * 512
-_SOON_S = 600.0
-"""A token that ends so soon is replaced."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ def _make(order: Order, device: FleetDevice, authority: Authority, rows: Mapping
         _write(out, {path.name: _image(device.id, folder, files, out)})
     elif order.form == "rootfs":
         path = out / f"{device.serial or device.id}.rootfs"
-        _write(path / ROOTFS, files)
+        _write(path / SEED, files)
     return Seeded(device.id, device.serial, path, state, token.expires, ended)
 
 
@@ -149,7 +145,7 @@ def _held(file: Path, authority: Authority, rows: Mapping[str, TokenRow]) -> tup
     row = rows.get(token.id)
     if row is None or token.broker != authority.site.enrolment:
         return None, False
-    counts = row.used is not None or token.expires > authority.now() + _SOON_S
+    counts = row.used is not None or token.expires > authority.now() + SOON_S
     return token if counts else None, row.used is not None
 
 

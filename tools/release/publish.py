@@ -12,9 +12,7 @@ from fleetune.edge.protocol.topics import check_name
 from fleetune.tools.flash.record import check_record
 from fleetune.tools.places import KITS
 from fleetune.tools.release.rollout import Part
-from fleetune.tools.trees import extract, set_modes, tree_digest, write_tar_gz
-
-_SHORT = 12
+from fleetune.tools.trees import SHORT, extract, set_modes, tree_digest, write_tar_gz
 
 
 def kit_of(record: Path, scratch: Path) -> tuple[str, Part, Path]:
@@ -68,6 +66,6 @@ def pack_of(pack: Path, scratch: Path) -> tuple[str, Part, Path]:
     shutil.copytree(pack, tree, copy_function=shutil.copyfile)
     set_modes(tree)
     digest = tree_digest(tree)
-    archive = scratch / f"pack-{name}-{digest[:_SHORT]}.tar.gz"
+    archive = scratch / f"pack-{name}-{digest[:SHORT]}.tar.gz"
     write_tar_gz(tree, archive)
     return name, Part(archive.name, digest), archive

@@ -29,9 +29,10 @@ from tuf.api.metadata import (
 from tuf.api.serialization.json import JSONSerializer
 from tuf.repository import Repository
 
-from fleetune.edge.protocol.errors import UNDECODABLE, AuthorityError, ConfigError, KeyExposedError
+from fleetune.edge.protocol.errors import AuthorityError, ConfigError, KeyExposedError
 from fleetune.edge.protocol.files import FolderLock, make_folder, read_bytes, write_atomic
 from fleetune.edge.protocol.identity.folder import write_private
+from fleetune.tools.documents import from_json, to_json
 from fleetune.tools.release.rollout import FILE as ROLLOUT
 from fleetune.tools.release.rollout import MAX_ROLLOUT, Rollout, read_rollout, write_rollout
 
@@ -101,7 +102,7 @@ class Releases(Repository):
         for role in _KINDS:
             write_private(folder / KEYS / f"{role}.pem", CryptoSigner.generate_ed25519().private_bytes)
         site = _Site(1, url.rstrip("/"))
-        write_atomic(folder / SITE, msgspec.json.format(msgspec.json.encode(site), indent=1) + b"\n")
+        write_atomic(folder / SITE, to_json(site))
         signers = {role: _signer(folder / KEYS / f"{role}.pem") for role in _KINDS}
         root = Root(expires=_expiry(Root.type), consistent_snapshot=True)
         for role, signer in signers.items():
@@ -131,11 +132,10 @@ class Releases(Repository):
     @property
     def url(self) -> str:
         """Where what is public is served."""
-        file = self._folder / SITE
-        try:
-            return msgspec.json.decode(read_bytes(file, _MAX_KEY), type=_Site).url
-        except (FileNotFoundError, *UNDECODABLE) as error:
-            raise ConfigError(f"{file}: {error}", 'write {"schema": 1, "url": "https://…"} into it') from error
+        file, remedy = self._folder / SITE, 'write {"schema": 1, "url": "https://…"} into it'
+        if not file.is_file():
+            raise ConfigError(f"{file} is missing", remedy)
+        return from_json(read_bytes(file, _MAX_KEY), _Site, str(file), remedy).url
 
     def rollouts(self) -> Iterator[Rollout]:
         """All that were published, the newest first."""

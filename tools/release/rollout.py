@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError, field_and_reason
 from fleetune.edge.protocol.messages import Name, Sha256
+from fleetune.tools.documents import from_json, to_json
 
 FILE = "rollout.json"
 """Name of the target that says it."""
@@ -59,7 +59,7 @@ class Rollout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def write_rollout(rollout: Rollout) -> bytes:
     """As a file."""
-    return msgspec.json.format(msgspec.json.encode(rollout), indent=1) + b"\n"
+    return to_json(rollout)
 
 
 def read_rollout(raw: bytes, where: str) -> Rollout:
@@ -68,10 +68,4 @@ def read_rollout(raw: bytes, where: str) -> Rollout:
     Raises:
         ConfigError: It does not fit the schema.
     """
-    try:
-        return msgspec.json.decode(raw, type=Rollout)
-    except UNDECODABLE as error:
-        field, reason = field_and_reason(error)
-        raise ConfigError(
-            f"{where}{f': field {field}' if field else ''}: {reason}", "publish it anew: `fleetune release publish`"
-        ) from error
+    return from_json(raw, Rollout, where, "publish it anew: `fleetune release publish`")

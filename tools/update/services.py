@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+from fleetune.tools.places import AGENT
 from fleetune.tools.programs import find_program, run_program
-
-UNIT = "fleetune-agent.service"
 
 Health = Literal["up", "waits", "starting", "down"]
 
@@ -30,13 +29,13 @@ class Systemd:
     def restart(self) -> None:
         """Start it anew; its count of restarts begins at none."""
         program = _systemctl()
-        run_program([program, "reset-failed", UNIT], "see journalctl -u fleetune-agent", fine=range(256))
-        run_program([program, "--no-block", "restart", UNIT], "see journalctl -u fleetune-agent")
+        run_program([program, "reset-failed", AGENT], "see journalctl -u fleetune-agent", fine=range(256))
+        run_program([program, "--no-block", "restart", AGENT], "see journalctl -u fleetune-agent")
 
     def health(self) -> Health:
         """As systemd says."""
         names = ("ActiveState", "StatusText", "NRestarts")
-        said = run_program([_systemctl(), "show", UNIT, f"--property={','.join(names)}"], "see systemctl status")
+        said = run_program([_systemctl(), "show", AGENT, f"--property={','.join(names)}"], "see systemctl status")
         found = dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
         if found.get("ActiveState") == "failed" or int(found.get("NRestarts") or 0) >= _RESTARTS:
             return "down"

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import msgspec
 
-from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError
 from fleetune.edge.protocol.files import make_folder, read_bytes, sync_folder, write_atomic
+from fleetune.tools.documents import from_json, to_json
 
 FILE, CURRENT, GOOD, PACKS = "state.json", "current", "good", "packs"
 
@@ -47,16 +47,15 @@ def read_state(folder: Path) -> State:
     """
     file = folder / FILE
     try:
-        return msgspec.json.decode(read_bytes(file, _MAX), type=State)
+        raw = read_bytes(file, _MAX)
     except FileNotFoundError:
         return State()
-    except UNDECODABLE as error:
-        raise ConfigError(f"{file}: {error}", f"remove {file}: the newest release is then taken anew") from error
+    return from_json(raw, State, str(file), f"remove {file}: the newest release is then taken anew")
 
 
 def write_state(folder: Path, state: State) -> None:
     """Keep it, through a power cut too."""
-    write_atomic(folder / FILE, msgspec.json.format(msgspec.json.encode(state), indent=1) + b"\n")
+    write_atomic(folder / FILE, to_json(state))
 
 
 def where(folder: Path, link: str) -> str:

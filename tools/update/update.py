@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,30 +18,23 @@ import msgspec
 from tuf.api.exceptions import DownloadError, RepositoryError
 from tuf.ngclient import Updater, UpdaterConfig
 
-from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError, RunFailedError, SignatureError
+from fleetune.edge.protocol.errors import ConfigError, RunFailedError, SignatureError
 from fleetune.edge.protocol.files import FolderLock, make_folder, read_bytes, sync_folder
 from fleetune.tools.assets.staging import staged
-from fleetune.tools.places import MANIFEST
 from fleetune.tools.release.rollout import FILE as ROLLOUT
 from fleetune.tools.release.rollout import MAX_ROLLOUT, Part, Rollout, read_rollout
-from fleetune.tools.trees import extract, tree_digest
+from fleetune.tools.trees import SHORT, extract, tree_digest
 from fleetune.tools.update.services import Service
 from fleetune.tools.update.state import CURRENT, GOOD, PACKS, State, point, read_state, where, write_state
 
 _METADATA, _FETCHED = "metadata", "fetched"
-_MAX_MANIFEST = 64 << 20
-_SHORT = 12
-"""Digits of its digest that are a kit's name."""
 
 
-class _Manifest(msgspec.Struct, frozen=True):
-    tier: str
-
-
+@dataclass(frozen=True)
 class Board:
     """What an update needs to know of a board.
 
-    Args:
+    Attributes:
         folder: Where its kits lie.
         device: Its id.
         tier: Its platform tier.
@@ -48,21 +42,11 @@ class Board:
         root: Root metadata that it came with: whom it believes.
     """
 
-    def __init__(self, folder: Path, device: str, tier: str, url: str, root: bytes) -> None:
-        self.folder, self.device, self.tier, self.url, self.root = folder, device, tier, url, root
-
-
-def tier_of(root: Path) -> str:
-    """The tier of the image on a board.
-
-    Raises:
-        ConfigError: It was not flashed with one.
-    """
-    file = root / MANIFEST
-    try:
-        return msgspec.json.decode(read_bytes(file, _MAX_MANIFEST), type=_Manifest).tier
-    except (FileNotFoundError, *UNDECODABLE) as error:
-        raise ConfigError(f"{file}: {error}", "flash the board: docs/flashing.md") from error
+    folder: Path
+    device: str
+    tier: str
+    url: str
+    root: bytes
 
 
 def update(
@@ -220,7 +204,7 @@ def _bring(board: Board, rollout: Rollout, fetch: Callable[[Part], Path], say: C
     parts = [(rollout.kits[board.tier], CURRENT, "")] if rollout.kits else []
     parts += [(part, f"{PACKS}/{name}", f".{name}-") for name, part in rollout.packs.items()]
     for part, link, prefix in parts:
-        name = f"{prefix}{part.digest[:_SHORT]}"
+        name = f"{prefix}{part.digest[:SHORT]}"
         place = (board.folder / link).parent / name
         if not place.is_dir():
             say(f"release {rollout.number}: {part.target}")
@@ -248,7 +232,7 @@ def _sweep(folder: Path) -> None:
     """Remove kits and packs that no link leads to."""
     kept = {where(folder, link) for link in (CURRENT, GOOD)}
     for path in folder.iterdir():
-        named = len(path.name) == _SHORT and all(letter in "0123456789abcdef" for letter in path.name)
+        named = len(path.name) == SHORT and all(letter in "0123456789abcdef" for letter in path.name)
         if path.is_dir() and not path.is_symlink() and named and path.name not in kept:
             shutil.rmtree(path)
     packs = folder / PACKS

@@ -14,7 +14,12 @@ from fleetune.edge.resources.probes.tree import Tree, reason
 OUTPUT_LIMIT = 64 << 10
 """Bytes of a program's output that are read at most."""
 
-_SYSTEM_FOLDERS = "/usr/sbin:/sbin"
+_SYSTEM_FOLDERS = "/usr/sbin:/sbin:/usr/local/sbin"
+
+
+def find_command(name: str) -> str | None:
+    """The path of a program, on PATH or where a user's PATH may not lead; None where it is not installed."""
+    return shutil.which(name) or shutil.which(name, path=_SYSTEM_FOLDERS)
 
 
 def run_command(tree: Tree, *command: str, lines: int | None = None, timeout_s: float = 5.0) -> str | None:
@@ -28,7 +33,7 @@ def run_command(tree: Tree, *command: str, lines: int | None = None, timeout_s: 
         timeout_s: End it after so many seconds.
     """
     name = command[0]
-    program = shutil.which(name) or shutil.which(name, path=_SYSTEM_FOLDERS)
+    program = find_command(name)
     if program is None:
         return None
     try:

@@ -84,7 +84,7 @@ def found(plan: Plan, station: Station) -> dict[str, Check]:
 def run(plan: Plan, folder: Path, *, again: bool = False) -> list[Flashed]:
     assert plan.bsp is not None
     with closing(Ledger(folder / "ledger")) as ledger:
-        return run_plan(plan, ledger, lambda _: None, again=again, cwd=plan.bsp.path)
+        return run_plan(plan, ledger, lambda _: None, again=again)
 
 
 # --- which board is which --------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from fleetune.tools.commands.options import add_command
 from fleetune.tools.text import say
 
 if TYPE_CHECKING:
+    from fleetune.tools.flash.station.ledger import State
     from fleetune.tools.flash.station.plan import Plan
     from fleetune.tools.flash.station.preflight import Station
 
@@ -105,11 +106,12 @@ def _add_wanted(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", metavar="DIR", type=Path, default=Path("/"), help=argparse.SUPPRESS)
 
 
-def _made(args: argparse.Namespace) -> tuple[Plan, Station]:
+def _made(args: argparse.Namespace) -> tuple[Plan, Station, dict[str, State]]:
+    """The plan, the machine, and where each device stands."""
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.profiles.fleet import read_fleet
     from fleetune.tools.flash.station.boards import boards_in_recovery
-    from fleetune.tools.flash.station.ledger import read_ledger
+    from fleetune.tools.flash.station.ledger import read_ledger, state_of
     from fleetune.tools.flash.station.plan import Wanted, make_plan
     from fleetune.tools.flash.station.preflight import Station
 
@@ -123,15 +125,12 @@ def _made(args: argparse.Namespace) -> tuple[Plan, Station]:
     devices = read_fleet(args.inventory).devices
     wanted = Wanted(args.way, devices, at, args.seeds, args.image, args.bsp, args.board, args.storage, erase=args.erase)
     plan = make_plan(wanted, boards_in_recovery(args.root), entries)
-    return plan, Station(args.root, os.geteuid(), args.qspi)
+    states = {job.device.id: state_of(entries, job.device.id, job.image) for job in plan.jobs}
+    return plan, Station(args.root, os.geteuid(), args.qspi), states
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from fleetune.tools.flash.station.ledger import read_ledger, state_of
-
-    plan, _ = _made(args)
-    entries = list(read_ledger(args.ledger))
-    states = {job.device.id: state_of(entries, job.device.id, job.image) for job in plan.jobs}
+    plan, _, states = _made(args)
     if args.json:
         boards = [
             {
@@ -164,7 +163,7 @@ def _preflight(args: argparse.Namespace) -> int:
     from fleetune.tools.doctor.host import as_text, exit_code
     from fleetune.tools.flash.station.preflight import preflight
 
-    plan, station = _made(args)
+    plan, station, _ = _made(args)
     checks = []
     for check in preflight(plan, station):
         checks.append(check)
@@ -181,15 +180,13 @@ def _run(args: argparse.Namespace) -> int:
 
     from fleetune.edge.protocol.errors import RunFailedError
     from fleetune.tools.doctor.host import as_text, exit_code
-    from fleetune.tools.flash.station.ledger import Ledger, read_ledger, state_of
+    from fleetune.tools.flash.station.ledger import Ledger
     from fleetune.tools.flash.station.preflight import preflight
     from fleetune.tools.flash.station.run import run_plan
 
-    plan, station = _made(args)
+    plan, station, states = _made(args)
     if args.dry_run:
-        entries = list(read_ledger(args.ledger))
-        done = {job.device.id for job in plan.jobs if state_of(entries, job.device.id, job.image) == "done"}
-        _print_commands(plan, set() if args.again else done)
+        _print_commands(plan, set() if args.again else {device for device, state in states.items() if state == "done"})
         return 0
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what was staged for one board is taken away
         signal.signal(number, signal.default_int_handler)
@@ -200,7 +197,7 @@ def _run(args: argparse.Namespace) -> int:
                 sys.stderr.write(f"{as_text(check)}\n")
         if code := exit_code(checks):
             return code
-        flashed = run_plan(plan, ledger, say, again=args.again, cwd=plan.bsp.path if plan.bsp else None)
+        flashed = run_plan(plan, ledger, say, again=args.again)
     if args.json:
         rows = [asdict(one) | {"log": None if one.log is None else str(one.log)} for one in flashed]
         print(json.dumps(rows, indent=1))  # noqa: T201

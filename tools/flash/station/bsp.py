@@ -7,11 +7,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
-from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError
+from fleetune.edge.protocol.errors import ConfigError
 from fleetune.edge.protocol.files import read_bytes
-from fleetune.tools.places import MANIFEST
+from fleetune.tools.manifest import read_manifest
 
 FLASH, INITRD_FLASH = Path("flash.sh"), Path("tools/kernel_flash/l4t_initrd_flash.sh")
 
@@ -19,12 +17,6 @@ TIERS = {"t1": (32,), "t2": (36,), "t3": (38, 39)}
 """Tier → major releases of L4T that it runs on."""
 
 L4T_RELEASE = re.compile(rb"^# R(\d+) \(release\), REVISION: ([0-9.]+)")
-_MAX_MANIFEST = 64 << 20
-
-
-class _Manifest(msgspec.Struct, frozen=True):
-    tier: str
-    kit: str
 
 
 @dataclass(frozen=True)
@@ -72,18 +64,11 @@ def read_bsp(path: Path) -> Bsp:
     """
     if not (path / FLASH).is_file():
         raise ConfigError(f"--bsp: {path} has no {FLASH}", "name the folder Linux_for_Tegra of NVIDIA's driver package")
-    release, tier, kit = None, "", ""
+    release = None
     try:
         if found := L4T_RELEASE.match(read_bytes(path / "rootfs/etc/nv_tegra_release", 1 << 16)):
             release = int(found[1]), found[2].decode("ascii")
     except FileNotFoundError:
         pass
-    manifest = path / "rootfs" / MANIFEST
-    try:
-        told = msgspec.json.decode(read_bytes(manifest, _MAX_MANIFEST), type=_Manifest)
-        tier, kit = told.tier, told.kit
-    except FileNotFoundError:
-        pass
-    except UNDECODABLE as error:
-        raise ConfigError(f"{manifest}: {error}", "unpack the overlay into the rootfs anew") from error
-    return Bsp(path, release, tier, kit)
+    manifest = read_manifest(path / "rootfs")
+    return Bsp(path, release, manifest.tier if manifest else "", manifest.kit if manifest else "")

@@ -17,9 +17,10 @@ from xml.etree import ElementTree  # a block map has no more than its size, whic
 from fleetune.edge.protocol.errors import ConfigError, RunFailedError
 from fleetune.edge.protocol.files import read_bytes
 from fleetune.tools.ext4 import put_files
-from fleetune.tools.firstboot.seed import RELEASES_FILE, SEED_FILE, TOKEN_FILE
+from fleetune.tools.firstboot.seed import seed_files
 from fleetune.tools.flash.station.bsp import L4T_RELEASE
 from fleetune.tools.flash.station.seeds import check_seed
+from fleetune.tools.places import SEED
 from fleetune.tools.programs import find_program, run_program
 
 _MAX_MAP = 64 << 20
@@ -28,8 +29,6 @@ _COMPRESSED = (".bz2", ".gz", ".lz4", ".lzo", ".xz", ".zip", ".zst")
 _WRITING = "see what it says: a block map of another image, a full disk, or a card that cannot be written"
 _ROOT = "APP"
 """What NVIDIA calls the partition with the root file system."""
-
-_SEED = "/var/lib/fleetune/seed"
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,7 @@ def write_card(image: Path, card: Path, seed: Path | None, say: Callable[[str], 
         read_back(blocks, card)
     if seed is not None:
         say(f"{card}: its seed")
-        names = sorted(file.name for file in seed.iterdir() if file.suffix == ".yaml")
-        wanted = [name for name in (*names, RELEASES_FILE, TOKEN_FILE, SEED_FILE) if (seed / name).is_file()]
-        put_files(card, {f"{_SEED}/{name}": seed / name for name in wanted}, offset=root_offset(card))
+        put_files(card, {f"/{SEED}/{name}": seed / name for name in seed_files(seed)}, offset=root_offset(card))
 
 
 def check_card(card: Path, mounts: Path = Path("/proc/self/mounts")) -> None:

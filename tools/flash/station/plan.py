@@ -13,16 +13,15 @@ from typing import Literal
 from fleetune.edge.protocol.errors import ConfigError
 from fleetune.edge.protocol.files import file_sha256
 from fleetune.profiles.fleet import FleetDevice
-from fleetune.tools.firstboot.board import STATE
 from fleetune.tools.flash.station.boards import Found
 from fleetune.tools.flash.station.bsp import FLASH, INITRD_FLASH, Bsp, read_bsp
 from fleetune.tools.flash.station.ledger import Entry, state_of
 from fleetune.tools.flash.station.seeds import check_seed
+from fleetune.tools.places import SEED
 
 Way = Literal["card", "usb", "initrd"]
 WAYS: tuple[Way, ...] = ("card", "usb", "initrd")
 
-SEED = STATE / "seed"
 NETWORK = "usb0"
 """What NVIDIA's program calls the network interface that a board in recovery mode becomes."""
 

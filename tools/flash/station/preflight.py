@@ -14,7 +14,8 @@ from fleetune.tools.doctor.host import Check
 from fleetune.tools.flash.station.boards import MODULES, Found
 from fleetune.tools.flash.station.bsp import FLASH, INITRD_FLASH, TIERS, Bsp
 from fleetune.tools.flash.station.card import check_card, check_room, release_of
-from fleetune.tools.flash.station.plan import NETWORK, SEED, Job, Plan
+from fleetune.tools.flash.station.plan import NETWORK, Job, Plan
+from fleetune.tools.places import SEED
 
 PREFLIGHT = 47
 """Exit code; docs/exit-codes.md has all."""

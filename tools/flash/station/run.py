@@ -34,9 +34,7 @@ class Flashed:
     log: Path | None
 
 
-def run_plan(
-    plan: Plan, ledger: Ledger, say: Callable[[str], None], *, again: bool = False, cwd: Path | None = None
-) -> list[Flashed]:
+def run_plan(plan: Plan, ledger: Ledger, say: Callable[[str], None], *, again: bool = False) -> list[Flashed]:
     """Flash what is not done yet.
 
     Args:
@@ -44,7 +42,6 @@ def run_plan(
         ledger: What was done to them.
         say: Called as boards begin and end, from several threads.
         again: Flash those too that are done.
-        cwd: Folder to run the commands in: NVIDIA's programs want theirs.
 
     Returns:
         What became of each board, in the order of the plan.
@@ -57,7 +54,7 @@ def run_plan(
         if plan.bsp is not None:  # NVIDIA's programs work in one folder
             lock = stack.enter_context(closing(FolderLock(plan.bsp.path, remedy="wait until that run is over")))
             held.append(lock.fileno)
-        return _run(plan, ledger, _Runner(plan, ledger, say, cwd, tuple(held)), again=again)
+        return _run(plan, ledger, _Runner(plan, ledger, say, tuple(held)), again=again)
 
 
 def _run(plan: Plan, ledger: Ledger, runner: _Runner, *, again: bool) -> list[Flashed]:
@@ -77,10 +74,8 @@ def _run(plan: Plan, ledger: Ledger, runner: _Runner, *, again: bool) -> list[Fl
 
 
 class _Runner:
-    def __init__(
-        self, plan: Plan, ledger: Ledger, say: Callable[[str], None], cwd: Path | None, held: tuple[int, ...]
-    ) -> None:
-        self._plan, self._ledger, self._say, self._cwd = plan, ledger, say, cwd
+    def __init__(self, plan: Plan, ledger: Ledger, say: Callable[[str], None], held: tuple[int, ...]) -> None:
+        self._plan, self._ledger, self._say = plan, ledger, say
         self._lock, self._held = Lock(), held
 
     def alone(self, job: Job) -> Flashed:
@@ -130,7 +125,7 @@ class _Runner:
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     check=False,
-                    cwd=self._cwd,
+                    cwd=self._plan.bsp.path if self._plan.bsp else None,  # NVIDIA's programs want their own folder
                     pass_fds=self._held,  # so that nobody begins beside it where this process is killed
                 ).returncode
             except OSError as error:

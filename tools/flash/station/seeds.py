@@ -10,9 +10,7 @@ from fleetune.edge.protocol.errors import ConfigError, EnrolmentError
 from fleetune.edge.protocol.files import read_bytes
 from fleetune.edge.protocol.identity.enrolment import MAX_TOKEN, Token
 from fleetune.profiles.fleet import FleetDevice
-from fleetune.tools.firstboot.seed import FLEET_FILE, MAX_FILE, SEED_FILE, TOKEN_FILE, read_seed
-
-_SOON_S = 600.0
+from fleetune.tools.firstboot.seed import FLEET_FILE, MAX_FILE, SEED_FILE, SOON_S, TOKEN_FILE, read_seed
 
 
 def check_seed(folder: Path, device: FleetDevice | None = None) -> str:
@@ -42,6 +40,6 @@ def check_seed(folder: Path, device: FleetDevice | None = None) -> str:
         raise ConfigError(f"{folder} is the seed of {seed.device}, not of {device.id}", again)
     if device is not None and seed.serial is not None and seed.serial != device.serial:
         raise ConfigError(f"{folder} is for the board {seed.serial}, {device.id} is {device.serial or 'any'}", again)
-    if token.expires < time.time() + _SOON_S:
+    if token.expires < time.time() + SOON_S:
         raise ConfigError(f"the token in {folder} counts no more", again)
     return hashlib.sha256(raw).hexdigest()
