@@ -27,6 +27,7 @@ COMMANDS = (
     "agent",
     "fleet",
     "flash",
+    "hil",
     "release",
     "update",
     "enroll",

@@ -9,6 +9,7 @@ from fleetune.edge.protocol.errors import ConfigError, install_hint
 _PACK = ("torch", "transformers", "optimum", "bitsandbytes", "onnx", "rich")
 _EXPERIMENT = ("resvg_py", "PIL", "rich")
 _FLASH = ("cyclonedx", "packaging")
+_HIL = ("labgrid", "pytest", "jinja2")
 _SERVER = ("iotcore", "jinja2", "matplotlib", "rich")
 
 
@@ -46,6 +47,15 @@ def require_flash_extra() -> None:
         ConfigError: A package is missing.
     """
     _require(_FLASH, "flash")
+
+
+def require_hil_extra() -> None:
+    """Check that labgrid is installed.
+
+    Raises:
+        ConfigError: A package is missing.
+    """
+    _require(_HIL, "hil")
 
 
 def require_accountant() -> None:

@@ -63,28 +63,45 @@ def secured(
     config = folder / "broker" / CONFIG
     config.write_text(f"user root\n{config.read_text(encoding='utf-8')}", encoding="utf-8")
     address = BrokerAddress(hosts[-1], site.port, tls=True)
-    with run_mosquitto(config, address):
+    with closing(Mosquitto(config, address)) as broker:
+        broker.start()
         yield Secured(address, folder / "identities", folder / "authority", folder / "broker")
 
 
-@contextmanager
-def run_mosquitto(config: Path, address: BrokerAddress) -> Iterator[psutil.Process]:
-    """Run it with a configuration, which lets it listen at an address.
+class Mosquitto:
+    """A broker that can be stopped and started again.
 
-    Raises:
-        ConfigError: It is not installed.
-        RunFailedError: It does not start.
+    Args:
+        config: Its configuration, which lets it listen at the address.
+        address: Where it is to be reached.
     """
-    program = find_program("mosquitto", "mosquitto")
-    with psutil.Popen([program, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            while not _listens(address):
-                if process.poll() is not None:
-                    raise RunFailedError("Mosquitto does not start", f"see: {program} -c {config}")
-                time.sleep(0.02)
-            yield process
-        finally:
-            process.terminate()
+
+    def __init__(self, config: Path, address: BrokerAddress) -> None:
+        self._config, self._address = config, address
+        self._process: psutil.Popen | None = None
+
+    def start(self) -> psutil.Process:
+        """Start it, and wait until it listens.
+
+        Raises:
+            ConfigError: It is not installed.
+            RunFailedError: It does not start.
+        """
+        program = find_program("mosquitto", "mosquitto")
+        command = [program, "-c", str(self._config)]
+        self._process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not _listens(self._address):
+            if self._process.poll() is not None:
+                raise RunFailedError("Mosquitto does not start", f"see: {' '.join(command)}")
+            time.sleep(0.02)
+        return self._process
+
+    def close(self) -> None:
+        """Stop it, if it runs."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+            self._process = None
 
 
 def _listens(address: BrokerAddress) -> bool:

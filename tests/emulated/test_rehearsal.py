@@ -1,4 +1,4 @@
-"""A whole board: it boots the image, takes its seed, survives a power cut, becomes a member and trains."""
+"""A whole board: it boots the image, takes its seed, survives a power cut, becomes a member, trains, and is updated."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.errors import ConfigError
+from fleetune.edge.protocol.errors import ConfigError, RunFailedError
 from fleetune.tools.emulator.image import check_foreign
 from fleetune.tools.firstboot.steps import STEPS
+from fleetune.tools.flash.record import ENDING
+from fleetune.tools.hil.releases import build_like
 from support.lacking import lacking
 
 pytestmark = [pytest.mark.emulated, pytest.mark.slow]
@@ -30,7 +32,7 @@ BUDGET = 128
 
 @pytest.fixture(scope="module")
 def rehearsal(tiny_bert_pack: Pack, text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a rehearsal in which the power was cut while the board measured itself."""
+    """Of one in which the power was cut while the board measured itself; then came a good release, and a bad one."""
     for program, package in PROGRAMS.items():
         if shutil.which(program) is None and shutil.which(program, path="/usr/sbin") is None:
             lacking(f"needs {program}: apt-get install {package}")
@@ -39,11 +41,19 @@ def rehearsal(tiny_bert_pack: Pack, text_data: Path, tmp_path_factory: pytest.Te
     except ConfigError as error:
         lacking(f"needs programs for arm64 to run: {error.remedy}")
     folder = tmp_path_factory.mktemp("rehearsal")
-    command = [sys.executable, "-m", "fleetune.tools.cli", "flash", "rehearse", "--pack", tiny_bert_pack.path]
-    command += ["--data", text_data, "--budget", str(BUDGET), "--cut", "measure", "--json"]
-    command += ["--images", folder / "images", "--out", folder / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
-    assert done.returncode == 0, done.stderr
+    images = folder / "images"
+    fleetune = [sys.executable, "-m", "fleetune.tools.cli", "flash"]
+    command = [*fleetune, "build", "--tier", "t4", "--pack", tiny_bert_pack.path, "--out", images]
+    subprocess.run(command, capture_output=True, timeout=600, check=True)
+    (record,) = images.glob(f"*{ENDING}")
+    good = build_like(record, folder / "good", lambda package: (package / "tools/NEWS").write_text("none"))
+    bad = build_like(record, folder / "bad", lambda package: (package / "edge/agent/__init__.py").write_text("1 / 0"))
+    command = [*fleetune, "rehearse", "--pack", tiny_bert_pack.path, "--data", text_data, "--budget", str(BUDGET)]
+    command += ["--cut", "measure", "--then", good, "--then", bad, "--json"]
+    command += ["--images", images, "--out", folder / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
+    assert done.returncode == RunFailedError.exit_code, done.stderr
+    assert f"does not come up with {bad};" in done.stderr
     assert json.loads(done.stdout) == json.loads((folder / "out/rehearsal.json").read_text(encoding="utf-8"))
     return folder / "out"
 
@@ -91,3 +101,22 @@ def test_the_aggregator_accepted_what_it_trained(report: dict[str, Any]) -> None
     assert len(metrics) >= 2
     assert all(of["peak_mib"] <= BUDGET for of in metrics)
     assert {"test_global", "test_local", "test_mixture"} <= metrics[-1].keys()
+
+
+def test_it_takes_a_release_and_runs_it(report: dict[str, Any]) -> None:
+    good, _ = report["releases"]
+    assert good["good"]
+    assert good["runs"] == good["kit"]
+
+
+def test_it_goes_back_from_a_release_that_does_not_come_up(rehearsal: Path, report: dict[str, Any]) -> None:
+    good, bad = report["releases"]
+    assert not bad["good"]
+    assert bad["runs"] == good["kit"] != bad["kit"]
+    journal = (rehearsal / "journal.log").read_text(encoding="utf-8")
+    assert "ZeroDivisionError" in journal
+    assert "release 2 did not come up, and release 1 runs again" in journal
+
+
+def test_it_looks_for_releases_by_itself(report: dict[str, Any]) -> None:
+    assert report["looks_for_releases"]

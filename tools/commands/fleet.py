@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-AGGREGATOR_FOLDER, AUTHORITY_FOLDER, PUBLISHER_FOLDER = "members/aggregator", "members/authority", "members/publisher"
-BROKER_FOLDER = "broker"
-
 
 def register(subparsers: Any) -> None:
     """Add the command and its subcommands."""
@@ -101,8 +98,9 @@ def _register_init(actions: Any) -> None:
 def _init(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.profiles.fleet import read_fleet
-    from fleetune.server.authority.authority import Authority, Lives, Site
-    from fleetune.server.authority.mosquitto import CONFIG, write_broker
+    from fleetune.server.authority.authority import Lives, Site
+    from fleetune.server.authority.founding import AGGREGATOR_FOLDER, BROKER_FOLDER, found
+    from fleetune.server.authority.mosquitto import CONFIG
 
     if not 0 < args.days <= 3650:
         raise ConfigError(f"--days: {args.days} is out of range", "choose from above 0 to 3650")
@@ -112,12 +110,7 @@ def _init(args: argparse.Namespace) -> None:
     fleet, folder = read_fleet(args.fleet), args.authority
     installed = str(args.installed.resolve()) if args.installed else ""
     site = Site(tuple(args.hosts), args.port, args.enrolment_port, installed)
-    authority = Authority.make(folder, fleet.name, site, lives=Lives(device=args.days))
-    authority.make_member("aggregator", folder / AGGREGATOR_FOLDER)
-    authority.make_member("authority", folder / AUTHORITY_FOLDER)
-    authority.make_member("publisher", folder / PUBLISHER_FOLDER)
-    write_broker(authority, folder / BROKER_FOLDER)
-    authority.close()
+    found(folder, fleet.name, site, Lives(device=args.days)).close()
     _say(
         f"{folder / 'authority.json'} has the keys of the fleet {fleet.name}: keep it to yourself, and a backup of it",
         f"broker:      mosquitto -c {(args.installed or folder / BROKER_FOLDER) / CONFIG}",
@@ -159,6 +152,7 @@ def _enroll(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.edge.protocol.identity.folder import write_private
     from fleetune.profiles.fleet import read_fleet
+    from fleetune.server.authority.founding import BROKER_FOLDER
 
     devices, fleet = list(args.devices), read_fleet(args.fleet) if args.fleet is not None else None
     if fleet is not None:
@@ -230,6 +224,7 @@ def _serve(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.address import BrokerAddress
     from fleetune.edge.protocol.identity.folder import read_identity
     from fleetune.server.authority.desk import Desk
+    from fleetune.server.authority.founding import AUTHORITY_FOLDER
 
     with _opened(args.authority) as authority:
         broker = BrokerAddress.parse(args.broker or authority.site.broker)
@@ -320,6 +315,7 @@ def _register_revoke(actions: Any) -> None:
 
 def _revoke(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.errors import ConfigError
+    from fleetune.server.authority.founding import BROKER_FOLDER
     from fleetune.server.authority.mosquitto import reload_broker, write_revocations
 
     with _opened(args.authority) as authority:
@@ -372,6 +368,7 @@ def _register_rotate(actions: Any) -> None:
 
 def _rotate(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.errors import ConfigError
+    from fleetune.server.authority.founding import AGGREGATOR_FOLDER, AUTHORITY_FOLDER, BROKER_FOLDER, PUBLISHER_FOLDER
     from fleetune.server.authority.mosquitto import reload_broker, write_broker, write_revocations
 
     folders = {"aggregator": AGGREGATOR_FOLDER, "publisher": PUBLISHER_FOLDER}
@@ -415,6 +412,7 @@ def _tell(authority: Authority, args: argparse.Namespace, renew: dict[str, str])
     from fleetune.edge.protocol.address import BrokerAddress
     from fleetune.edge.protocol.identity.folder import read_identity
     from fleetune.server.authority.desk import Desk
+    from fleetune.server.authority.founding import AUTHORITY_FOLDER
 
     broker = BrokerAddress.parse(args.broker or authority.site.broker)
     Desk(authority, read_identity(args.authority / AUTHORITY_FOLDER), broker).announce(renew)
@@ -448,6 +446,7 @@ def _sign(args: argparse.Namespace) -> None:
 
     from fleetune.edge.protocol.identity.folder import read_identity
     from fleetune.edge.protocol.identity.signature import sign_file
+    from fleetune.server.authority.founding import PUBLISHER_FOLDER
 
     publisher = read_identity(args.authority / PUBLISHER_FOLDER)
     for path in args.paths:

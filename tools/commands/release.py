@@ -85,27 +85,14 @@ def _init(args: argparse.Namespace) -> None:
 
 def _publish(args: argparse.Namespace) -> None:
     from fleetune.edge.protocol.errors import ConfigError
-    from fleetune.tools.assets.staging import staged
-    from fleetune.tools.release.publish import kit_of, pack_of
+    from fleetune.tools.release.publish import publish
     from fleetune.tools.release.repository import Releases
-    from fleetune.tools.release.rollout import Rollout
 
     _check_share(args.share)
     if not args.builds and not args.packs:
         raise ConfigError("there is nothing to publish", "name builds (*.build.json), or packs with --pack")
-    with Releases(args.out) as releases, staged(args.out) as scratch:
-        before = releases.rollout
-        kits, packs = (dict(before.kits), dict(before.packs)) if before else ({}, {})
-        archives = dict[str, Path]()
-        for record in args.builds:
-            tier, kits_part, archive = kit_of(record, scratch)
-            kits[tier], archives[kits_part.target] = kits_part, archive
-        for pack in args.packs:
-            name, pack_part, archive = pack_of(pack, scratch)
-            packs[name], archives[pack_part.target] = pack_part, archive
-        number = before.number + 1 if before else 1
-        rollout = Rollout(1, number, kits, packs, tuple(dict.fromkeys(args.canaries)), args.share)
-        releases.publish(rollout, archives)
+    with Releases(args.out) as releases:
+        rollout = publish(releases, args.builds, args.packs, args.canaries, args.share)
     _say(*_lines(rollout))
 
 

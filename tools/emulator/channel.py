@@ -33,6 +33,7 @@ class Channel:
         self._ends, self._read = time.monotonic() + timeout_s, b""
         self._socket = socket.socket(socket.AF_UNIX)
         # A socket's address has at most 107 bytes, and folders have long names.
+        self._socket.settimeout(timeout_s)  # where somebody else speaks, QEMU lets one wait
         folder = os.open(path.parent, os.O_PATH)
         try:
             self._socket.connect(f"/proc/self/fd/{folder}/{path.name}")

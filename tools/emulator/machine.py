@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from pathlib import Path
 
 from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.tools.emulator.channel import Channel
+from fleetune.tools.emulator.guest import Answer, Guest
 from fleetune.tools.emulator.image import Image
 from fleetune.tools.ext4 import put_files
 from fleetune.tools.programs import find_program, run_program
@@ -20,26 +19,15 @@ from fleetune.tools.programs import find_program, run_program
 HOST = "10.0.2.2"
 """Where the board finds the machine that emulates it."""
 
-CONSOLE = "console.log"
+MACHINE, CPU = "virt", "cortex-a57"
+BOOT = "root=LABEL=fleetune rw net.ifnames=0 psi=1 panic=10"
+"""Words to the kernel, beside where its console is."""
+
+CONSOLE, DISK = "console.log", "disk.img"
 
 _DISK_MIB = 4096
 _PATIENCE_S = 10.0
 _MONITOR, _AGENT = "monitor", "agent"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a program on the board came to.
-
-    Attributes:
-        code: Its exit status.
-        out: What it printed.
-        err: What it complained about.
-    """
-
-    code: int
-    out: str
-    err: str
 
 
 @dataclass(frozen=True)
@@ -64,46 +52,22 @@ class Machine:
             said = (self.folder / "qemu.log").read_text(encoding="utf-8", errors="replace").strip()[-300:]
             raise RunFailedError(f"QEMU ended with {self.process.returncode}: {said}", f"see {self.folder}")
 
+    @property
+    def guest(self) -> Guest:
+        """The agent in it."""
+        return Guest(self.folder / _AGENT, self.folder / CONSOLE)
+
     def wait_up(self, timeout_s: float) -> None:
         """Wait until programs can be run on it.
 
         Raises:
-            RunFailedError: It does not come up in time.
+            RunFailedError: It does not come up in time, or QEMU has ended.
         """
-        ends = time.monotonic() + timeout_s
-        while time.monotonic() < ends:
-            self.check()
-            try:
-                with Channel(self.folder / _AGENT, 5.0) as channel:
-                    channel.wake()
-                    return
-            except OSError:  # not yet
-                time.sleep(1.0)
-        raise RunFailedError(
-            f"the board did not come up in {timeout_s:.0f} s", f"see {self.folder / CONSOLE}, what it said last"
-        )
+        self.guest.wait_up(timeout_s, self.check)
 
     def run(self, *command: str, timeout_s: float = 120.0) -> Answer:
-        """Run a program on the board, as root, to its end.
-
-        Raises:
-            RunFailedError: There is no such program, or it does not end in time.
-            OSError: The board does not answer.
-        """
-        with Channel(self.folder / _AGENT, timeout_s) as channel:
-            channel.wake()
-            number = channel.ask("guest-exec", path=command[0], arg=list(command[1:]), **{"capture-output": True})
-            ends = time.monotonic() + timeout_s
-            while time.monotonic() < ends:
-                state = channel.ask("guest-exec-status", pid=number["pid"])
-                if state["exited"]:
-                    out, err = (
-                        base64.b64decode(state.get(name, "")).decode("utf-8", "replace")
-                        for name in ("out-data", "err-data")
-                    )
-                    return Answer(state.get("exitcode", -state.get("signal", 0)), out, err)
-                time.sleep(0.2)
-        raise RunFailedError(f"{command[0]} did not end in {timeout_s:.0f} s on the board", f"see {self.folder}")
+        """Run a program on the board: see :meth:`Guest.run`."""
+        return self.guest.run(*command, timeout_s=timeout_s)
 
     def cut_power(self) -> None:
         """Cut the power, and put it on again: what was not written to the disk is gone."""
@@ -133,7 +97,7 @@ def make_disk(image: Image, folder: Path, files: dict[str, Path] | None = None) 
         ConfigError: A program is missing.
         RunFailedError: The disk cannot be written.
     """
-    disk = folder / "disk.img"
+    disk = folder / DISK
     remedy = f"see that {folder} has room"
     run_program(["cp", "--sparse=always", "--reflink=auto", image.rootfs, disk], remedy)
     if files:
@@ -141,6 +105,46 @@ def make_disk(image: Image, folder: Path, files: dict[str, Path] | None = None) 
     with disk.open("r+b") as stream:
         stream.truncate(_DISK_MIB << 20)
     return disk
+
+
+def console_command(image: Image, disks: Sequence[Path], *, memory_mib: int) -> list[str]:
+    """QEMU's command line for a board whose console is this terminal.
+
+    Raises:
+        ConfigError: QEMU is missing.
+    """
+    return [*_command(image, memory_mib), *peripherals(image, disks, disks[0].with_name(_AGENT)), "-nographic"]
+
+
+def _command(image: Image, memory_mib: int) -> list[str]:
+    program = find_program("qemu-system-aarch64", "qemu-system-arm")
+    return [
+        *(program, "-M", MACHINE, "-cpu", CPU, "-m", f"{memory_mib}M"),
+        *("-kernel", str(image.kernel.resolve()), "-append", f"{BOOT} console=ttyAMA0"),
+    ]
+
+
+def peripherals(image: Image, disks: Sequence[Path], agent: Path) -> list[str]:
+    """QEMU's options for what a board has beside its processor, its memory and its console.
+
+    Args:
+        image: Its kernel's helper.
+        disks: Its disks.
+        agent: Socket of the agent in it.
+    """
+    options = ["-smp", str(min(4, os.cpu_count() or 1)), "-initrd", str(image.initrd.resolve())]
+    options += ["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="]
+    options += ["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]
+    options += ["-chardev", f"socket,id=agent,path={_quoted(agent)},server=on,wait=off"]
+    options += ["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]
+    for number, disk in enumerate(disks):
+        options += ["-drive", f"if=none,id=disk{number},format=raw,file={_quoted(disk.resolve())}"]
+        options += ["-device", f"virtio-blk-pci,drive=disk{number}"]
+    return options
+
+
+def _quoted(path: Path) -> str:
+    return str(path).replace(",", ",,")
 
 
 @contextmanager
@@ -156,21 +160,8 @@ def machine(image: Image, folder: Path, disks: Sequence[Path], *, memory_mib: in
     Raises:
         ConfigError: QEMU is missing.
     """
-    program = find_program("qemu-system-aarch64", "qemu-system-arm")
-    command = [
-        *(program, "-M", "virt", "-cpu", "cortex-a57", "-smp", str(min(4, os.cpu_count() or 1))),
-        *("-m", f"{memory_mib}M", "-display", "none", "-serial", f"file:{CONSOLE}"),
-        *("-kernel", str(image.kernel.resolve()), "-initrd", str(image.initrd.resolve())),
-        *("-append", "root=/dev/vda rw console=ttyAMA0 net.ifnames=0 psi=1 panic=10"),
-        *("-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="),
-        *("-device", "virtio-rng-pci", "-device", "virtio-serial-pci"),
-        *("-chardev", f"socket,id=agent,path={_AGENT},server=on,wait=off"),
-        *("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"),
-        *("-qmp", f"unix:{_MONITOR},server=on,wait=off"),
-    ]
-    for number, disk in enumerate(disks):
-        command += ["-drive", f"if=none,id=disk{number},format=raw,file={str(disk.resolve()).replace(',', ',,')}"]
-        command += ["-device", f"virtio-blk-pci,drive=disk{number}"]
+    command = _command(image, memory_mib) + peripherals(image, disks, Path(_AGENT))
+    command += ["-display", "none", "-serial", f"file:{CONSOLE}", "-qmp", f"unix:{_MONITOR},server=on,wait=off"]
     with (folder / "qemu.log").open("wb") as log:
         process = subprocess.Popen(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

@@ -9,11 +9,11 @@ from fleetune.tools.assets import fetch
 from fleetune.tools.assets.staging import staged
 from fleetune.tools.pack.write import write_pack
 
-WIDTH, BLOCKS, TOKENS = 64, 2, 16
+WIDTH, BLOCKS, TOKENS = 64, 3, 16
 
 
 def write_toy_pack(out: Path) -> None:
-    """Write a pack of two blocks of BERT, with MiniLM's vocabulary and random weights: it learns little.
+    """Write a pack of three blocks of BERT, with MiniLM's vocabulary and random weights: it learns little.
 
     Args:
         out: The pack's folder.

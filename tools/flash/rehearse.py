@@ -1,4 +1,7 @@
-"""A fleet's flashing, rehearsed: an emulated board boots the image, takes its seed, becomes a member and trains."""
+"""A fleet's flashing, rehearsed: an emulated board boots the image, takes its seed, becomes a member and trains.
+
+Then, if wanted, releases are published to it, and it takes them or goes back.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +18,18 @@ from typing import Any
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import RunFailedError, RunFolderError
 from fleetune.edge.protocol.files import write_atomic
-from fleetune.edge.protocol.identity.signature import sign_file
-from fleetune.profiles.fleet import read_fleet
-from fleetune.server.authority.authority import Authority
-from fleetune.server.journal import FILE as JOURNAL
-from fleetune.server.journal import Accepted, read_records
-from fleetune.tools.commands.fleet import AUTHORITY_FOLDER, PUBLISHER_FOLDER
+from fleetune.edge.protocol.identity.signature import ENDING, PACK_FILE
+from fleetune.tools.emulator.board import TIER
 from fleetune.tools.emulator.image import Image
 from fleetune.tools.emulator.machine import HOST, Machine, machine, make_disk
 from fleetune.tools.firstboot.board import JOURNAL as FIRSTBOOT
 from fleetune.tools.firstboot.board import PROVISIONED
 from fleetune.tools.firstboot.steps import STEPS
-from fleetune.tools.flash.seed import Order, Seeded, make_seeds
-from fleetune.tools.places import AGENT, PACKS, STATE, UPDATES
-from fleetune.tools.processes import Processes, processes
-from fleetune.tools.secured import Secured, secured
+from fleetune.tools.places import AGENT, PACKS, STATE, UPDATE_TIMER, UPDATER
+from fleetune.tools.release.publish import publish
+from fleetune.tools.release.repository import Releases
+from fleetune.tools.rig import SAMPLES, Rig, make_rig, make_rig_seeds, open_rig
+from fleetune.tools.trees import SHORT
 
 FLEET, DEVICE = "rehearsal", "nano"
 REPORT = "rehearsal.json"
@@ -42,10 +42,9 @@ fleet: {fleet}
 devices:
   - {{id: {device}, profile: jetson-nano-2gb, budget: {{memory: {memory_mib}MiB}}}}
 """
-_SAMPLES = f"/{STATE}/samples.jsonl"
 _GROUP = f"/sys/fs/cgroup/system.slice/{AGENT}"
 _JOB = ("--classes", "2", "--global-rounds", "1", "--personal-rounds", "1", "--batch", "8", "--max-depth", "2")
-_BOOTS_WITHIN_S, _PROVISIONED_WITHIN_S, _TRAINED_WITHIN_S = 300.0, 900.0, 900.0
+_BOOTS_WITHIN_S, _PROVISIONED_WITHIN_S, _TRAINED_WITHIN_S, _RELEASED_WITHIN_S = 300.0, 900.0, 900.0, 1800.0
 _MIB = 1 << 20
 _TRIES = 3
 
@@ -63,6 +62,7 @@ class Rehearsal:
         memory_mib: The board's.
         budget_mib: The device's.
         cut: Step of the first boot in which the power is cut once; None for none.
+        then: Records of builds that are released one after the other, once the board has trained.
     """
 
     image: Image
@@ -71,6 +71,7 @@ class Rehearsal:
     memory_mib: int = 2048
     budget_mib: int = 192
     cut: str | None = None
+    then: tuple[Path, ...] = ()
 
 
 def rehearse(what: Rehearsal, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -96,32 +97,30 @@ def rehearse(what: Rehearsal, out: Path, say: Callable[[str], None]) -> dict[str
         seconds[name] = round(time.monotonic() - start, 1)
         say(words)
 
-    with secured(out, FLEET, hosts=(HOST, "localhost")) as lab, processes() as running:
-        disks = _disks(what, lab, out)
-        _start_fleet(lab, out, running)
+    seed = _make_rig(what, out)
+    with open_rig(out, only_here=True) as rig:
+        disks = [_disk(what, rig), seed]
+        job = rig.serve(*_JOB)
         reached("disks", "seed and disk are made; the board starts")
         with machine(what.image, out, disks, memory_mib=what.memory_mib) as board, _explained(board):
             board.wait_up(_BOOTS_WITHIN_S)
             reached("up", "the board is up")
             if what.cut is not None:
-                _wait(board, running, what.cut)
+                _wait(board, rig, what.cut)
                 board.cut_power()
                 reached("cut", f"power cut in step {what.cut}")
                 board.wait_up(_BOOTS_WITHIN_S)
                 reached("up_again", "the board is up again")
-            _wait(board, running, None)
+            _wait(board, rig, None)
             reached("provisioned", "the board is provisioned; its agent starts")
-            ends = time.monotonic() + _TRAINED_WITHIN_S
-            while not running.ended("aggregator"):
-                board.check()
-                running.check()
-                if time.monotonic() > ends:
-                    raise RunFailedError("no round was done in time", f"see {out / 'logs'}")
-                time.sleep(1.0)
+            accepted = [record.manifest for record in job.wait(_TRAINED_WITHIN_S, board.check)]
             reached("trained", "its rounds are done")
             found = _look(board)
-    records = read_records(out / "aggregator" / JOURNAL)
-    accepted = [record.manifest for record in records if isinstance(record, Accepted)]
+            taken = []
+            for record in what.then:
+                taken.append(_release(record, rig, board))
+                number, kit = taken[-1]["number"], taken[-1]["runs"]
+                reached(f"release_{number}", f"the board {'runs' if taken[-1]['good'] else 'went back to'} kit {kit}")
     report = {
         "schema": 1,
         "seconds": seconds,
@@ -129,6 +128,7 @@ def rehearse(what: Rehearsal, out: Path, say: Callable[[str], None]) -> dict[str
         "pack": Pack.open(what.pack).sha256,
         "accepted": [{"job": update.job, "samples": update.samples, "metrics": update.metrics} for update in accepted],
         **found,
+        "releases": taken,
     }
     write_atomic(out / REPORT, json.dumps(report, indent=1).encode() + b"\n")
     (out / "disk.img").unlink()
@@ -144,40 +144,25 @@ def _clear(out: Path) -> None:
     out.mkdir(parents=True)
 
 
-def _disks(what: Rehearsal, lab: Secured, out: Path) -> list[Path]:
-    """The board's disk, with samples and a signature of this fleet's publisher, and its seed."""
-    inventory, pack = out / "fleet.yaml", out / "pack"
+def _make_rig(what: Rehearsal, out: Path) -> Path:
+    """Make the fleet's side, and return the board's seed."""
+    inventory = out / "inventory.yaml"
     text = _INVENTORY.format(fleet=FLEET, device=DEVICE, memory_mib=what.budget_mib)
     inventory.write_text(text, encoding="utf-8")
-    shutil.copytree(what.pack, pack)
-    name, fleet, seeds = what.pack.resolve().name, read_fleet(inventory), list[Seeded]()
-    with closing(Authority(lab.authority)) as authority:
-        authority.make_member("authority", lab.authority / AUTHORITY_FOLDER)
-        publisher = authority.make_member("publisher", lab.authority / PUBLISHER_FOLDER)
-        signature = sign_file(pack, publisher, authority.now())
-        make_seeds(
-            Order(fleet, f"/{UPDATES}/packs/{name}", _SAMPLES, 24.0, "image"),
-            fleet.devices,
-            authority,
-            out / "seeds",
-            seeds.append,
-        )
-    samples = out / "samples"
+    make_rig(out, inventory, what.pack, HOST)
+    (seed,) = make_rig_seeds(out)
+    return seed.path
+
+
+def _disk(what: Rehearsal, rig: Rig) -> Path:
+    """The board's disk, with samples and a signature of this fleet's publisher."""
+    samples, signature = rig.folder / "samples", rig.pack / f"{PACK_FILE}{ENDING}"
     shutil.copyfile(what.samples, samples)
     for file in (samples, signature):
         file.chmod(0o644)  # the agent is not root there
-    return [
-        make_disk(what.image, out, {_SAMPLES: samples, f"/{PACKS}/{name}/{signature.name}": signature}),
-        seeds[0].path,
-    ]
-
-
-def _start_fleet(lab: Secured, out: Path, running: Processes) -> None:
-    broker, logs = ("--broker", str(lab.address)), out / "logs"
-    running.start("authority", logs / "authority.log", ["fleet", "serve", "--authority", str(lab.authority), *broker])
-    serve = ["serve", "--fleet", str(out / "fleet.yaml"), "--pack", str(out / "pack"), *broker, *_JOB]
-    serve += ["--identity", str(lab.identities / "aggregator"), "--state", str(out / "aggregator")]
-    running.start("aggregator", logs / "aggregator.log", serve)
+    return make_disk(
+        what.image, rig.folder, {SAMPLES: samples, f"/{PACKS}/{rig.pack.name}/{signature.name}": signature}
+    )
 
 
 @contextmanager
@@ -194,11 +179,11 @@ def _explained(board: Machine) -> Iterator[None]:
             write_atomic(board.folder / JOURNALED, said.out.encode())
 
 
-def _wait(board: Machine, running: Processes, until: str | None) -> None:
+def _wait(board: Machine, rig: Rig, until: str | None) -> None:
     """Wait until a step of the first boot is being done, or all are."""
     ends = time.monotonic() + _PROVISIONED_WITHIN_S
     while time.monotonic() < ends:
-        running.check()
+        rig.check()
         done = _done(board)
         if until is None and PROVISIONED in done:
             return
@@ -217,6 +202,41 @@ def _wait(board: Machine, running: Processes, until: str | None) -> None:
 def _done(board: Machine) -> set[str]:
     said = board.run("/bin/cat", f"/{STATE}/{FIRSTBOOT}")
     return set(json.loads(said.out)["done"]) if said.code == 0 else set()
+
+
+def _release(record: Path, rig: Rig, board: Machine) -> dict[str, Any]:
+    """Publish a build, and let the board do what its timer does every hour."""
+    with Releases(rig.releases) as releases:
+        rollout = publish(releases, [record], [], [DEVICE], 0.0)
+    start = time.monotonic()
+    board.run("/usr/bin/systemctl", "start", "--no-block", UPDATER)
+    _wait_for(board, UPDATER, ("inactive", "failed"), _RELEASED_WITHIN_S)
+    _wait_for(board, AGENT, ("active",), _RELEASED_WITHIN_S)
+    seconds = round(time.monotonic() - start, 1)
+    state = json.loads(board.run("/usr/bin/fleetune", "update", "--show", timeout_s=_RELEASED_WITHIN_S).out)
+    if rollout.number not in (state["good"], *state["bad"]):
+        said = board.run("/usr/bin/journalctl", f"--unit={UPDATER}", "--output=cat", "--lines=5").out
+        raise RunFailedError(f"the board did not try release {rollout.number}: {said.strip()}", f"see {board.folder}")
+    process = _properties(board, AGENT, "MainPID")["MainPID"]
+    command = board.run("/bin/cat", f"/proc/{process}/cmdline").out.split("\0")
+    return {
+        "number": rollout.number,
+        "kit": rollout.kits[TIER].digest[:SHORT],
+        "good": state["good"] == rollout.number,
+        "runs": Path(command[0]).parent.parent.name,
+        "seconds": seconds,
+    }
+
+
+def _wait_for(board: Machine, unit: str, states: tuple[str, ...], within_s: float) -> None:
+    """Wait until a unit is in one of these states."""
+    ends = time.monotonic() + within_s
+    while time.monotonic() < ends:
+        board.check()
+        if _properties(board, unit, "ActiveState")["ActiveState"] in states:
+            return
+        time.sleep(1.0)
+    raise RunFailedError(f"{unit} was not {' or '.join(states)} in {within_s:.0f} s", f"see {board.folder}")
 
 
 def _properties(board: Machine, unit: str, *names: str) -> dict[str, str]:
@@ -239,6 +259,7 @@ def _look(board: Machine) -> dict[str, Any]:
             "killed_for_memory": int(events["oom_kill"]),
             "held_back_for_memory": int(events["max"]),
         },
+        "looks_for_releases": _properties(board, UPDATE_TIMER, "ActiveState")["ActiveState"] == "active",
         "root_mib": int(size),
         "first_boot": json.loads(board.run("/bin/cat", f"/{STATE}/{FIRSTBOOT}").out)["done"],
     }

@@ -3,32 +3,58 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import AssetError, SignatureError
 from fleetune.edge.protocol.identity.signature import ENDING, PACK_FILE
 from fleetune.edge.protocol.topics import check_name
+from fleetune.tools.assets.staging import staged
 from fleetune.tools.flash.record import check_record
 from fleetune.tools.places import KITS
-from fleetune.tools.release.rollout import Part
+from fleetune.tools.release.repository import Releases
+from fleetune.tools.release.rollout import Part, Rollout
 from fleetune.tools.trees import SHORT, extract, set_modes, tree_digest, write_tar_gz
 
 
-def kit_of(record: Path, scratch: Path) -> tuple[str, Part, Path]:
-    """The kit of a build.
+def publish(
+    releases: Releases, builds: Iterable[Path], packs: Iterable[Path], canaries: Iterable[str], share: float
+) -> Rollout:
+    """Publish a release: what is not named stays as it was.
 
     Args:
-        record: Of the build.
-        scratch: For the archive.
+        releases: Of the fleet.
+        builds: Records of builds, one for each tier.
+        packs: Folders of packs, signed.
+        canaries: Devices that get it first.
+        share: Of the others, from 0 to 1.
 
     Returns:
-        Its tier, what a rollout says of it, and its archive.
+        What goes to whom.
 
     Raises:
-        SignatureError: A file of the build is another.
-        AssetError: The build has no kit.
+        AssetError: A build has no kit.
+        PackError: A pack is damaged.
+        SignatureError: A file of a build is another, or a pack is not signed.
     """
+    before, archives = releases.rollout, dict[str, Path]()
+    held_kits, held_packs = (dict(before.kits), dict(before.packs)) if before else ({}, {})
+    with staged(releases.folder) as scratch:
+        for record in builds:
+            tier, part, archive = _kit_of(record, scratch)
+            held_kits[tier], archives[part.target] = part, archive
+        for pack in packs:
+            name, part, archive = _pack_of(pack, scratch)
+            held_packs[name], archives[part.target] = part, archive
+        number = before.number + 1 if before else 1
+        rollout = Rollout(1, number, held_kits, held_packs, tuple(dict.fromkeys(canaries)), share)
+        releases.publish(rollout, archives)
+    return rollout
+
+
+def _kit_of(record: Path, scratch: Path) -> tuple[str, Part, Path]:
+    """The tier of a build, what a rollout says of its kit, and the archive of that, in ``scratch``."""
     build = check_record(record)
     overlay = next((record.parent / name for name in build.files if name.endswith(".overlay.tar.gz")), None)
     tree = scratch / f"kit-{build.tier}"
@@ -43,20 +69,8 @@ def kit_of(record: Path, scratch: Path) -> tuple[str, Part, Path]:
     return build.tier, Part(archive.name, digest), archive
 
 
-def pack_of(pack: Path, scratch: Path) -> tuple[str, Part, Path]:
-    """A pack, with its signature.
-
-    Args:
-        pack: Its folder.
-        scratch: For the archive.
-
-    Returns:
-        Its name, what a rollout says of it, and its archive.
-
-    Raises:
-        PackError: It is damaged.
-        SignatureError: It is not signed, and no agent of a fleet would take it.
-    """
+def _pack_of(pack: Path, scratch: Path) -> tuple[str, Part, Path]:
+    """The name of a pack, what a rollout says of it with its signature, and its archive, in ``scratch``."""
     Pack.open(pack)
     name = pack.resolve().name
     check_name("--pack", name)

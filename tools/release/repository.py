@@ -63,6 +63,9 @@ class Releases(Repository):
     Args:
         folder: As :meth:`make` has made it.
 
+    Attributes:
+        folder: The same.
+
     Raises:
         AuthorityError: There is none.
         KeyExposedError: Others may read a key.
@@ -72,7 +75,7 @@ class Releases(Repository):
     def __init__(self, folder: Path) -> None:
         if not (folder / METADATA / "1.root.json").is_file():
             raise AuthorityError(f"{folder} holds no releases", "make them: `fleetune release init`")
-        self._folder = folder
+        self.folder = folder
         self._lock = FolderLock(folder, remedy="wait until that one is done")
         try:
             self._signers = {role: _signer(folder / KEYS / f"{role}.pem") for role in _KINDS}
@@ -132,7 +135,7 @@ class Releases(Repository):
     @property
     def url(self) -> str:
         """Where what is public is served."""
-        file, remedy = self._folder / SITE, 'write {"schema": 1, "url": "https://…"} into it'
+        file, remedy = self.folder / SITE, 'write {"schema": 1, "url": "https://…"} into it'
         if not file.is_file():
             raise ConfigError(f"{file} is missing", remedy)
         return from_json(read_bytes(file, _MAX_KEY), _Site, str(file), remedy).url
@@ -140,10 +143,10 @@ class Releases(Repository):
     def rollouts(self) -> Iterator[Rollout]:
         """All that were published, the newest first."""
         for version in range(self.targets().version, 0, -1):
-            file = self._folder / METADATA / f"{version}.targets.json"
+            file = self.folder / METADATA / f"{version}.targets.json"
             targets = Metadata[Targets].from_bytes(read_bytes(file, _MAX_METADATA)).signed
             if target := targets.targets.get(ROLLOUT):
-                place = self._folder / TARGETS / f"{target.hashes['sha256']}.{ROLLOUT}"
+                place = self.folder / TARGETS / f"{target.hashes['sha256']}.{ROLLOUT}"
                 yield read_rollout(read_bytes(place, MAX_ROLLOUT), str(place))
 
     @property
@@ -177,7 +180,7 @@ class Releases(Repository):
         read_rollout(raw, ROLLOUT)  # what no board would read is not published
         infos[ROLLOUT] = TargetFile.from_data(ROLLOUT, raw, ["sha256"])
         for name, info in infos.items():  # what metadata name is there before they name it
-            place = self._folder / TARGETS / f"{info.hashes['sha256']}.{name}"
+            place = self.folder / TARGETS / f"{info.hashes['sha256']}.{name}"
             if place.is_file():
                 continue
             if name == ROLLOUT:
@@ -218,7 +221,7 @@ class Releases(Repository):
         md.signed.expires = _expiry(role)
         md.sign(self._signers[role])
         name = f"{role}.json" if role == Timestamp.type else f"{md.signed.version}.{role}.json"
-        write_atomic(self._folder / METADATA / name, md.to_bytes(_PRETTY))
+        write_atomic(self.folder / METADATA / name, md.to_bytes(_PRETTY))
 
     @property
     def targets_infos(self) -> dict[str, MetaFile]:
@@ -232,7 +235,7 @@ class Releases(Repository):
 
     def _newest(self, role: str) -> tuple[bytes, int]:
         """Newest metadata of a role and their version, which is 0 where there are none."""
-        folder = self._folder / METADATA
+        folder = self.folder / METADATA
         if role == Timestamp.type:
             file = folder / f"{role}.json"
             return (read_bytes(file, _MAX_METADATA), 1) if file.is_file() else (b"", 0)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import http.server
 import json
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import datetime, timedelta, timezone
@@ -17,9 +15,11 @@ from tuf.api.metadata import Metadata, Timestamp
 
 from fleetune.edge.protocol.errors import AuthorityError, ConfigError, KeyExposedError, RunFailedError, SignatureError
 from fleetune.edge.protocol.files import FolderLock
+from fleetune.server.broker import free_ports
 from fleetune.tools.release import repository as repository_module
 from fleetune.tools.release.repository import METADATA, PUBLIC, TARGETS, Releases
 from fleetune.tools.release.rollout import Part, Rollout, read_rollout, write_rollout
+from fleetune.tools.release.serve import serve_folder
 from fleetune.tools.trees import tree_digest, write_tar_gz
 from fleetune.tools.update import update as update_module
 from fleetune.tools.update.services import Health
@@ -60,10 +60,10 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.releases = Releases.make(folder / "releases", "https://updates.example.org")
-        handler = functools.partial(Quiet, directory=str(folder / "releases" / PUBLIC))
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        (port,) = free_ports(1)
+        self.url = f"http://127.0.0.1:{port}"
+        self._serving = serve_folder(folder / "releases" / PUBLIC, port)
+        self._serving.__enter__()
 
     def archive(self, word: str) -> tuple[Part, Path]:
         tree, file = self.folder / f"tree-{word}", self.folder / f"{word}.tar.gz"
@@ -90,14 +90,8 @@ class Server:
         return rollout
 
     def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._serving.__exit__(None, None, None)
         self.releases.leave()
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import psutil
 
 from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.server.broker import free_port
-from fleetune.tools.secured import run_mosquitto
+from fleetune.tools.secured import Mosquitto
 
 CONFIG = files("fleetune.server") / "mosquitto.conf"
 
@@ -37,5 +37,5 @@ def mosquitto(
     config = folder / "mosquitto.conf"
     config.write_text(f"{lines}\nuser root\n", encoding="utf-8")
     address = BrokerAddress(host, port)
-    with run_mosquitto(config, address) as process:
-        yield address, process
+    with closing(Mosquitto(config, address)) as broker:
+        yield address, broker.start()

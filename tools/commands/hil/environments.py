@@ -1,0 +1,80 @@
+"""``fleetune hil env`` and ``fleetune hil rig``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fleetune.tools.commands.options import add_command
+
+
+def register(actions: Any) -> None:
+    """Add the actions."""
+    env = add_command(
+        actions,
+        "env",
+        summary="write a labgrid environment for each board of a fleet",
+        description=(
+            "Write a labgrid environment for each board of a fleet file: by templates for Jetson Nano, Jetson Orin\n"
+            "and Raspberry Pi, by one of yours for others. A file that is there stays as it is, so that what you have\n"
+            "changed is kept. docs/hil.md says how a board of a lab is added."
+        ),
+        examples=(
+            "  fleetune hil env --inventory fleet.yaml\n"
+            "  fleetune hil env --inventory fleet.yaml --place 'rack-1-{id}' --power PDUDaemonDriver\n"
+        ),
+    )
+    env.add_argument("--inventory", required=True, metavar="FILE", type=Path, help="fleet file")
+    env.add_argument("--out", metavar="DIR", type=Path, default=Path("hil"), help="(default: %(default)s)")
+    env.add_argument(
+        "--place", default="{id}", metavar="NAME", help="labgrid's place of a board (default: %(default)s, its id)"
+    )
+    env.add_argument(
+        "--power",
+        default="NetworkPowerDriver",
+        metavar="DRIVER",
+        help="labgrid's driver for the power of a board (default: %(default)s)",
+    )
+    env.add_argument("--template", metavar="FILE", type=Path, help="of every environment (default: by kind of board)")
+    env.set_defaults(run=_env)
+    rig = add_command(
+        actions,
+        "rig",
+        summary="make the fleet's own side of a lab: authority, broker, releases, and seeds for the boards",
+        description=(
+            "Make a rig: the fleet's own side of a lab, in one folder. It has an authority, the broker's\n"
+            "configuration, a repository of releases, the pack signed, and a seed for each board. Flash the boards\n"
+            "with its pack, and give each its seed; `fleetune hil run --rig` then runs broker, authority and\n"
+            "aggregator by itself."
+        ),
+        examples=(
+            "  fleetune hil rig --inventory fleet.yaml --pack packs/minilm --host 192.168.1.10\n"
+            "  fleetune flash build --tier t1 --pack rig/packs/minilm\n"
+        ),
+    )
+    rig.add_argument("--inventory", required=True, metavar="FILE", type=Path, help="fleet file")
+    rig.add_argument("--pack", required=True, metavar="DIR", type=Path, help="what the boards train")
+    rig.add_argument("--host", required=True, metavar="ADDRESS", help="how the boards reach this machine")
+    rig.add_argument("--out", metavar="DIR", type=Path, default=Path("rig"), help="(default: %(default)s)")
+    rig.set_defaults(run=_rig)
+
+
+def _env(args: argparse.Namespace) -> None:
+    from fleetune.profiles.fleet import read_fleet
+    from fleetune.tools.hil.environment import write_environments
+
+    made = write_environments(
+        read_fleet(args.inventory), args.out, place=args.place, power=args.power, template=args.template
+    )
+    for state, names in made.items():
+        for name in names:
+            print(f"{state:4} {args.out / name}")  # noqa: T201
+
+
+def _rig(args: argparse.Namespace) -> None:
+    from fleetune.tools.rig import make_rig, make_rig_seeds
+
+    make_rig(args.out, args.inventory, args.pack, args.host)
+    for seed in make_rig_seeds(args.out):
+        print(f"{seed.device:24} {seed.path}")  # noqa: T201

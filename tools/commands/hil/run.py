@@ -1,0 +1,121 @@
+"""``fleetune hil run``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fleetune.tools.commands.options import add_command
+from fleetune.tools.text import columns, say
+
+if TYPE_CHECKING:
+    from fleetune.tools.hil.run import Target
+
+
+def register(actions: Any) -> None:
+    """Add the action."""
+    parser = add_command(
+        actions,
+        "run",
+        summary="run the suite on one board, or on all",
+        description=(
+            "Run the suite. An emulated board is built, flashed and started here, with a fleet of its own. A board of\n"
+            "a lab needs its labgrid environment and the rig that its seed came from. Boards are tested side by side,\n"
+            "each by a pytest of its own. A test that needs what a board does not have is skipped, and says so.\n\n"
+            "With --without each test of a fault runs with the protection that it tests switched off, and has to fail."
+        ),
+        examples=(
+            "  fleetune hil run --env qemu-nano-2g\n"
+            "  fleetune hil run --env qemu-nano-2g --tests 'power or link' --without\n"
+            "  fleetune hil run --env hil/nano-1.yaml --rig rig --build images/fleetune_0.2.0+t1_arm64.build.json\n"
+            "  fleetune hil run --all --rig rig --json | jq .boards\n"
+        ),
+    )
+    parser.add_argument(
+        "--env",
+        dest="environments",
+        action="append",
+        default=[],
+        metavar="ENV",
+        help="qemu-nano-2g, qemu-nano-4g, or a labgrid environment; repeatable",
+    )
+    parser.add_argument(
+        "--all",
+        nargs="?",
+        const=Path("hil"),
+        metavar="DIR",
+        type=Path,
+        help="all environments in a folder (default: hil, where `fleetune hil env` writes them)",
+    )
+    parser.add_argument("--rig", metavar="DIR", type=Path, default=Path("rig"), help="of a lab (default: %(default)s)")
+    parser.add_argument("--build", metavar="RECORD", type=Path, help="what a lab's boards were flashed with")
+    parser.add_argument("--tests", metavar="EXPRESSION", help="only tests that pytest's -k chooses")
+    parser.add_argument("--without", action="store_true", help="switch off what each test of a fault tests")
+    parser.add_argument("--pack", metavar="DIR", type=Path, help="of an emulated board (default: a toy)")
+    parser.add_argument("--data", metavar="FILE", type=Path, help="its samples (default: reviews of films)")
+    parser.add_argument(
+        "--images", metavar="DIR", type=Path, default=Path("images"), help="where images are (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path("runs/hil"), help="reports and logs (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from fleetune.edge.protocol.errors import ConfigError, RunFailedError
+    from fleetune.tools.require import require_hil_extra
+
+    require_hil_extra()
+    from fleetune.tools.hil.emulated import BOARDS
+    from fleetune.tools.hil.report import PAGE, REPORT, summary, write_report
+    from fleetune.tools.hil.run import run_suite
+
+    names = [*args.environments, *(map(str, sorted(args.all.glob("*.yaml"))) if args.all else ())]
+    if not names:
+        where = f"--all: {args.all} has no environments" if args.all else "no board is named"
+        raise ConfigError(where, f"--env {', --env '.join(BOARDS)}, or write some: `fleetune hil env`")
+    targets = [_target(name, args) for name in dict.fromkeys(names)]
+    options = [*(["-k", args.tests] if args.tests else []), *(["--without"] if args.without else [])]
+    found = run_suite(targets, args.out, options=options, say=say)
+    good = write_report(found, args.out)
+    if args.json:
+        sys.stdout.write((args.out / REPORT).read_text(encoding="utf-8"))
+    else:
+        print(f"{columns(summary(found))}\n{args.out / PAGE}")  # noqa: T201
+    if args.without:
+        outcomes = [(f"{name}: {test}", one) for name, results in found.items() for test, one in results.tests.items()]
+        kept = [test for test, one in outcomes if one.outcome == "passed"]
+        if kept:
+            raise RunFailedError(f"passes without what it tests: {'; '.join(kept)}", "the test has to be mended")
+    elif not good:
+        raise RunFailedError("not all tests passed", f"see {args.out / PAGE}")
+
+
+def _target(name: str, args: argparse.Namespace) -> Target:
+    from fleetune.edge.protocol.errors import ConfigError
+    from fleetune.tools.hil.emulated import BOARDS
+    from fleetune.tools.hil.run import Target
+
+    if name in BOARDS:
+        return _emulated(name, args)
+    file = Path(name)
+    if not file.is_file():
+        raise ConfigError(f"--env: there is no {name}", f"choose from {', '.join(BOARDS)}, or name a file")
+    if not args.rig.is_dir():
+        raise ConfigError(f"--rig: there is no {args.rig}", "make it: `fleetune hil rig`")
+    return Target(file.stem, file, args.rig, args.build)
+
+
+def _emulated(name: str, args: argparse.Namespace) -> Target:
+    """Build, flash and prepare it."""
+    from fleetune.tools.emulator.board import make_board_image
+    from fleetune.tools.hil.emulated import BOARDS, set_up
+    from fleetune.tools.hil.run import Target
+
+    made = make_board_image(args.images, args.pack, args.data, say)
+    place = set_up(BOARDS[name], made.image, made.pack, made.samples, args.out / name)
+    return Target(name, place.environment, place.rig, made.record)

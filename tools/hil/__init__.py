@@ -1,0 +1,1 @@
+"""Hardware-in-the-loop tests, for labgrid: one suite for emulated boards and real ones."""

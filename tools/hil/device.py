@@ -1,0 +1,275 @@
+"""A board, as tests see it: what runs on it, what its agent says, and how it is brought back to a known state."""
+
+from __future__ import annotations
+
+import base64
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fleetune.edge.protocol.errors import RunFailedError
+from fleetune.tools.places import AGENT, KITS, UPDATES
+
+SCRATCH = "/run/fleetune-hil"
+"""What a test leaves on a board lies here, or is a unit of this name: a power cut takes it away, too."""
+
+UNIT = "fleetune-hil"
+FILLER = "/var/lib/fleetune-hil.filler"
+"""What fills the disk. It outlives a power cut."""
+
+_DROP_IN = f"/run/systemd/system/{AGENT}.d/90-hil.conf"
+_PIECE = 1500
+"""Bytes of a file in one command: a console's line has 4096 characters at most."""
+
+_RESTORE = rf"""\
+changed=
+for unit in $(systemctl list-units --plain --no-legend --all '{UNIT}*' | cut -d' ' -f1); do
+    systemctl stop "$unit"; systemctl reset-failed "$unit" 2>/dev/null; changed=yes
+done
+for place in $(cut -d' ' -f2 /proc/self/mounts | grep '/fleetune/'); do
+    case "$(findmnt -no SOURCE "$place")" in *{SCRATCH.removeprefix("/run")}/*) umount "$place"; changed=yes;; esac
+done
+[ ! -e {_DROP_IN} ] || {{ rm {_DROP_IN}; systemctl daemon-reload; changed=yes; }}
+[ ! -e {FILLER} ] || {{ rm {FILLER}*; changed=yes; }}
+link=$(ip -o route show default | sed 's/.* dev \([^ ]*\).*/\1/')
+[ -z "$link" ] || ! tc qdisc show dev "$link" | grep -q tbf || {{ tc qdisc del dev "$link" root; changed=yes; }}
+rm -rf {SCRATCH}
+echo "$changed"
+"""
+
+
+class Commands(Protocol):
+    """What labgrid's CommandProtocol has."""
+
+    def run(self, cmd: str, *, timeout: float = ...) -> tuple[list[str], list[str], int]:
+        """Run a command."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command on the board came to.
+
+    Attributes:
+        code: Its exit status.
+        out: What it printed.
+    """
+
+    code: int
+    out: str
+
+
+class FleetDevice:
+    """One board of a lab.
+
+    Args:
+        name: Its id in the fleet.
+        strategy: Its `FleetuneStrategy`.
+        features: What it has, by its environment.
+
+    Attributes:
+        name: Its id in the fleet.
+        features: What it has, by its environment; and ``power`` if its power can be cut.
+    """
+
+    def __init__(self, name: str, strategy: Any, features: frozenset[str]) -> None:
+        self.name = name
+        self.features = features | ({"power"} if strategy.power is not None else set())
+        self._strategy = strategy
+
+    @property
+    def _commands(self) -> Commands:
+        commands: Commands = self._strategy.command
+        return commands
+
+    # --- commands and files -----------------------------------------------------------------------------------------
+
+    def ask(self, command: str, *, timeout_s: float = 120.0) -> Answer:
+        """Run a shell command, as root, whatever it comes to."""
+        out, err, code = self._commands.run(command, timeout=timeout_s)
+        return Answer(code, "\n".join([*out, *err]))
+
+    def run(self, command: str, *, timeout_s: float = 120.0) -> str:
+        """Run a shell command that has to end well, and return what it prints.
+
+        Raises:
+            RunFailedError: It does not end well; with what it said.
+        """
+        answer = self.ask(command, timeout_s=timeout_s)
+        if answer.code:
+            raise RunFailedError(
+                f"{self.name}: {command.strip()[:120]!r} ended with {answer.code}: {answer.out[-1000:]}",
+                f"log in to {self.name}, and try it there",
+            )
+        return answer.out
+
+    def python(self, script: str, *, timeout_s: float = 300.0) -> str:
+        """Run a Python script with the board's own kit."""
+        self.put(f"{SCRATCH}/script.py", script.encode())
+        return self.run(f'"$({_KIT})/bin/python3" {SCRATCH}/script.py', timeout_s=timeout_s)
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write a file, over any console."""
+        place = shlex.quote(path)
+        self.run(f"mkdir -p {shlex.quote(path.rpartition('/')[0])}; : >{place}")
+        for start in range(0, len(data), _PIECE):
+            piece = base64.b64encode(data[start : start + _PIECE]).decode("ascii")
+            self.run(f"echo {piece} | base64 -d >>{place}")
+
+    def get(self, path: str) -> bytes:
+        """Read a file, over any console."""
+        return base64.b64decode(self.run(f"base64 {shlex.quote(path)}"))
+
+    # --- units ------------------------------------------------------------------------------------------------------
+
+    def unit(self, unit: str, *names: str) -> dict[str, str]:
+        """Properties of a systemd unit."""
+        said = self.run(f"systemctl show {unit} --property={','.join(names)}")
+        return dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
+
+    def start(self, name: str, command: str, *properties: str) -> None:
+        """Start a transient unit; it ends with the test at the latest."""
+        options = " ".join(f"--property={shlex.quote(one)}" for one in properties)
+        self.run(f"systemd-run --quiet --unit={UNIT}-{name} {options} /bin/sh -c {shlex.quote(command)}")
+
+    def stop(self, name: str) -> None:
+        """Stop a transient unit."""
+        self.ask(f"systemctl stop {UNIT}-{name}; systemctl reset-failed {UNIT}-{name}")
+
+    # --- the agent --------------------------------------------------------------------------------------------------
+
+    @property
+    def says(self) -> str:
+        """What the agent says of itself, as systemd shows it."""
+        return self.unit(AGENT, "StatusText").get("StatusText", "")
+
+    @property
+    def restarts(self) -> int:
+        """How often systemd had to start the agent anew."""
+        return int(self.unit(AGENT, "NRestarts")["NRestarts"])
+
+    @property
+    def kit(self) -> str:
+        """Folder of the kit that the agent runs."""
+        process = self.unit(AGENT, "MainPID")["MainPID"]
+        return self.run(f"tr '\\0' '\\n' </proc/{process}/cmdline | head -n1").strip().removesuffix("/bin/python3")
+
+    def restart_agent(self, *, within_s: float = 300.0) -> None:
+        """Start the agent anew, and wait until it is up.
+
+        Raises:
+            RunFailedError: It does not come up in time.
+        """
+        self.run(f"systemctl reset-failed {AGENT}; systemctl restart --no-block {AGENT}")
+        time.sleep(1.0)
+        self.wait_for_agent(within_s=within_s)
+
+    def wait_for_agent(self, *, within_s: float = 300.0) -> None:
+        """Wait until the agent is up.
+
+        Raises:
+            RunFailedError: It is not, in time.
+        """
+        self.wait_until(lambda: self.ask(f"systemctl is-active {AGENT}").out.strip() == "active", "is up", within_s)
+
+    def wait_until(self, is_so: Callable[[], bool], words: str, within_s: float) -> None:
+        """Wait until something is so.
+
+        Args:
+            is_so: Asked again and again.
+            words: What is waited for, such as "the agent of NAME … in time".
+            within_s: Seconds.
+
+        Raises:
+            RunFailedError: It is not so in time.
+        """
+        ends = time.monotonic() + within_s
+        while not is_so():
+            if time.monotonic() > ends:
+                raise RunFailedError(
+                    f"the agent of {self.name} {words}: not in {within_s:.0f} s; it says: {self.says}",
+                    f"journalctl -u {AGENT} on {self.name}",
+                )
+            time.sleep(0.5)
+
+    def mark(self) -> str:
+        """Now, in the journal."""
+        said = self.run("journalctl --lines=0 --show-cursor --quiet")
+        return said.rpartition("cursor: ")[2].strip()
+
+    def log(self, since: str, unit: str = AGENT) -> str:
+        """What a unit said after a mark."""
+        return self.run(f"journalctl --unit={unit} --after-cursor={shlex.quote(since)} --output=cat --no-pager --quiet")
+
+    @contextmanager
+    def agent_with(self, *options: str) -> Iterator[None]:
+        """The agent, with more options, as long as the block lasts."""
+        command = self.unit(AGENT, "ExecStart")["ExecStart"].partition("argv[]=")[2].partition(" ;")[0]
+        more = " ".join(shlex.quote(one) for one in options)
+        self.put(_DROP_IN, f"[Service]\nExecStart=\nExecStart={command} {more}\n".encode())
+        self.run("systemctl daemon-reload")
+        self.restart_agent()
+        try:
+            yield
+        finally:
+            self.run(f"rm {_DROP_IN}; systemctl daemon-reload")
+            self.restart_agent()
+
+    # --- faults -----------------------------------------------------------------------------------------------------
+
+    @property
+    def link(self) -> str:
+        """Its network interface."""
+        return self.run("ip -o route show default").split(" dev ")[1].split()[0]
+
+    @contextmanager
+    def slow_link(self, rate: str) -> Iterator[None]:
+        """What it sends goes out at a rate, such as ``16kbit``."""
+        link = self.link
+        self.run(f"tc qdisc replace dev {link} root tbf rate {rate} burst 2kb latency 2s")
+        try:
+            yield
+        finally:
+            self.run(f"tc qdisc del dev {link} root")
+
+    def fill_disk(self, folder: str) -> None:
+        """Leave nothing on the disk that a folder is on."""
+        self.run(f"fallocate --length $(df --block-size=1 --output=avail {folder} | tail -n1) {FILLER}; sync")
+        self.ask(f"dd if=/dev/zero of={FILLER}.rest bs=4096 2>/dev/null")  # and what is kept for root
+
+    @contextmanager
+    def clock(self, when: str) -> Iterator[None]:
+        """Its clock is wrong, and nobody sets it right."""
+        before, start = int(self.run("date +%s")), time.monotonic()
+        self.run(f"systemctl stop systemd-timesyncd; date --set={shlex.quote(when)}")
+        try:
+            yield
+        finally:
+            self.run(f"date --set=@{before + time.monotonic() - start:.0f}; systemctl start systemd-timesyncd")
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def bring(self, status: str) -> None:
+        """Bring it to a state of its strategy."""
+        self._strategy.transition(status)
+
+    def cut_power(self) -> None:
+        """Cut the power, put it on again, and wait until the board is up."""
+        self._strategy.cut_power()
+
+    def restore(self) -> None:
+        """Take away what a test left, whoever left it, and see that the agent is up.
+
+        Raises:
+            RunFailedError: It does not come up.
+        """
+        self.bring("provisioned")
+        if self.run(_RESTORE).strip():
+            self.restart_agent()
+        else:
+            self.wait_for_agent()
+
+
+_KIT = f'k=/{UPDATES}/current; [ -x "$k/bin/python3" ] || k=/{KITS}/current; readlink -f "$k"'

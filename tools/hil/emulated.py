@@ -1,0 +1,162 @@
+"""The emulated board as labgrid has it: an environment with QEMU, and its disk, seed and rig."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from fleetune.edge.protocol.errors import ConfigError, RunFolderError
+from fleetune.edge.protocol.files import write_atomic
+from fleetune.edge.protocol.identity.signature import ENDING, PACK_FILE
+from fleetune.tools.emulator.image import Image
+from fleetune.tools.emulator.machine import BOOT, CONSOLE, CPU, DISK, HOST, MACHINE, make_disk, peripherals
+from fleetune.tools.hil.plugin import DEVICE_OPTION
+from fleetune.tools.places import PACKS
+from fleetune.tools.programs import find_program
+from fleetune.tools.rig import SAMPLES, make_rig, make_rig_seeds
+
+ENVIRONMENT, RIG = "environment.yaml", "rig"
+_AGENT = "agent"
+_LONGEST = 100
+"""Of the 107 bytes that a socket's address may have."""
+
+_INVENTORY = """\
+schema: 1
+fleet: hil
+devices:
+  - {{id: {device}, profile: {profile}, budget: {{memory: {memory_mib}MiB}}}}
+"""
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """A board that is emulated.
+
+    Attributes:
+        name: Of its environment, and its id.
+        profile: What it stands for.
+        memory_mib: Its memory.
+        budget_mib: What its agent may have of it.
+    """
+
+    name: str
+    profile: str
+    memory_mib: int
+    budget_mib: int = 192
+
+
+BOARDS = {
+    board.name: board
+    for board in (
+        Emulated("qemu-nano-2g", "jetson-nano-2gb", 2048),
+        Emulated("qemu-nano-4g", "jetson-nano-4gb", 4096),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """What was made for one.
+
+    Attributes:
+        environment: Labgrid's.
+        rig: The fleet's own side.
+        disks: With the image, and with the seed.
+    """
+
+    environment: Path
+    rig: Path
+    disks: tuple[Path, Path]
+
+
+def set_up(board: Emulated, image: Image, pack: Path, samples: Path, folder: Path) -> Place:
+    """Make all that a run with an emulated board needs; what an earlier run left there goes.
+
+    Args:
+        board: Which.
+        image: What it boots.
+        pack: The pack in the image.
+        samples: What it trains on.
+        folder: For rig, disk, and environment.
+
+    Raises:
+        ConfigError: A program is missing, or the folder's name is too long for a socket.
+        RunFolderError: The folder has something else in it.
+    """
+    agent = (folder / _AGENT).resolve()
+    if len(str(agent)) > _LONGEST:
+        raise ConfigError(f"--out: {folder} is too long a name for a socket in it", "choose a shorter one")
+    _clear(folder)
+    rig, inventory = folder / RIG, folder / "inventory.yaml"
+    text = _INVENTORY.format(device=board.name, profile=board.profile, memory_mib=board.budget_mib)
+    inventory.write_text(text, encoding="utf-8")
+    make_rig(rig, inventory, pack, HOST)
+    (seed,) = make_rig_seeds(rig)
+    (signed,) = (rig / "packs").iterdir()
+    copy, signature = folder / "samples.jsonl", signed / f"{PACK_FILE}{ENDING}"
+    shutil.copyfile(samples, copy)
+    for file in (copy, signature):
+        file.chmod(0o644)  # the agent is not root there
+    disk = make_disk(image, folder, {SAMPLES: copy, f"/{PACKS}/{pack.resolve().name}/{signature.name}": signature})
+    file = folder / ENVIRONMENT
+    write_atomic(file, yaml.safe_dump(_environment(board, image, disk, seed.path, agent), sort_keys=False).encode())
+    return Place(file, rig, (disk, seed.path))
+
+
+def _clear(folder: Path) -> None:
+    """Make the folder. A run that was killed may have left its board running."""
+    if folder.exists():
+        if any(folder.iterdir()) and not (folder / RIG).is_dir():
+            raise RunFolderError(f"--out: {folder} is not empty, and no emulated board's", "name another folder")
+        disk = f"file={(folder / DISK).resolve()}"
+        for process in psutil.process_iter(["cmdline"]):
+            if any(disk in word.split(",") for word in process.info["cmdline"] or ()):
+                process.kill()
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _log(file: Path) -> list[str]:
+    """Its console, which writes a file. The serial port, which labgrid has, stays silent until somebody starts a getty
+
+    there: QEMU stands still once 300 bytes have come out of it that nobody reads.
+    """
+    return ["-chardev", f"file,id=log,path={file}", "-device", "virtconsole,chardev=log"]
+
+
+def _environment(board: Emulated, image: Image, disk: Path, seed: Path, agent: Path) -> dict[str, Any]:
+    qemu = {
+        "qemu_bin": "qemu",
+        "machine": MACHINE,
+        "cpu": CPU,
+        "memory": f"{board.memory_mib}M",
+        "kernel": "kernel",
+        "disk": "disk",
+        "disk_opts": "cache=unsafe",
+        "boot_args": f"{BOOT} console=hvc0",
+        "extra_args": shlex.join([*peripherals(image, [seed], agent), *_log(agent.with_name(CONSOLE))]),
+    }
+    return {
+        "targets": {
+            "main": {
+                "features": ["emulated"],
+                "drivers": [
+                    {"QEMUDriver": qemu},
+                    {"GuestAgentDriver": {"socket": str(agent)}},
+                    {"FleetuneStrategy": {}},
+                ],
+            }
+        },
+        "features": ["emulated"],
+        "options": {DEVICE_OPTION: board.name},
+        "tools": {"qemu": find_program("qemu-system-aarch64", "qemu-system-arm")},
+        "images": {"kernel": str(image.kernel.resolve()), "disk": os.fspath(disk.resolve())},
+        "imports": ["fleetune.tools.hil.strategy", "fleetune.tools.hil.drivers"],
+    }

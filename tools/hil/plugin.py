@@ -1,0 +1,170 @@
+"""The pytest plugin: fixtures for boards that labgrid has, and a report of what was measured.
+
+In a ``conftest.py`` of your own: ``pytest_plugins = ["fleetune.tools.hil.plugin"]``. Then
+``pytest --lg-env nano-1.yaml --rig rig``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.files import write_atomic
+from fleetune.tools.hil.device import FleetDevice
+from fleetune.tools.hil.protection import Protection
+from fleetune.tools.rig import Job, Rig, open_rig
+from fleetune.tools.secured import Mosquitto
+
+DEVICE_OPTION = "fleetune_device"
+"""Option of an environment that says which device of the fleet its board is."""
+
+Measure = Callable[..., None]
+Serve = Callable[..., Job]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ours."""
+    group = parser.getgroup("fleetune", "boards of a Fleetune fleet")
+    group.addoption("--rig", metavar="DIR", type=Path, help="the fleet's own side, as `fleetune hil rig` made it")
+    group.addoption("--build", metavar="RECORD", type=Path, help="what the boards were flashed with, *.build.json")
+    group.addoption("--results", metavar="FILE", type=Path, help="write outcomes and measurements as JSON")
+    group.addoption("--without", action="store_true", help="run tests of faults with what they test switched off")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make our markers known."""
+    config.addinivalue_line("markers", "needs(*features): what a board has to have, such as power, cuda, thermal")
+    config.addinivalue_line("markers", "protected_by(protection): what the test tests; --without switches it off")
+    config.stash[_RESULTS] = {}
+
+
+# --- which tests run ------------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Run, without what tests protect, only those that name it."""
+    if item.config.getoption("without") and item.get_closest_marker("protected_by") is None:
+        pytest.skip("protects nothing that could be switched off")
+
+
+# --- fixtures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    """The fleet's own side, running."""
+    folder: Path | None = request.config.getoption("rig")
+    if folder is None:
+        pytest.skip("no rig: name one with --rig; `fleetune hil rig` makes it")
+    env = request.getfixturevalue("env")
+    with open_rig(folder, only_here="emulated" in env.get_features()) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def broker(rig: Rig) -> Mosquitto:
+    """The fleet's broker: ``close`` and ``start`` it as you like."""
+    return rig.broker
+
+
+@pytest.fixture(scope="session")
+def pack(rig: Rig) -> Pack:
+    """What the boards train."""
+    return Pack.open(rig.pack)
+
+
+@pytest.fixture(scope="session")
+def build(request: pytest.FixtureRequest) -> Path:
+    """Record of the build that the board was flashed with."""
+    record: Path | None = request.config.getoption("build")
+    if record is None:
+        pytest.skip("no build: name what the board was flashed with by --build")
+    return record
+
+
+@pytest.fixture
+def aggregator(rig: Rig) -> Iterator[Serve]:
+    """Starts an aggregator with options of ``fleetune serve``; it ends with the test."""
+    jobs = list[Job]()
+
+    def serve(*options: str) -> Job:
+        jobs.append(rig.serve(*options))
+        return jobs[-1]
+
+    yield serve
+    for job in jobs:
+        job.stop()
+
+
+@pytest.fixture(scope="session")
+def board(rig: Rig, env: Any, strategy: Any) -> FleetDevice:  # noqa: ARG001 (the rig runs before the board)
+    """The board, in whatever state it is. ``env`` and ``strategy`` are labgrid's."""
+    name = env.config.get_option(DEVICE_OPTION)
+    return FleetDevice(name, strategy, frozenset(env.get_features() | env.get_target_features()))
+
+
+@pytest.fixture
+def fleet_device(request: pytest.FixtureRequest, board: FleetDevice, rig: Rig) -> Iterator[FleetDevice]:
+    """The board: provisioned, with its agent up, and nothing of another test left on it."""
+    wanted = {str(name) for marker in request.node.iter_markers("needs") for name in marker.args}
+    if missing := sorted(wanted - board.features):
+        pytest.skip(f"needs hardware: {', '.join(missing)}")
+    board.restore()
+    marker = request.node.get_closest_marker("protected_by")
+    protection: Protection | None = marker.args[0] if marker is not None else None
+    try:
+        if protection is not None and request.config.getoption("without"):
+            with protection.off(board, rig):
+                yield board
+        else:
+            yield board
+    finally:
+        board.restore()
+
+
+@pytest.fixture
+def measure(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Measure:
+    """Writes a figure into the report: ``measure("peak", 61.2, "MiB")``."""
+    figures = request.config.stash[_RESULTS].setdefault(request.node.nodeid, {}).setdefault("figures", {})
+
+    def write(name: str, value: float, unit: str) -> None:
+        figures[name] = {"value": value, "unit": unit}
+        record_property(name, f"{value:g} {unit}")
+
+    return write
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+_LONGEST = 2000
+_RESULTS: pytest.StashKey[dict[str, dict[str, Any]]] = pytest.StashKey()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Keep what came of a test."""
+    outcome = yield
+    report: pytest.TestReport = outcome.get_result()  # type: ignore[attr-defined]
+    result = item.config.stash[_RESULTS].setdefault(item.nodeid, {})
+    result["seconds"] = round(result.get("seconds", 0.0) + report.duration, 1)
+    if report.failed:
+        why = str(report.longrepr) if call.excinfo is None else call.excinfo.exconly()
+        result["outcome"], result["why"] = "failed", why.strip()[:_LONGEST]
+    elif report.skipped and isinstance(report.longrepr, tuple):
+        result["outcome"], result["why"] = "skipped", report.longrepr[2].removeprefix("Skipped: ")
+    else:
+        result.setdefault("outcome", "passed")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write it."""
+    file: Path | None = session.config.getoption("results")
+    if file is not None:
+        tests = {name.rpartition("/")[2]: result for name, result in session.config.stash[_RESULTS].items()}
+        write_atomic(file, json.dumps({"schema": 1, "tests": tests}, indent=1).encode() + b"\n")

@@ -1,0 +1,109 @@
+"""Protections, and how each is switched off: a test of a fault that passes even then tests nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from fleetune.edge.protocol.errors import ConfigError
+from fleetune.edge.protocol.files import write_atomic
+from fleetune.server.authority.founding import BROKER_FOLDER
+from fleetune.server.authority.mosquitto import ACL
+from fleetune.tools.hil.device import SCRATCH, FleetDevice
+from fleetune.tools.rig import Rig
+
+
+class Protection(Protocol):
+    """Something that protects a fleet."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    def off(self, device: FleetDevice, rig: Rig) -> AbstractContextManager[None]:
+        """Switch it off for as long as the block lasts."""
+
+
+@dataclass(frozen=True)
+class KitLine:
+    """A line of the kit.
+
+    Attributes:
+        name: What it is called.
+        file: Where it is, below Fleetune's folder in the kit.
+        line: The line, without its indentation.
+        instead: What stands in its place where the protection is off.
+    """
+
+    name: str
+    file: str
+    line: str
+    instead: str
+
+    @contextmanager
+    def off(self, device: FleetDevice, rig: Rig) -> Iterator[None]:  # noqa: ARG002
+        """Mount a changed file over the kit's own: nothing is written to the kit, and a power cut ends it.
+
+        Raises:
+            ConfigError: The board's kit has no such line: it is another version than this one.
+        """
+        place = device.run(f"ls {device.kit}/lib/python3*/site-packages/fleetune/{self.file}").strip()
+        lines = device.get(place).decode().split("\n")
+        found = [number for number, line in enumerate(lines) if line.strip() == self.line]
+        if len(found) != 1:
+            raise ConfigError(
+                f"{place} on {device.name} has {len(found)} lines {self.line!r}",
+                "give the board this version of Fleetune",
+            )
+        (number,) = found
+        lines[number] = lines[number].replace(self.line, self.instead)
+        changed = f"{SCRATCH}/without/{self.file}"
+        device.put(changed, "\n".join(lines).encode())
+        device.run(f"mount --bind {changed} {place}")
+        try:
+            device.restart_agent()
+            yield
+        finally:
+            device.ask(f"umount {place}")  # a power cut has done so
+            device.restart_agent()
+
+
+@dataclass(frozen=True)
+class AgentOptions:
+    """A default of the agent's.
+
+    Attributes:
+        name: What it is called.
+        options: Of ``fleetune agent``, with which it is off.
+    """
+
+    name: str
+    options: tuple[str, ...]
+
+    def off(self, device: FleetDevice, rig: Rig) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Run the agent with the options."""
+        return device.agent_with(*self.options)
+
+
+@dataclass(frozen=True)
+class BrokerRights:
+    """The broker's list of who may say what."""
+
+    name: str = "the broker's rights"
+
+    @contextmanager
+    def off(self, device: FleetDevice, rig: Rig) -> Iterator[None]:  # noqa: ARG002
+        """Let everybody say all."""
+        file = rig.authority / BROKER_FOLDER / ACL
+        kept = file.read_bytes()
+        write_atomic(file, b"pattern readwrite #\n")
+        rig.broker.close()
+        rig.broker.start()
+        try:
+            yield
+        finally:
+            write_atomic(file, kept)
+            rig.broker.close()
+            rig.broker.start()

@@ -1,0 +1,160 @@
+"""Runs the suite on boards, each in a pytest of its own, side by side."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from fleetune.edge.protocol.errors import RunFailedError
+from fleetune.edge.protocol.files import read_bytes
+from fleetune.tools.documents import from_json
+
+TESTS = ("test_boot.py", "test_doctor.py", "test_broker.py", "test_training.py", "test_faults.py", "test_update.py")
+"""In this order: what a later one needs, an earlier one has looked at."""
+
+SUITE = Path(__file__).with_name("suite")
+
+RESULTS, JUNIT, LOG = "results.json", "junit.xml", "pytest.log"
+
+_FINE = {0, 1, 5}
+"""Exit codes of pytest that tell of tests: all passed, some failed, none was chosen."""
+
+_OUTCOMES = (" PASSED", " FAILED", " SKIPPED", " ERROR")
+_MAX_RESULTS = 1 << 22
+
+
+class Figure(msgspec.Struct, frozen=True):
+    """What a test measured."""
+
+    value: float
+    unit: str
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What came of a test.
+
+    Attributes:
+        outcome: ``passed``, ``failed`` or ``skipped``.
+        seconds: How long it took, with what it needed.
+        why: Of one that did not pass.
+        figures: Name → what it measured.
+    """
+
+    outcome: str
+    seconds: float = 0.0
+    why: str = ""
+    figures: dict[str, Figure] = {}
+
+
+class Results(msgspec.Struct, frozen=True):
+    """Of one board."""
+
+    schema: int
+    tests: dict[str, Result]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A board to run on.
+
+    Attributes:
+        name: Of the device.
+        environment: Labgrid's.
+        rig: The fleet's own side.
+        build: Record of what it was flashed with; None if that is not here.
+    """
+
+    name: str
+    environment: Path
+    rig: Path
+    build: Path | None = None
+
+
+def run_suite(
+    targets: Sequence[Target],
+    out: Path,
+    *,
+    options: Sequence[str] = (),
+    say: Callable[[str], None],
+) -> dict[str, Results]:
+    """Run it.
+
+    Args:
+        targets: On which boards.
+        out: Folder; each board gets one in it.
+        options: More of pytest's.
+        say: Called with the outcome of each test.
+
+    Returns:
+        Board → what came of its tests.
+
+    Raises:
+        RunFailedError: pytest itself failed on a board.
+    """
+    threads, codes = [], dict[str, int]()
+    for target in targets:
+        arguments = (target, out / target.name, options, len(targets) > 1, say, codes)
+        threads.append(threading.Thread(target=_run_one, args=arguments))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    for target in targets:
+        log = out / target.name / LOG
+        if codes.get(target.name) not in _FINE:
+            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            raise RunFailedError(f"{target.name}: pytest ended with {codes.get(target.name)}: {last}", f"see {log}")
+    found = {}
+    for target in targets:
+        file = out / target.name / RESULTS
+        found[target.name] = from_json(read_bytes(file, _MAX_RESULTS), Results, str(file), "run the suite again")
+    return found
+
+
+def _run_one(
+    target: Target, out: Path, options: Sequence[str], named: bool, say: Callable[[str], None], codes: dict[str, int]
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (RESULTS, JUNIT, LOG):
+        (out / name).unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", *(str(SUITE / name) for name in TESTS), "--verbose", "--color=no"]
+    command += [
+        "-p",
+        "no:cacheprovider",
+        "--lg-env",
+        str(target.environment.resolve()),
+        "--rig",
+        str(target.rig.resolve()),
+    ]
+    command += ["--results", str((out / RESULTS).resolve()), "--junitxml", str((out / JUNIT).resolve())]
+    command += ["--lg-log", str(out.resolve()), "-o", f"junit_suite_name={target.name}"]
+    if target.build is not None:
+        command += ["--build", str(target.build.resolve())]
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTEST_ADDOPTS", "LG_ENV")}
+    prefix = f"{target.name}: " if named else ""
+    with (
+        (out / LOG).open("w", encoding="utf-8") as log,
+        subprocess.Popen(
+            [*command, *options],
+            cwd=out,
+            env={**environment, "PYTHONDONTWRITEBYTECODE": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.write(line)
+            log.flush()
+            if any(outcome in line for outcome in _OUTCOMES) and "::" in line:
+                say(f"{prefix}{line.strip()}")
+    codes[target.name] = process.returncode

@@ -1,0 +1,121 @@
+"""The states of a flashed board, as a labgrid strategy: off, up, provisioned."""
+
+from __future__ import annotations
+
+import enum
+import time
+from typing import Any
+
+import attr
+from labgrid.factory import target_factory
+from labgrid.step import step
+from labgrid.strategy import Strategy, StrategyError
+from labgrid.strategy.common import never_retry
+
+from fleetune.tools.firstboot.board import PROVISIONED
+from fleetune.tools.places import AGENT, STATE
+
+_LOOK_EVERY_S = 2.0
+
+
+class Status(enum.Enum):
+    """Of a board."""
+
+    unknown = 0
+    off = 1
+    up = 2
+    provisioned = 3
+
+
+@target_factory.reg_driver
+@attr.s(eq=False)
+class FleetuneStrategy(Strategy):
+    """Brings a flashed board into a state.
+
+    ``up``: programs can be run on it. ``provisioned``: its first boot is over, and its agent runs. A board without a
+    driver for its power is taken as it is, and is never off.
+
+    Args:
+        provision_timeout (int, default=1800): seconds that a first boot and its measurements may take
+    """
+
+    bindings = {"power": {"PowerProtocol", None}, "command": "CommandProtocol"}  # noqa: RUF012 (labgrid's)
+
+    provision_timeout: int = attr.ib(default=1800, validator=attr.validators.instance_of(int))
+    status: Status = attr.ib(default=Status.unknown)
+
+    @never_retry
+    @step(args=["status"])
+    def transition(self, status: Status | str, *, step: Any) -> None:
+        """Bring the board into a state.
+
+        Raises:
+            StrategyError: It does not get there; tests that want this board are skipped from now on.
+        """
+        wanted = status if isinstance(status, Status) else Status[status]
+        if wanted == Status.unknown:
+            raise StrategyError(f"can not transition to {wanted}")
+        if wanted == self.status:
+            step.skip("nothing to do")
+            return
+        if wanted == Status.off:
+            self._switch_off()
+        elif wanted == Status.up:
+            self._come_up()
+        else:
+            if self.status != Status.up:
+                self._come_up()
+            self._wait_provisioned()
+        self.status = wanted
+
+    @never_retry
+    @step(args=["status"])
+    def force(self, status: Status | str) -> None:
+        """Believe that the board is in a state already."""
+        wanted = status if isinstance(status, Status) else Status[status]
+        if wanted in (Status.up, Status.provisioned):
+            self.target.activate(self.command)
+        self.status = wanted
+
+    @step()
+    def cut_power(self) -> None:
+        """Cut the power, put it on again, and wait until the board is up.
+
+        Raises:
+            StrategyError: Nobody here can.
+        """
+        if self.power is None:
+            raise StrategyError(f"{self.target.name} has no driver for its power")
+        self.target.deactivate(self.command)
+        self.target.activate(self.power)
+        self.power.cycle()
+        self.target.activate(self.command)
+        self.status = Status.up
+
+    def _switch_off(self) -> None:
+        self.target.deactivate(self.command)
+        if self.power is None:
+            raise StrategyError(f"{self.target.name} has no driver for its power")
+        self.target.activate(self.power)
+        self.power.off()
+
+    def _come_up(self) -> None:
+        if self.power is not None:
+            self.target.activate(self.power)
+            self.power.on()
+        self.target.activate(self.command)
+
+    def _wait_provisioned(self) -> None:
+        ends = time.monotonic() + self.provision_timeout
+        state = ""
+        while time.monotonic() < ends:
+            # A board that boots may take its time to answer.
+            out, _, _ = self.command.run(f"test -e /{STATE}/{PROVISIONED} && systemctl is-active {AGENT}", timeout=120)
+            state = out[0].strip() if out else "not provisioned"
+            if state == "active":
+                return
+            time.sleep(_LOOK_EVERY_S)
+        raise StrategyError(
+            f"{self.target.name} was not provisioned in {self.provision_timeout} s (its agent: {state}): "
+            f"journalctl -u fleetune-firstboot -u {AGENT} on it says why"
+        )

@@ -1,0 +1,1 @@
+"""The suite: what a board of a fleet has to do, and to withstand."""

@@ -1,0 +1,3 @@
+"""What tests of a board share."""
+
+pytest_plugins = ["fleetune.tools.hil.plugin"]

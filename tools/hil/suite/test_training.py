@@ -1,0 +1,90 @@
+"""A board trains what this machine trains, within the memory that it has predicted."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.modelfile import FILE as MODEL_FILE
+from fleetune.profiles.fleet import PROFILE_ENDING
+from fleetune.profiles.profile import read_profile
+from fleetune.server.broker import embedded_broker, free_port
+from fleetune.server.journal import Closed
+from fleetune.tools.firstboot.seed import FLEET_FILE
+from fleetune.tools.hil.device import FleetDevice
+from fleetune.tools.hil.plugin import Measure, Serve
+from fleetune.tools.hil.suite.jobs import DONE_WITHIN_S, SMALL
+from fleetune.tools.places import AGENT, STATE
+from fleetune.tools.processes import processes
+from fleetune.tools.rig import SAMPLES, Rig
+
+_MIB = 1 << 20
+_EXACT = ("--codec", "f32")
+"""In four bits a last digit may decide to which of 16 values a number is rounded."""
+
+
+def test_what_it_has_measured_is_within_what_it_declares(
+    fleet_device: FleetDevice, rig: Rig, pack: Pack, measure: Measure, tmp_path: Path
+) -> None:
+    declared = rig.fleet.device(fleet_device.name).profile
+    file = tmp_path / f"{declared.name}{PROFILE_ENDING}"
+    file.write_bytes(fleet_device.get(f"/{STATE}/board/{file.name}"))
+    (measured,) = read_profile(str(file)).measured
+    assert measured.costs.pack == pack.sha256
+    assert declared.memory is not None
+    assert max(trial.peak_mib for trial in measured.costs.trials) < declared.memory.mib
+    total = int(fleet_device.run("grep MemTotal /proc/meminfo").split()[1]) / 1024
+    assert total <= declared.memory.mib
+    measure("memory", total, "MiB")
+    measure("trials", len(measured.costs.trials), "")
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_its_memory_peaks_where_it_has_predicted(
+    fleet_device: FleetDevice, pack: Pack, aggregator: Serve, measure: Measure, depth: int
+) -> None:
+    if pack.manifest.blocks < depth:
+        pytest.skip(f"the pack has {pack.manifest.blocks} blocks")
+    fleet_device.restart_agent()  # a peak is of a process's whole life
+    job = aggregator(*SMALL, "--max-depth", str(depth), "--sal-start", str(depth))
+    metrics = [update.manifest.metrics for update in job.wait(DONE_WITHIN_S)][-1]
+    assert metrics["plan_depth"] == depth
+    peak, predicted = float(metrics["peak_mib"]), float(metrics["plan_peak_mib"])
+    measure("peak", peak, "MiB")
+    measure("predicted", predicted, "MiB")
+    measure("step", float(metrics["seconds"]), "s a round")
+    group = f"/sys/fs/cgroup/system.slice/{AGENT}"
+    measure("peak of its group", int(fleet_device.run(f"cat {group}/memory.peak")) / _MIB, "MiB")
+    waited = fleet_device.run(f"sed -n 's/^some.*total=//p' {group}/memory.pressure")
+    measure("waited for memory", int(waited) / 1e6, "s")
+    assert predicted * 0.92 <= peak <= predicted * 1.08
+
+
+def test_it_trains_what_this_machine_trains(
+    fleet_device: FleetDevice, rig: Rig, aggregator: Serve, measure: Measure, tmp_path: Path
+) -> None:
+    samples = tmp_path / "samples.jsonl"
+    samples.write_bytes(fleet_device.get(SAMPLES))
+    with fleet_device.agent_with(*_EXACT):
+        there = aggregator(*SMALL, *_EXACT)
+        there.wait(DONE_WITHIN_S)
+    here = tmp_path / "aggregator"
+    common = ["--fleet", str(rig.folder / FLEET_FILE), "--pack", str(rig.pack)]
+    with embedded_broker(free_port()) as address, processes() as running:
+        common += ["--broker", str(address)]
+        agent = ["--id", fleet_device.name, "--data", str(samples), "--state", str(tmp_path / "agent"), *_EXACT]
+        running.start("agent", tmp_path / "agent.log", ["agent", *common, *agent])
+        serve = [sys.executable, "-m", "fleetune.tools.cli", "serve", *common, *SMALL, *_EXACT, "--state", str(here)]
+        subprocess.run(serve, check=True, capture_output=True, timeout=DONE_WITHIN_S)
+    assert any(isinstance(record, Closed) for record in there.records())
+    found, wanted = (safetensors.numpy.load_file(state / "fedms" / MODEL_FILE) for state in (there.state, here))
+    assert found.keys() == wanted.keys()
+    errors = {name: float(np.abs(found[name] - wanted[name]).max()) for name in wanted}
+    measure("largest difference", max(errors.values()), "")
+    assert max(errors.values()) <= 1e-3

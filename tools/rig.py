@@ -1,0 +1,219 @@
+"""A fleet's own side where boards are tried out: authority, broker, releases and a signed pack, in one folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fleetune.edge.protocol.address import BrokerAddress
+from fleetune.edge.protocol.errors import RunFailedError
+from fleetune.edge.protocol.files import make_folder, write_atomic
+from fleetune.edge.protocol.identity.folder import read_identity
+from fleetune.edge.protocol.identity.signature import sign_file
+from fleetune.profiles.fleet import Fleet, fleet_files, read_fleet
+from fleetune.server.authority.authority import Authority, Site
+from fleetune.server.authority.founding import AGGREGATOR_FOLDER, BROKER_FOLDER, PUBLISHER_FOLDER, found
+from fleetune.server.authority.mosquitto import CONFIG
+from fleetune.server.broker import free_ports
+from fleetune.server.journal import FILE as JOURNAL
+from fleetune.server.journal import Accepted, Record, read_records
+from fleetune.tools.firstboot.seed import FLEET_FILE
+from fleetune.tools.flash.seed import Order, Seeded, make_seeds
+from fleetune.tools.places import STATE, UPDATES
+from fleetune.tools.processes import Processes, processes
+from fleetune.tools.release.repository import PUBLIC, Releases
+from fleetune.tools.release.serve import serve_folder
+from fleetune.tools.secured import Mosquitto
+
+SAMPLES = f"/{STATE}/samples.jsonl"
+"""Where a board's samples are."""
+
+_AUTHORITY, _RELEASES, _SEEDS, _PACKS, _JOBS, _LOGS = "authority", "releases", "seeds", "packs", "jobs", "logs"
+_TOKENS_COUNT_H = 24.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of an aggregator.
+
+    Attributes:
+        name: Of its process.
+        state: Its state folder.
+        log: What it says.
+    """
+
+    name: str
+    state: Path
+    log: Path
+    _running: Processes
+
+    @property
+    def ended(self) -> bool:
+        """Whether its rounds are done.
+
+        Raises:
+            RunFailedError: It failed.
+        """
+        return self._running.ended(self.name)
+
+    def records(self) -> list[Record]:
+        """What its journal has."""
+        file = self.state / JOURNAL
+        return list(read_records(file)) if file.exists() else []
+
+    def accepted(self) -> list[Accepted]:
+        """The updates that it has taken."""
+        return [record for record in self.records() if isinstance(record, Accepted)]
+
+    def wait(self, within_s: float, check: Callable[[], None] = lambda: None) -> list[Accepted]:
+        """Wait until its rounds are done.
+
+        Args:
+            within_s: Seconds.
+            check: Called again and again; it may raise.
+
+        Returns:
+            The updates that it has taken.
+
+        Raises:
+            RunFailedError: It failed, or is not done in time.
+        """
+        ends = time.monotonic() + within_s
+        while not self.ended:
+            check()
+            if time.monotonic() > ends:
+                raise RunFailedError(f"{self.name} was not done in {within_s:.0f} s", f"see {self.log}")
+            time.sleep(0.5)
+        return self.accepted()
+
+    def stop(self) -> None:
+        """End it, done or not."""
+        self._running.stop([self.name])
+
+
+@dataclass(frozen=True)
+class Rig:
+    """One that runs.
+
+    Attributes:
+        folder: Where all of it lies.
+        fleet: The boards.
+        pack: What they train, signed.
+        address: Of the broker, as this machine reaches it.
+        broker: The broker.
+    """
+
+    folder: Path
+    fleet: Fleet
+    pack: Path
+    address: BrokerAddress
+    broker: Mosquitto
+    _running: Processes
+
+    @property
+    def authority(self) -> Path:
+        """The authority's folder."""
+        return self.folder / _AUTHORITY
+
+    @property
+    def releases(self) -> Path:
+        """The repository of releases."""
+        return self.folder / _RELEASES
+
+    def check(self) -> None:
+        """See that the authority still runs.
+
+        Raises:
+            RunFailedError: It does not.
+        """
+        self._running.ended("authority")
+
+    def serve(self, *options: str) -> Job:
+        """Start an aggregator with a run of its own.
+
+        Args:
+            options: Of ``fleetune serve``, beside fleet, pack, broker, identity and state.
+        """
+        jobs = self.folder / _JOBS
+        make_folder(jobs)
+        number = 1 + max((int(path.name.rpartition("-")[2]) for path in jobs.glob("job-*")), default=0)
+        name = f"job-{number}"
+        job = Job(name, jobs / name, self.folder / _LOGS / f"{name}.log", self._running)
+        command = ["serve", "--fleet", str(self.folder / FLEET_FILE), "--pack", str(self.pack)]
+        command += ["--broker", str(self.address), "--identity", str(self.authority / AGGREGATOR_FOLDER)]
+        make_folder(job.state)
+        self._running.start(name, job.log, [*command, "--state", str(job.state), *options])
+        return job
+
+
+def make_rig(folder: Path, inventory: Path, pack: Path, host: str) -> None:
+    """Make one.
+
+    Args:
+        folder: For all of it; new or empty.
+        inventory: Fleet file.
+        pack: What the boards train. It is copied, and signed by this rig's publisher.
+        host: How the boards reach this machine.
+
+    Raises:
+        AuthorityError: There is one.
+        ConfigError: The inventory is not valid.
+        PackError: The pack is damaged.
+    """
+    fleet, (members, enrolment, web) = read_fleet(inventory), free_ports(3)
+    make_folder(folder)
+    site = Site(tuple(dict.fromkeys((host, "localhost"))), members, enrolment)
+    found(folder / _AUTHORITY, fleet.name, site).close()
+    config = folder / _AUTHORITY / BROKER_FOLDER / CONFIG
+    if os.geteuid() == 0:  # else Mosquitto becomes a user who may not read its key
+        write_atomic(config, b"user root\n" + config.read_bytes())
+    Releases.make(folder / _RELEASES, f"http://{host}:{web}").leave()
+    copy = folder / _PACKS / pack.resolve().name
+    shutil.copytree(pack, copy)
+    sign_file(copy, read_identity(folder / _AUTHORITY / PUBLISHER_FOLDER), time.time())
+    for name, data in fleet_files(fleet).items():
+        write_atomic(folder / name, data)
+
+
+def make_rig_seeds(folder: Path) -> list[Seeded]:
+    """Make the seeds of all boards of a rig, or keep those that are there."""
+    fleet, (pack,), made = read_fleet(folder / FLEET_FILE), (folder / _PACKS).iterdir(), list[Seeded]()
+    with Releases(folder / _RELEASES) as releases:
+        trusted = releases.url, releases.root_file
+    order = Order(fleet, f"/{UPDATES}/packs/{pack.name}", SAMPLES, _TOKENS_COUNT_H, "image", trusted)
+    with closing(Authority(folder / _AUTHORITY)) as authority:
+        make_seeds(order, fleet.devices, authority, folder / _SEEDS, made.append)
+    return made
+
+
+@contextmanager
+def open_rig(folder: Path, *, only_here: bool = False) -> Iterator[Rig]:
+    """Run one: its broker, its authority, and a web server for its releases.
+
+    Args:
+        folder: As `make_rig` has made it.
+        only_here: Whether releases are for boards that this machine emulates, and nobody else.
+
+    Raises:
+        ConfigError: Mosquitto is not installed.
+        RunFailedError: It does not start.
+    """
+    fleet, (pack,) = read_fleet(folder / FLEET_FILE), (folder / _PACKS).iterdir()
+    with closing(Authority(folder / _AUTHORITY)) as authority:
+        site = authority.site
+    with Releases(folder / _RELEASES) as releases:
+        port = int(releases.url.rpartition(":")[2])
+    address = BrokerAddress("localhost", site.port, tls=True)
+    with ExitStack() as stack:
+        broker = stack.enter_context(closing(Mosquitto(folder / _AUTHORITY / BROKER_FOLDER / CONFIG, address)))
+        broker.start()
+        running = stack.enter_context(processes())
+        stack.enter_context(serve_folder(folder / _RELEASES / PUBLIC, port, "127.0.0.1" if only_here else ""))
+        serve = ["fleet", "serve", "--authority", str(folder / _AUTHORITY), "--broker", str(address)]
+        running.start("authority", folder / _LOGS / "authority.log", serve)
+        yield Rig(folder, fleet, pack, address, broker, running)
