@@ -62,8 +62,8 @@ class Processes:
             self.ended(name)
 
     def stop(self, names: list[str] | None = None) -> None:
-        """Ask processes to leave, all by default, and end those that do not."""
-        stopping = [self._running.pop(name)[0] for name in names or list(self._running)]
+        """Ask processes to leave, all by default, and end those that do not; whoever has left is left alone."""
+        stopping = [self._running.pop(name)[0] for name in names or list(self._running) if name in self._running]
         for process in stopping:
             process.terminate()
         for process in stopping:

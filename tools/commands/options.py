@@ -54,6 +54,13 @@ def add_identity(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """``--images``."""
+    parser.add_argument(
+        "--images", metavar="DIR", type=Path, default=Path("images"), help="where images are (default: %(default)s)"
+    )
+
+
 def add_authority(parser: argparse.ArgumentParser) -> None:
     """``--authority``."""
     parser.add_argument(

@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.identity.signature import ENDING as SIGNED
+from fleetune.edge.protocol.identity.signature import PACK_FILE
 from fleetune.tools.demo.task import Task
 from fleetune.tools.emulator.image import Image, make_image
+from fleetune.tools.emulator.machine import HOST, make_disk
 from fleetune.tools.emulator.toy import write_toy_pack
 from fleetune.tools.flash.build import MAINTAINER, build
 from fleetune.tools.flash.record import ENDING
 from fleetune.tools.flash.tier import find_tier
+from fleetune.tools.places import PACKS
+from fleetune.tools.rig import SAMPLES, make_rig, make_rig_seeds
 
 TIER = "t4"
+
+_INVENTORY = """\
+schema: 1
+fleet: {fleet}
+devices:
+  - {{id: {board.name}, profile: {board.profile}, budget: {{memory: {board.budget_mib}MiB}}}}
+"""
+
+
+@dataclass(frozen=True)
+class EmulatedBoard:
+    """A board that is emulated.
+
+    Attributes:
+        name: Its id in its fleet.
+        profile: What it stands for.
+        memory_mib: Its memory.
+        budget_mib: What its agent may have of it.
+    """
+
+    name: str
+    profile: str = "jetson-nano-2gb"
+    memory_mib: int = 2048
+    budget_mib: int = 192
 
 
 @dataclass(frozen=True)
@@ -63,3 +93,31 @@ def make_board_image(images: Path, pack: Path | None, samples: Path | None, say:
     return BoardImage(
         make_image(deb, images, say), pack, samples, deb.with_name(deb.name.removesuffix(".deb") + ENDING)
     )
+
+
+def flash_board(board: EmulatedBoard, made: BoardImage, fleet: str, rig: Path, folder: Path) -> tuple[Path, Path]:
+    """Make a fleet of one board, and flash that.
+
+    Args:
+        board: Which.
+        made: What it starts from.
+        fleet: Name of its fleet.
+        rig: For the fleet's own side.
+        folder: For its disk.
+
+    Returns:
+        Its disk, with samples and the signature of the fleet's publisher; and its seed.
+
+    Raises:
+        ConfigError: A program is missing.
+    """
+    inventory = folder / "inventory.yaml"
+    inventory.write_text(_INVENTORY.format(fleet=fleet, board=board), encoding="utf-8")
+    make_rig(rig, inventory, made.pack, HOST)
+    (seed,) = make_rig_seeds(rig)
+    name = made.pack.resolve().name
+    samples, signature = folder / "samples", rig / "packs" / name / f"{PACK_FILE}{SIGNED}"
+    shutil.copyfile(made.samples, samples)
+    for file in (samples, signature):
+        file.chmod(0o644)  # the agent is not root there
+    return make_disk(made.image, folder, {SAMPLES: samples, f"/{PACKS}/{name}/{signature.name}": signature}), seed.path

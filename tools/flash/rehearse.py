@@ -18,17 +18,15 @@ from typing import Any
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import RunFailedError, RunFolderError
 from fleetune.edge.protocol.files import write_atomic
-from fleetune.edge.protocol.identity.signature import ENDING, PACK_FILE
-from fleetune.tools.emulator.board import TIER
-from fleetune.tools.emulator.image import Image
-from fleetune.tools.emulator.machine import HOST, Machine, machine, make_disk
+from fleetune.tools.emulator.board import TIER, BoardImage, EmulatedBoard, flash_board
+from fleetune.tools.emulator.machine import DISK, Machine, machine
 from fleetune.tools.firstboot.board import JOURNAL as FIRSTBOOT
 from fleetune.tools.firstboot.board import PROVISIONED
 from fleetune.tools.firstboot.steps import STEPS
-from fleetune.tools.places import AGENT, PACKS, STATE, UPDATE_TIMER, UPDATER
+from fleetune.tools.places import AGENT, STATE, UPDATE_TIMER, UPDATER
 from fleetune.tools.release.publish import publish
 from fleetune.tools.release.repository import Releases
-from fleetune.tools.rig import SAMPLES, Rig, make_rig, make_rig_seeds, open_rig
+from fleetune.tools.rig import Rig, open_rig
 from fleetune.tools.trees import SHORT
 
 FLEET, DEVICE = "rehearsal", "nano"
@@ -36,12 +34,6 @@ REPORT = "rehearsal.json"
 JOURNALED = "journal.log"
 """What the board's journal had in the end."""
 
-_INVENTORY = """\
-schema: 1
-fleet: {fleet}
-devices:
-  - {{id: {device}, profile: jetson-nano-2gb, budget: {{memory: {memory_mib}MiB}}}}
-"""
 _GROUP = f"/sys/fs/cgroup/system.slice/{AGENT}"
 _JOB = ("--classes", "2", "--global-rounds", "1", "--personal-rounds", "1", "--batch", "8", "--max-depth", "2")
 _BOOTS_WITHIN_S, _PROVISIONED_WITHIN_S, _TRAINED_WITHIN_S, _RELEASED_WITHIN_S = 300.0, 900.0, 900.0, 1800.0
@@ -56,18 +48,14 @@ class Rehearsal:
     """What is rehearsed.
 
     Attributes:
-        image: What boots.
-        pack: The pack in it.
-        samples: What the board trains on, JSON lines.
+        made: What boots, its pack and its samples.
         memory_mib: The board's.
         budget_mib: The device's.
         cut: Step of the first boot in which the power is cut once; None for none.
         then: Records of builds that are released one after the other, once the board has trained.
     """
 
-    image: Image
-    pack: Path
-    samples: Path
+    made: BoardImage
     memory_mib: int = 2048
     budget_mib: int = 192
     cut: str | None = None
@@ -97,12 +85,12 @@ def rehearse(what: Rehearsal, out: Path, say: Callable[[str], None]) -> dict[str
         seconds[name] = round(time.monotonic() - start, 1)
         say(words)
 
-    seed = _make_rig(what, out)
+    nano = EmulatedBoard(DEVICE, memory_mib=what.memory_mib, budget_mib=what.budget_mib)
+    disks = flash_board(nano, what.made, FLEET, out, out)
     with open_rig(out, only_here=True) as rig:
-        disks = [_disk(what, rig), seed]
         job = rig.serve(*_JOB)
         reached("disks", "seed and disk are made; the board starts")
-        with machine(what.image, out, disks, memory_mib=what.memory_mib) as board, _explained(board):
+        with machine(what.made.image, out, disks, memory_mib=what.memory_mib) as board, _explained(board):
             board.wait_up(_BOOTS_WITHIN_S)
             reached("up", "the board is up")
             if what.cut is not None:
@@ -125,13 +113,13 @@ def rehearse(what: Rehearsal, out: Path, say: Callable[[str], None]) -> dict[str
         "schema": 1,
         "seconds": seconds,
         "cut": what.cut,
-        "pack": Pack.open(what.pack).sha256,
+        "pack": Pack.open(what.made.pack).sha256,
         "accepted": [{"job": update.job, "samples": update.samples, "metrics": update.metrics} for update in accepted],
         **found,
         "releases": taken,
     }
     write_atomic(out / REPORT, json.dumps(report, indent=1).encode() + b"\n")
-    (out / "disk.img").unlink()
+    (out / DISK).unlink()
     return report
 
 
@@ -142,27 +130,6 @@ def _clear(out: Path) -> None:
             raise RunFolderError(f"--out: {out} is not empty, and no rehearsal's", "name another folder")
         shutil.rmtree(out)
     out.mkdir(parents=True)
-
-
-def _make_rig(what: Rehearsal, out: Path) -> Path:
-    """Make the fleet's side, and return the board's seed."""
-    inventory = out / "inventory.yaml"
-    text = _INVENTORY.format(fleet=FLEET, device=DEVICE, memory_mib=what.budget_mib)
-    inventory.write_text(text, encoding="utf-8")
-    make_rig(out, inventory, what.pack, HOST)
-    (seed,) = make_rig_seeds(out)
-    return seed.path
-
-
-def _disk(what: Rehearsal, rig: Rig) -> Path:
-    """The board's disk, with samples and a signature of this fleet's publisher."""
-    samples, signature = rig.folder / "samples", rig.pack / f"{PACK_FILE}{ENDING}"
-    shutil.copyfile(what.samples, samples)
-    for file in (samples, signature):
-        file.chmod(0o644)  # the agent is not root there
-    return make_disk(
-        what.image, rig.folder, {SAMPLES: samples, f"/{PACKS}/{rig.pack.name}/{signature.name}": signature}
-    )
 
 
 @contextmanager

@@ -14,49 +14,22 @@ import yaml
 
 from fleetune.edge.protocol.errors import ConfigError, RunFolderError
 from fleetune.edge.protocol.files import write_atomic
-from fleetune.edge.protocol.identity.signature import ENDING, PACK_FILE
+from fleetune.tools.emulator.board import BoardImage, EmulatedBoard, flash_board
 from fleetune.tools.emulator.image import Image
-from fleetune.tools.emulator.machine import BOOT, CONSOLE, CPU, DISK, HOST, MACHINE, make_disk, peripherals
+from fleetune.tools.emulator.machine import BOOT, CONSOLE, CPU, DISK, MACHINE, peripherals
 from fleetune.tools.hil.plugin import DEVICE_OPTION
-from fleetune.tools.places import PACKS
 from fleetune.tools.programs import find_program
-from fleetune.tools.rig import SAMPLES, make_rig, make_rig_seeds
 
 ENVIRONMENT, RIG = "environment.yaml", "rig"
 _AGENT = "agent"
 _LONGEST = 100
 """Of the 107 bytes that a socket's address may have."""
 
-_INVENTORY = """\
-schema: 1
-fleet: hil
-devices:
-  - {{id: {device}, profile: {profile}, budget: {{memory: {memory_mib}MiB}}}}
-"""
-
-
-@dataclass(frozen=True)
-class Emulated:
-    """A board that is emulated.
-
-    Attributes:
-        name: Of its environment, and its id.
-        profile: What it stands for.
-        memory_mib: Its memory.
-        budget_mib: What its agent may have of it.
-    """
-
-    name: str
-    profile: str
-    memory_mib: int
-    budget_mib: int = 192
-
-
 BOARDS = {
     board.name: board
     for board in (
-        Emulated("qemu-nano-2g", "jetson-nano-2gb", 2048),
-        Emulated("qemu-nano-4g", "jetson-nano-4gb", 4096),
+        EmulatedBoard("qemu-nano-2g", "jetson-nano-2gb", 2048),
+        EmulatedBoard("qemu-nano-4g", "jetson-nano-4gb", 4096),
     )
 }
 
@@ -76,14 +49,12 @@ class Place:
     disks: tuple[Path, Path]
 
 
-def set_up(board: Emulated, image: Image, pack: Path, samples: Path, folder: Path) -> Place:
+def set_up(board: EmulatedBoard, made: BoardImage, folder: Path) -> Place:
     """Make all that a run with an emulated board needs; what an earlier run left there goes.
 
     Args:
         board: Which.
-        image: What it boots.
-        pack: The pack in the image.
-        samples: What it trains on.
+        made: What it starts from.
         folder: For rig, disk, and environment.
 
     Raises:
@@ -94,20 +65,11 @@ def set_up(board: Emulated, image: Image, pack: Path, samples: Path, folder: Pat
     if len(str(agent)) > _LONGEST:
         raise ConfigError(f"--out: {folder} is too long a name for a socket in it", "choose a shorter one")
     _clear(folder)
-    rig, inventory = folder / RIG, folder / "inventory.yaml"
-    text = _INVENTORY.format(device=board.name, profile=board.profile, memory_mib=board.budget_mib)
-    inventory.write_text(text, encoding="utf-8")
-    make_rig(rig, inventory, pack, HOST)
-    (seed,) = make_rig_seeds(rig)
-    (signed,) = (rig / "packs").iterdir()
-    copy, signature = folder / "samples.jsonl", signed / f"{PACK_FILE}{ENDING}"
-    shutil.copyfile(samples, copy)
-    for file in (copy, signature):
-        file.chmod(0o644)  # the agent is not root there
-    disk = make_disk(image, folder, {SAMPLES: copy, f"/{PACKS}/{pack.resolve().name}/{signature.name}": signature})
-    file = folder / ENVIRONMENT
-    write_atomic(file, yaml.safe_dump(_environment(board, image, disk, seed.path, agent), sort_keys=False).encode())
-    return Place(file, rig, (disk, seed.path))
+    file, rig = folder / ENVIRONMENT, folder / RIG
+    disk, seed = flash_board(board, made, "hil", rig, folder)
+    document = _environment(board, made.image, disk, seed, agent)
+    write_atomic(file, yaml.safe_dump(document, sort_keys=False).encode())
+    return Place(file, rig, (disk, seed))
 
 
 def _clear(folder: Path) -> None:
@@ -131,7 +93,7 @@ def _log(file: Path) -> list[str]:
     return ["-chardev", f"file,id=log,path={file}", "-device", "virtconsole,chardev=log"]
 
 
-def _environment(board: Emulated, image: Image, disk: Path, seed: Path, agent: Path) -> dict[str, Any]:
+def _environment(board: EmulatedBoard, image: Image, disk: Path, seed: Path, agent: Path) -> dict[str, Any]:
     qemu = {
         "qemu_bin": "qemu",
         "machine": MACHINE,

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fleetune.tools.commands.options import add_command
+from fleetune.tools.commands.options import add_command, add_images
 from fleetune.tools.text import say
 
 
@@ -51,9 +51,7 @@ def register(actions: Any) -> None:
         default=[],
         help="record of a build of tier t4 that is released to the board afterwards; repeatable",
     )
-    parser.add_argument(
-        "--images", metavar="DIR", type=Path, default=Path("images"), help="where images are (default: %(default)s)"
-    )
+    add_images(parser)
     parser.add_argument(
         "--out",
         metavar="DIR",
@@ -92,7 +90,7 @@ def _run(args: argparse.Namespace) -> None:
         say(f"{minutes:2d}:{seconds:02d}  {words}")
 
     made = make_board_image(args.images, args.pack, args.data, told)
-    what = Rehearsal(made.image, made.pack, made.samples, args.memory, args.budget, args.cut, tuple(args.then))
+    what = Rehearsal(made, args.memory, args.budget, args.cut, tuple(args.then))
     report = rehearse(what, args.out, told)
     if args.json:
         json.dump(report, sys.stdout, indent=1)

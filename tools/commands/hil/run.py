@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fleetune.tools.commands.options import add_command
+from fleetune.tools.commands.options import add_command, add_images
 from fleetune.tools.text import columns, say
 
 if TYPE_CHECKING:
@@ -55,9 +55,7 @@ def register(actions: Any) -> None:
     parser.add_argument("--without", action="store_true", help="switch off what each test of a fault tests")
     parser.add_argument("--pack", metavar="DIR", type=Path, help="of an emulated board (default: a toy)")
     parser.add_argument("--data", metavar="FILE", type=Path, help="its samples (default: reviews of films)")
-    parser.add_argument(
-        "--images", metavar="DIR", type=Path, default=Path("images"), help="where images are (default: %(default)s)"
-    )
+    add_images(parser)
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path("runs/hil"), help="reports and logs (default: %(default)s)"
     )
@@ -117,5 +115,5 @@ def _emulated(name: str, args: argparse.Namespace) -> Target:
     from fleetune.tools.hil.run import Target
 
     made = make_board_image(args.images, args.pack, args.data, say)
-    place = set_up(BOARDS[name], made.image, made.pack, made.samples, args.out / name)
+    place = set_up(BOARDS[name], made, args.out / name)
     return Target(name, place.environment, place.rig, made.record)

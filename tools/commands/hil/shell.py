@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from fleetune.tools.commands.options import add_command
+from fleetune.tools.commands.options import add_command, add_images
 from fleetune.tools.text import say
 
 
@@ -26,9 +26,7 @@ def register(actions: Any) -> None:
     parser.add_argument(
         "--env", dest="environment", metavar="ENV", default="qemu-nano-2g", help="(default: %(default)s)"
     )
-    parser.add_argument(
-        "--images", metavar="DIR", type=Path, default=Path("images"), help="where images are (default: %(default)s)"
-    )
+    add_images(parser)
     parser.add_argument(
         "--out",
         metavar="DIR",
@@ -52,7 +50,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.environment in BOARDS:
         board = BOARDS[args.environment]
         made = make_board_image(args.images, None, None, say)
-        place = set_up(board, made.image, made.pack, made.samples, args.out)
+        place = set_up(board, made, args.out)
         command = console_command(made.image, place.disks, memory_mib=board.memory_mib)
     elif Path(args.environment).is_file():
         command = [find_program("labgrid-client", "labgrid"), "--config", args.environment, "console"]
