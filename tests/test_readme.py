@@ -9,12 +9,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fleetune.tools.cli import build_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-GUIDE = (ROOT / "docs/flashing.md").read_text(encoding="utf-8")
+GUIDES = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("flashing.md", "hil.md")]
+EXAMPLES = sorted((ROOT / "docs/examples").iterdir())
 
 
 def blocks(text: str) -> list[str]:
@@ -25,7 +27,7 @@ def blocks(text: str) -> list[str]:
 BLOCKS = blocks(README)
 COMMANDS = [
     line.partition("#")[0].strip()
-    for block in BLOCKS + blocks(GUIDE)
+    for block in [*BLOCKS, *(block for guide in GUIDES for block in blocks(guide))]
     for line in block.replace("\\\n", " ").splitlines()
     if re.search(r"(^|/|sudo )fleetune ", line.partition("#")[0])
 ]
@@ -42,6 +44,16 @@ def fleetune_part(line: str) -> list[str]:
 @pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_is_one_that_fleetune_takes(line: str) -> None:
     assert build_parser().parse_args(fleetune_part(line)).run
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_every_example_is_yaml_and_its_command_is_one_that_fleetune_takes(example: Path) -> None:
+    text = example.read_text(encoding="utf-8")
+    assert yaml.safe_load(text)
+    commands = re.findall(r"fleetune (hil .*)", text)
+    assert commands
+    for command in commands:
+        assert build_parser().parse_args(shlex.split(command)).run
 
 
 def test_the_first_command_installs_and_runs_the_demo() -> None:

@@ -15,6 +15,7 @@ from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.edge.protocol.files import make_folder, write_atomic
 from fleetune.edge.protocol.identity.folder import read_identity
 from fleetune.edge.protocol.identity.signature import sign_file
+from fleetune.edge.protocol.messages import UpdateManifest
 from fleetune.profiles.fleet import Fleet, fleet_files, read_fleet
 from fleetune.server.authority.authority import Authority, Site
 from fleetune.server.authority.founding import AGGREGATOR_FOLDER, BROKER_FOLDER, PUBLISHER_FOLDER, found
@@ -90,6 +91,21 @@ class Job:
                 raise RunFailedError(f"{self.name} was not done in {within_s:.0f} s", f"see {self.log}")
             time.sleep(0.5)
         return self.accepted()
+
+    def wait_for_update(self, within_s: float, check: Callable[[], None] = lambda: None) -> UpdateManifest:
+        """Wait until it has taken an update that something was trained for, and end it.
+
+        Raises:
+            RunFailedError: It failed, or has taken none in time.
+        """
+        ends = time.monotonic() + within_s
+        while not (found := [one.manifest for one in self.accepted() if one.manifest.payload is not None]):
+            check()
+            if self.ended or time.monotonic() > ends:
+                raise RunFailedError(f"{self.name} has taken no update in {within_s:.0f} s", f"see {self.log}")
+            time.sleep(0.5)
+        self.stop()
+        return found[0]
 
     def stop(self) -> None:
         """End it, done or not."""

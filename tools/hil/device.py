@@ -20,7 +20,13 @@ UNIT = "fleetune-hil"
 FILLER = "/var/lib/fleetune-hil.filler"
 """What fills the disk. It outlives a power cut."""
 
+_QUIETLY = "exec </dev/null; export SYSTEMD_PAGER=cat PAGER=cat"
+"""On a serial console a command has a terminal: it would open a pager there, or read what is typed after it."""
+
 _DROP_IN = f"/run/systemd/system/{AGENT}.d/90-hil.conf"
+_CLOCK_S = 60.0
+"""Seconds that its clock may differ from this machine's between two tests."""
+
 _PIECE = 1500
 """Bytes of a file in one command: a console's line has 4096 characters at most."""
 
@@ -36,6 +42,9 @@ done
 [ ! -e {FILLER} ] || {{ rm {FILLER}*; changed=yes; }}
 link=$(ip -o route show default | sed 's/.* dev \([^ ]*\).*/\1/')
 [ -z "$link" ] || ! tc qdisc show dev "$link" | grep -q tbf || {{ tc qdisc del dev "$link" root; changed=yes; }}
+for link in $(ls /sys/class/net); do
+    [ "$link" = lo ] || ip link set "$link" up
+done
 rm -rf {SCRATCH}
 echo "$changed"
 """
@@ -71,24 +80,25 @@ class FleetDevice:
 
     Attributes:
         name: Its id in the fleet.
-        features: What it has, by its environment; and ``power`` if its power can be cut.
+        features: What it has, by its environment; ``power`` if it can be cut, and ``console`` if it has a serial one.
+        strategy: Its `FleetuneStrategy`.
     """
 
     def __init__(self, name: str, strategy: Any, features: frozenset[str]) -> None:
         self.name = name
-        self.features = features | ({"power"} if strategy.power is not None else set())
-        self._strategy = strategy
+        self.features = features | {name for name in ("power", "console") if getattr(strategy, name) is not None}
+        self.strategy = strategy
 
     @property
     def _commands(self) -> Commands:
-        commands: Commands = self._strategy.command
+        commands: Commands = self.strategy.command
         return commands
 
     # --- commands and files -----------------------------------------------------------------------------------------
 
     def ask(self, command: str, *, timeout_s: float = 120.0) -> Answer:
         """Run a shell command, as root, whatever it comes to."""
-        out, err, code = self._commands.run(command, timeout=timeout_s)
+        out, err, code = self._commands.run(f"{_QUIETLY}\n{command}", timeout=timeout_s)
         return Answer(code, "\n".join([*out, *err]))
 
     def run(self, command: str, *, timeout_s: float = 120.0) -> str:
@@ -253,11 +263,11 @@ class FleetDevice:
 
     def bring(self, status: str) -> None:
         """Bring it to a state of its strategy."""
-        self._strategy.transition(status)
+        self.strategy.transition(status)
 
     def cut_power(self) -> None:
         """Cut the power, put it on again, and wait until the board is up."""
-        self._strategy.cut_power()
+        self.strategy.cut_power()
 
     def restore(self) -> None:
         """Take away what a test left, whoever left it, and see that the agent is up.
@@ -266,7 +276,10 @@ class FleetDevice:
             RunFailedError: It does not come up.
         """
         self.bring("provisioned")
-        if self.run(_RESTORE).strip():
+        changed = self.run(_RESTORE).strip()
+        if abs(int(self.run("date +%s")) - time.time()) > _CLOCK_S:
+            changed = self.run(f"date --set=@{time.time():.0f}")
+        if changed:
             self.restart_agent()
         else:
             self.wait_for_agent()

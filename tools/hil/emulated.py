@@ -25,6 +25,13 @@ _AGENT = "agent"
 _LONGEST = 100
 """Of the 107 bytes that a socket's address may have."""
 
+_PROGRAMS = {
+    "qemu-system-aarch64": "qemu-system-arm",
+    "mosquitto": "mosquitto",
+    "mformat": "mtools",
+    "mke2fs": "e2fsprogs",
+}
+
 BOARDS = {
     board.name: board
     for board in (
@@ -47,6 +54,16 @@ class Place:
     environment: Path
     rig: Path
     disks: tuple[Path, Path]
+
+
+def check_programs() -> None:
+    """See that what runs an emulated board is here, before anything is built.
+
+    Raises:
+        ConfigError: A program is missing.
+    """
+    for program, package in _PROGRAMS.items():
+        find_program(program, package)
 
 
 def set_up(board: EmulatedBoard, made: BoardImage, folder: Path) -> Place:

@@ -23,7 +23,11 @@ from fleetune.tools.secured import Mosquitto
 DEVICE_OPTION = "fleetune_device"
 """Option of an environment that says which device of the fleet its board is."""
 
+PROMPT = r"(\x1b\[\?2004[hl])?root@\S+:\S+# "
+"""A shell's, behind "bracketed paste"."""
+
 Measure = Callable[..., None]
+Keep = Callable[[str, bytes], Path]
 Serve = Callable[..., Job]
 
 
@@ -129,6 +133,30 @@ def fleet_device(request: pytest.FixtureRequest, board: FleetDevice, rig: Rig) -
 
 
 @pytest.fixture
+def shell(fleet_device: FleetDevice) -> Iterator[Any]:
+    """A shell on the board's serial console, as labgrid's ShellDriver has it."""
+    from labgrid.driver import ShellDriver
+
+    strategy = fleet_device.strategy
+    if strategy.console is None:
+        pytest.skip("needs hardware: console")
+    if isinstance(strategy.command, ShellDriver):
+        yield strategy.command
+        return
+    getty = "serial-getty@ttyAMA0.service"
+    fleet_device.run(f"systemctl start {getty}")
+    shell = ShellDriver(strategy.target, "shell", prompt=PROMPT, login_prompt="login: ", username="root")
+    try:
+        strategy.open_shell(shell)
+        yield shell
+    finally:
+        strategy.target.deactivate(shell)
+        strategy.console.write(b"\x03q\x15")
+        strategy.console.read(timeout=5.0)  # who speaks to nobody stands still
+        fleet_device.run(f"systemctl stop {getty}")
+
+
+@pytest.fixture
 def measure(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Measure:
     """Writes a figure into the report: ``measure("peak", 61.2, "MiB")``."""
     figures = request.config.stash[_RESULTS].setdefault(request.node.nodeid, {}).setdefault("figures", {})
@@ -136,6 +164,19 @@ def measure(request: pytest.FixtureRequest, record_property: Callable[[str, obje
     def write(name: str, value: float, unit: str) -> None:
         figures[name] = {"value": value, "unit": unit}
         record_property(name, f"{value:g} {unit}")
+
+    return write
+
+
+@pytest.fixture
+def keep(request: pytest.FixtureRequest, tmp_path: Path) -> Keep:
+    """Keeps a file of the board's beside the results: ``keep("doctor.json", data)`` returns where."""
+    results: Path | None = request.config.getoption("results")
+
+    def write(name: str, data: bytes) -> Path:
+        file = (tmp_path if results is None else results.parent) / name
+        write_atomic(file, data)
+        return file
 
     return write
 

@@ -12,6 +12,7 @@ from fleetune.edge.protocol.files import write_atomic
 from fleetune.server.authority.founding import BROKER_FOLDER
 from fleetune.server.authority.mosquitto import ACL
 from fleetune.tools.hil.device import SCRATCH, FleetDevice
+from fleetune.tools.places import AGENT
 from fleetune.tools.rig import Rig
 
 
@@ -85,6 +86,40 @@ class AgentOptions:
     def off(self, device: FleetDevice, rig: Rig) -> AbstractContextManager[None]:  # noqa: ARG002
         """Run the agent with the options."""
         return device.agent_with(*self.options)
+
+
+@dataclass(frozen=True)
+class StartsAtBoot:
+    """That the agent's unit is wanted at boot."""
+
+    name: str = "it starts at boot"
+
+    @contextmanager
+    def off(self, device: FleetDevice, rig: Rig) -> Iterator[None]:  # noqa: ARG002
+        """Let nothing want it."""
+        wanted = f"/etc/systemd/system/multi-user.target.wants/{AGENT}"
+        device.run(f"mv {wanted} {wanted}.off; sync")
+        try:
+            yield
+        finally:
+            device.run(f"mv {wanted}.off {wanted}")
+            device.restart_agent()
+
+
+@dataclass(frozen=True)
+class ConsoleWakes:
+    """The strategy's care for a serial console."""
+
+    name: str = "a console is woken"
+
+    @contextmanager
+    def off(self, device: FleetDevice, rig: Rig) -> Iterator[None]:  # noqa: ARG002
+        """Take a console as it is."""
+        device.strategy.wake_console = False
+        try:
+            yield
+        finally:
+            device.strategy.wake_console = True
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,26 @@ from pathlib import Path
 import msgspec
 
 from fleetune.edge.protocol.errors import RunFailedError
-from fleetune.edge.protocol.files import read_bytes
+from fleetune.edge.protocol.files import read_bytes, write_atomic
 from fleetune.tools.documents import from_json
 
-TESTS = ("test_boot.py", "test_doctor.py", "test_broker.py", "test_training.py", "test_faults.py", "test_update.py")
+TESTS = (
+    "test_boot.py",
+    "test_doctor.py",
+    "test_state.py",
+    "test_console.py",
+    "test_broker.py",
+    "test_training.py",
+    "test_faults.py",
+    "test_update.py",
+)
 """In this order: what a later one needs, an earlier one has looked at."""
 
 SUITE = Path(__file__).with_name("suite")
 
 RESULTS, JUNIT, LOG = "results.json", "junit.xml", "pytest.log"
+MEASURED = "measured.yaml"
+"""A profile with what the board has measured, kept by a test."""
 
 _FINE = {0, 1, 5}
 """Exit codes of pytest that tell of tests: all passed, some failed, none was chosen."""
@@ -69,12 +80,14 @@ class Target:
         environment: Labgrid's.
         rig: The fleet's own side.
         build: Record of what it was flashed with; None if that is not here.
+        measured: Where the profile that it measures is kept for boards of its kind; None for nowhere.
     """
 
     name: str
     environment: Path
     rig: Path
     build: Path | None = None
+    measured: Path | None = None
 
 
 def run_suite(
@@ -113,6 +126,9 @@ def run_suite(
     found = {}
     for target in targets:
         file = out / target.name / RESULTS
+        measured = out / target.name / MEASURED
+        if target.measured is not None and measured.exists():
+            write_atomic(target.measured, measured.read_bytes())
         found[target.name] = from_json(read_bytes(file, _MAX_RESULTS), Results, str(file), "run the suite again")
     return found
 
@@ -121,7 +137,7 @@ def _run_one(
     target: Target, out: Path, options: Sequence[str], named: bool, say: Callable[[str], None], codes: dict[str, int]
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    for name in (RESULTS, JUNIT, LOG):
+    for name in (RESULTS, JUNIT, LOG, MEASURED):
         (out / name).unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", *(str(SUITE / name) for name in TESTS), "--verbose", "--color=no"]
     command += [

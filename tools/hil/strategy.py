@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import attr
+from labgrid.driver import ShellDriver
 from labgrid.factory import target_factory
 from labgrid.step import step
 from labgrid.strategy import Strategy, StrategyError
@@ -15,7 +16,7 @@ from labgrid.strategy.common import never_retry
 from fleetune.tools.firstboot.board import PROVISIONED
 from fleetune.tools.places import AGENT, STATE
 
-_LOOK_EVERY_S = 2.0
+_LOOK_EVERY_S, _KEY_S = 2.0, 0.3
 
 
 class Status(enum.Enum):
@@ -37,11 +38,17 @@ class FleetuneStrategy(Strategy):
 
     Args:
         provision_timeout (int, default=1800): seconds that a first boot and its measurements may take
+        wake_console (bool, default=True): whether a shell on a serial console is woken before it is spoken to
     """
 
-    bindings = {"power": {"PowerProtocol", None}, "command": "CommandProtocol"}  # noqa: RUF012 (labgrid's)
+    bindings = {  # noqa: RUF012 (labgrid's)
+        "power": {"PowerProtocol", None},
+        "command": "CommandProtocol",
+        "console": {"ConsoleProtocol", None},
+    }
 
     provision_timeout: int = attr.ib(default=1800, validator=attr.validators.instance_of(int))
+    wake_console: bool = attr.ib(default=True, validator=attr.validators.instance_of(bool))
     status: Status = attr.ib(default=Status.unknown)
 
     @never_retry
@@ -74,7 +81,7 @@ class FleetuneStrategy(Strategy):
         """Believe that the board is in a state already."""
         wanted = status if isinstance(status, Status) else Status[status]
         if wanted in (Status.up, Status.provisioned):
-            self.target.activate(self.command)
+            self.open_shell(self.command)
         self.status = wanted
 
     @step()
@@ -89,7 +96,7 @@ class FleetuneStrategy(Strategy):
         self.target.deactivate(self.command)
         self.target.activate(self.power)
         self.power.cycle()
-        self.target.activate(self.command)
+        self.open_shell(self.command)
         self.status = Status.up
 
     def _switch_off(self) -> None:
@@ -103,7 +110,20 @@ class FleetuneStrategy(Strategy):
         if self.power is not None:
             self.target.activate(self.power)
             self.power.on()
-        self.target.activate(self.command)
+        self.open_shell(self.command)
+
+    def open_shell(self, shell: Any) -> None:
+        """Activate a driver for commands.
+
+        Whoever had a serial console before may have left a pager open there, or half a line: it is interrupted, asked
+        to quit, and the line is cleared, which a login prompt does not mind.
+        """
+        if self.wake_console and isinstance(shell, ShellDriver):
+            self.target.activate(self.console)
+            for key in (b"\x03", b"q", b"\x15"):
+                self.console.write(key)
+                time.sleep(_KEY_S)
+        self.target.activate(shell)
 
     def _wait_provisioned(self) -> None:
         ends = time.monotonic() + self.provision_timeout

@@ -102,3 +102,15 @@ def test_all_boards_are_in_one_report(lab: Path, capsys: pytest.CaptureFixture[s
 def test_what_is_missing_is_named(lab: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str) -> None:
     assert run(*options) == ConfigError.exit_code
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "shell"])
+def test_without_qemu_it_says_what_to_install(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.setenv("PATH", str(lab))
+    with pytest.raises(SystemExit) as ended:
+        main(["hil", command, "--env", "qemu-nano-2g"])
+    assert ended.value.code == ConfigError.exit_code
+    assert "apt-get install qemu-system-arm" in capsys.readouterr().err
+    assert not (lab / "images").exists()  # nothing was built for it

@@ -110,10 +110,21 @@ def _target(name: str, args: argparse.Namespace) -> Target:
 
 def _emulated(name: str, args: argparse.Namespace) -> Target:
     """Build, flash and prepare it."""
-    from fleetune.tools.emulator.board import make_board_image
-    from fleetune.tools.hil.emulated import BOARDS, set_up
-    from fleetune.tools.hil.run import Target
+    from dataclasses import replace
 
+    from fleetune.edge.pack.pack import Pack
+    from fleetune.tools.emulator.board import make_board_image
+    from fleetune.tools.flash.record import read_record
+    from fleetune.tools.hil.emulated import BOARDS, check_programs, set_up
+    from fleetune.tools.hil.run import Target
+    from fleetune.tools.trees import SHORT
+
+    check_programs()
     made = make_board_image(args.images, args.pack, args.data, say)
-    place = set_up(BOARDS[name], made, args.out / name)
-    return Target(name, place.environment, place.rig, made.record)
+    board, build = BOARDS[name], read_record(made.record)
+    # What a board has measured serves all of its kind, with the same kit and pack.
+    measured = args.images / f"{name}_{build.kit}_{Pack.open(made.pack).sha256[:SHORT]}.profile.yaml"
+    if measured.exists():
+        board = replace(board, profile=str(measured.resolve()))
+    place = set_up(board, made, args.out / name)
+    return Target(name, place.environment, place.rig, made.record, measured)

@@ -44,10 +44,11 @@ def _run(args: argparse.Namespace) -> None:
     require_hil_extra()
     from fleetune.tools.emulator.board import make_board_image
     from fleetune.tools.emulator.machine import console_command
-    from fleetune.tools.hil.emulated import BOARDS, set_up
+    from fleetune.tools.hil.emulated import BOARDS, check_programs, set_up
     from fleetune.tools.programs import find_program
 
     if args.environment in BOARDS:
+        check_programs()
         board = BOARDS[args.environment]
         made = make_board_image(args.images, None, None, say)
         place = set_up(board, made, args.out)

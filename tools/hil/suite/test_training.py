@@ -18,7 +18,8 @@ from fleetune.server.broker import embedded_broker, free_port
 from fleetune.server.journal import Closed
 from fleetune.tools.firstboot.seed import FLEET_FILE
 from fleetune.tools.hil.device import FleetDevice
-from fleetune.tools.hil.plugin import Measure, Serve
+from fleetune.tools.hil.plugin import Keep, Measure, Serve
+from fleetune.tools.hil.run import MEASURED
 from fleetune.tools.hil.suite.jobs import DONE_WITHIN_S, SMALL
 from fleetune.tools.places import AGENT, STATE
 from fleetune.tools.processes import processes
@@ -30,11 +31,10 @@ _EXACT = ("--codec", "f32")
 
 
 def test_what_it_has_measured_is_within_what_it_declares(
-    fleet_device: FleetDevice, rig: Rig, pack: Pack, measure: Measure, tmp_path: Path
+    fleet_device: FleetDevice, rig: Rig, pack: Pack, measure: Measure, keep: Keep
 ) -> None:
     declared = rig.fleet.device(fleet_device.name).profile
-    file = tmp_path / f"{declared.name}{PROFILE_ENDING}"
-    file.write_bytes(fleet_device.get(f"/{STATE}/board/{file.name}"))
+    file = keep(MEASURED, fleet_device.get(f"/{STATE}/board/{declared.name}{PROFILE_ENDING}"))
     (measured,) = read_profile(str(file)).measured
     assert measured.costs.pack == pack.sha256
     assert declared.memory is not None
@@ -53,7 +53,7 @@ def test_its_memory_peaks_where_it_has_predicted(
         pytest.skip(f"the pack has {pack.manifest.blocks} blocks")
     fleet_device.restart_agent()  # a peak is of a process's whole life
     job = aggregator(*SMALL, "--max-depth", str(depth), "--sal-start", str(depth))
-    metrics = [update.manifest.metrics for update in job.wait(DONE_WITHIN_S)][-1]
+    metrics = job.wait_for_update(DONE_WITHIN_S).metrics
     assert metrics["plan_depth"] == depth
     peak, predicted = float(metrics["peak_mib"]), float(metrics["plan_peak_mib"])
     measure("peak", peak, "MiB")
