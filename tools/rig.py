@@ -14,7 +14,7 @@ from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.edge.protocol.files import make_folder, write_atomic
 from fleetune.edge.protocol.identity.folder import read_identity
-from fleetune.edge.protocol.identity.signature import sign_file
+from fleetune.edge.protocol.identity.signature import ENDING, PACK_FILE, sign_file
 from fleetune.edge.protocol.messages import UpdateManifest
 from fleetune.profiles.fleet import Fleet, fleet_files, read_fleet
 from fleetune.server.authority.authority import Authority, Site
@@ -25,7 +25,7 @@ from fleetune.server.journal import FILE as JOURNAL
 from fleetune.server.journal import Accepted, Record, read_records
 from fleetune.tools.firstboot.seed import FLEET_FILE
 from fleetune.tools.flash.seed import Order, Seeded, make_seeds
-from fleetune.tools.places import STATE, UPDATES
+from fleetune.tools.places import PACKS, STATE, UPDATES
 from fleetune.tools.processes import Processes, processes
 from fleetune.tools.release.repository import PUBLIC, Releases
 from fleetune.tools.release.serve import serve_folder
@@ -34,6 +34,7 @@ from fleetune.tools.secured import Mosquitto
 SAMPLES = f"/{STATE}/samples.jsonl"
 """Where a board's samples are."""
 
+_SAMPLES = "samples.jsonl"
 _AUTHORITY, _RELEASES, _SEEDS, _PACKS, _JOBS, _LOGS = "authority", "releases", "seeds", "packs", "jobs", "logs"
 _TOKENS_COUNT_H = 24.0
 
@@ -167,22 +168,24 @@ class Rig:
         return job
 
 
-def make_rig(folder: Path, inventory: Path, pack: Path, host: str) -> None:
-    """Make one.
+def make_rig(folder: Path, fleet: Fleet, pack: Path, samples: Path, host: str) -> None:
+    """Make one, with a seed for each of its boards.
 
     Args:
         folder: For all of it; new or empty.
-        inventory: Fleet file.
-        pack: What the boards train. It is copied, and signed by this rig's publisher.
+        fleet: The boards.
+        pack: What they train. It is copied, and signed by this rig's publisher.
+        samples: What they train on, JSON lines; it is copied.
         host: How the boards reach this machine.
 
     Raises:
         AuthorityError: There is one.
-        ConfigError: The inventory is not valid.
-        PackError: The pack is damaged.
+        ConfigError: A program is missing.
+        OSError: There is no room.
     """
-    fleet, (members, enrolment, web) = read_fleet(inventory), free_ports(3)
+    members, enrolment, web = free_ports(3)
     make_folder(folder)
+    shutil.copyfile(samples, folder / _SAMPLES)
     site = Site(tuple(dict.fromkeys((host, "localhost"))), members, enrolment)
     found(folder / _AUTHORITY, fleet.name, site).close()
     config = folder / _AUTHORITY / BROKER_FOLDER / CONFIG
@@ -191,17 +194,33 @@ def make_rig(folder: Path, inventory: Path, pack: Path, host: str) -> None:
     Releases.make(folder / _RELEASES, f"http://{host}:{web}").leave()
     copy = folder / _PACKS / pack.resolve().name
     shutil.copytree(pack, copy)
-    sign_file(copy, read_identity(folder / _AUTHORITY / PUBLISHER_FOLDER), time.time())
+    signature = sign_file(copy, read_identity(folder / _AUTHORITY / PUBLISHER_FOLDER), time.time())
+    for file in (signature, folder / _SAMPLES):
+        file.chmod(0o644)  # on a board the agent is not root
     for name, data in fleet_files(fleet).items():
         write_atomic(folder / name, data)
+    make_rig_seeds(folder, renew=False)
 
 
-def make_rig_seeds(folder: Path) -> list[Seeded]:
-    """Make the seeds of all boards of a rig, or keep those that are there."""
+def equipment(folder: Path) -> dict[str, Path]:
+    """Path on a board → what it needs there beside the package: the signature of its pack, and samples."""
+    (pack,) = (folder / _PACKS).iterdir()
+    signature = pack / f"{PACK_FILE}{ENDING}"
+    return {f"/{PACKS}/{pack.name}/{signature.name}": signature, SAMPLES: folder / _SAMPLES}
+
+
+def make_rig_seeds(folder: Path, *, renew: bool) -> list[Seeded]:
+    """The seeds of a rig's boards.
+
+    Args:
+        folder: As `make_rig` has made it.
+        renew: Whether boards get new tokens, to be flashed again.
+    """
     fleet, (pack,), made = read_fleet(folder / FLEET_FILE), (folder / _PACKS).iterdir(), list[Seeded]()
     with Releases(folder / _RELEASES) as releases:
         trusted = releases.url, releases.root_file
-    order = Order(fleet, f"/{UPDATES}/packs/{pack.name}", SAMPLES, _TOKENS_COUNT_H, "image", trusted)
+    place = f"/{UPDATES}/packs/{pack.name}"
+    order = Order(fleet, place, SAMPLES, _TOKENS_COUNT_H, "image", releases=trusted, renew=renew)
     with closing(Authority(folder / _AUTHORITY)) as authority:
         make_seeds(order, fleet.devices, authority, folder / _SEEDS, made.append)
     return made

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.identity.signature import ENDING as SIGNED
-from fleetune.edge.protocol.identity.signature import PACK_FILE
+from fleetune.profiles.fleet import read_fleet
 from fleetune.tools.demo.task import Task
 from fleetune.tools.emulator.image import Image, make_image
 from fleetune.tools.emulator.machine import HOST, make_disk
@@ -17,8 +15,7 @@ from fleetune.tools.emulator.toy import write_toy_pack
 from fleetune.tools.flash.build import MAINTAINER, build
 from fleetune.tools.flash.record import ENDING
 from fleetune.tools.flash.tier import find_tier
-from fleetune.tools.places import PACKS
-from fleetune.tools.rig import SAMPLES, make_rig, make_rig_seeds
+from fleetune.tools.rig import equipment, make_rig, make_rig_seeds
 
 TIER = "t4"
 
@@ -113,11 +110,6 @@ def flash_board(board: EmulatedBoard, made: BoardImage, fleet: str, rig: Path, f
     """
     inventory = folder / "inventory.yaml"
     inventory.write_text(_INVENTORY.format(fleet=fleet, board=board), encoding="utf-8")
-    make_rig(rig, inventory, made.pack, HOST)
-    (seed,) = make_rig_seeds(rig)
-    name = made.pack.resolve().name
-    samples, signature = folder / "samples", rig / "packs" / name / f"{PACK_FILE}{SIGNED}"
-    shutil.copyfile(made.samples, samples)
-    for file in (samples, signature):
-        file.chmod(0o644)  # the agent is not root there
-    return make_disk(made.image, folder, {SAMPLES: samples, f"/{PACKS}/{name}/{signature.name}": signature}), seed.path
+    make_rig(rig, read_fleet(inventory), made.pack, made.samples, HOST)
+    (seed,) = make_rig_seeds(rig, renew=False)
+    return make_disk(made.image, folder, equipment(rig)), seed.path

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from fleetune.edge.protocol.errors import RunFailedError
+from fleetune.edge.protocol.files import file_sha256
 from fleetune.tools.places import AGENT, KITS, UPDATES
 
 SCRATCH = "/run/fleetune-hil"
@@ -131,6 +133,13 @@ class FleetDevice:
     def get(self, path: str) -> bytes:
         """Read a file, over any console."""
         return base64.b64decode(self.run(f"base64 {shlex.quote(path)}"))
+
+    def equip(self, files: Mapping[str, Path]) -> None:
+        """Put files there that are missing, or others: path on the board → file."""
+        for path, file in files.items():
+            if self.ask(f"sha256sum {shlex.quote(path)}").out.partition(" ")[0] != file_sha256(file):
+                self.put(path, file.read_bytes())
+                self.run(f"chmod 0644 {shlex.quote(path)}")
 
     # --- units ------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The pytest plugin: fixtures for boards that labgrid has, and a report of what was measured.
 
 In a ``conftest.py`` of your own: ``pytest_plugins = ["fleetune.tools.hil.plugin"]``. Then
-``pytest --lg-env nano-1.yaml --rig rig``.
+``pytest --lg-env hil/nano-1.yaml --rig rigs/nano-1``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.files import write_atomic
 from fleetune.tools.hil.device import FleetDevice
 from fleetune.tools.hil.protection import Protection
-from fleetune.tools.rig import Job, Rig, open_rig
+from fleetune.tools.rig import Job, Rig, equipment, open_rig
 from fleetune.tools.secured import Mosquitto
 
 DEVICE_OPTION = "fleetune_device"
@@ -107,10 +107,13 @@ def aggregator(rig: Rig) -> Iterator[Serve]:
 
 
 @pytest.fixture(scope="session")
-def board(rig: Rig, env: Any, strategy: Any) -> FleetDevice:  # noqa: ARG001 (the rig runs before the board)
-    """The board, in whatever state it is. ``env`` and ``strategy`` are labgrid's."""
+def board(rig: Rig, env: Any, strategy: Any) -> FleetDevice:
+    """The board: up, and with what its rig gives it. ``env`` and ``strategy`` are labgrid's."""
     name = env.config.get_option(DEVICE_OPTION)
-    return FleetDevice(name, strategy, frozenset(env.get_features() | env.get_target_features()))
+    device = FleetDevice(name, strategy, frozenset(env.get_features() | env.get_target_features()))
+    device.bring("up")
+    device.equip(equipment(rig.folder))
+    return device
 
 
 @pytest.fixture

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,18 +112,24 @@ def run_suite(
     Raises:
         RunFailedError: pytest itself failed on a board.
     """
-    threads, codes = [], dict[str, int]()
-    for target in targets:
-        arguments = (target, out / target.name, options, len(targets) > 1, say, codes)
-        threads.append(threading.Thread(target=_run_one, args=arguments))
-        threads[-1].start()
-    for thread in threads:
-        thread.join()
-    for target in targets:
-        log = out / target.name / LOG
-        if codes.get(target.name) not in _FINE:
+    running = dict[str, subprocess.Popen[str]]()
+    try:
+        for target in targets:
+            running[target.name] = _start(target, out / target.name, options)
+        with ThreadPoolExecutor(len(targets)) as pool:
+            for name, process in running.items():
+                prefix = f"{name}: " if len(targets) > 1 else ""
+                pool.submit(_follow, process, out / name / LOG, prefix, say)
+    finally:  # each brings its board into a known state
+        for process in running.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+            process.wait()
+    for name, process in running.items():
+        if process.returncode not in _FINE:
+            log = out / name / LOG
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            raise RunFailedError(f"{target.name}: pytest ended with {codes.get(target.name)}: {last}", f"see {log}")
+            raise RunFailedError(f"{name}: pytest ended with {process.returncode}: {''.join(last)}", f"see {log}")
     found = {}
     for target in targets:
         file = out / target.name / RESULTS
@@ -133,44 +140,34 @@ def run_suite(
     return found
 
 
-def _run_one(
-    target: Target, out: Path, options: Sequence[str], named: bool, say: Callable[[str], None], codes: dict[str, int]
-) -> None:
+def _start(target: Target, out: Path, options: Sequence[str]) -> subprocess.Popen[str]:
     out.mkdir(parents=True, exist_ok=True)
     for name in (RESULTS, JUNIT, LOG, MEASURED):
         (out / name).unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", *(str(SUITE / name) for name in TESTS), "--verbose", "--color=no"]
-    command += [
-        "-p",
-        "no:cacheprovider",
-        "--lg-env",
-        str(target.environment.resolve()),
-        "--rig",
-        str(target.rig.resolve()),
-    ]
+    command += ["-p", "no:cacheprovider", "-o", f"junit_suite_name={target.name}", "--lg-log", str(out.resolve())]
+    command += ["--lg-env", str(target.environment.resolve()), "--rig", str(target.rig.resolve())]
     command += ["--results", str((out / RESULTS).resolve()), "--junitxml", str((out / JUNIT).resolve())]
-    command += ["--lg-log", str(out.resolve()), "-o", f"junit_suite_name={target.name}"]
     if target.build is not None:
         command += ["--build", str(target.build.resolve())]
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTEST_ADDOPTS", "LG_ENV")}
-    prefix = f"{target.name}: " if named else ""
-    with (
-        (out / LOG).open("w", encoding="utf-8") as log,
-        subprocess.Popen(
-            [*command, *options],
-            cwd=out,
-            env={**environment, "PYTHONDONTWRITEBYTECODE": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        ) as process,
-    ):
-        assert process.stdout is not None
+    return subprocess.Popen(
+        [*command, *options],
+        cwd=out,
+        env={name: value for name, value in os.environ.items() if name not in ("PYTEST_ADDOPTS", "LG_ENV")},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+
+
+def _follow(process: subprocess.Popen[str], log: Path, prefix: str, say: Callable[[str], None]) -> None:
+    """Write down what a pytest says, and say the outcomes."""
+    assert process.stdout is not None
+    with log.open("w", encoding="utf-8") as file:
         for line in process.stdout:
-            log.write(line)
-            log.flush()
-            if any(outcome in line for outcome in _OUTCOMES) and "::" in line:
+            file.write(line)
+            file.flush()
+            if "::" in line and any(outcome in line for outcome in _OUTCOMES):
                 say(f"{prefix}{line.strip()}")
-    codes[target.name] = process.returncode

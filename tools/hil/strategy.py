@@ -17,6 +17,8 @@ from fleetune.tools.firstboot.board import PROVISIONED
 from fleetune.tools.places import AGENT, STATE
 
 _LOOK_EVERY_S, _KEY_S = 2.0, 0.3
+_ANSWERS_WITHIN_S = 120
+"""A board that boots may take its time."""
 
 
 class Status(enum.Enum):
@@ -111,6 +113,7 @@ class FleetuneStrategy(Strategy):
             self.target.activate(self.power)
             self.power.on()
         self.open_shell(self.command)
+        self.command.run("true", timeout=_ANSWERS_WITHIN_S)
 
     def open_shell(self, shell: Any) -> None:
         """Activate a driver for commands.
@@ -129,8 +132,8 @@ class FleetuneStrategy(Strategy):
         ends = time.monotonic() + self.provision_timeout
         state = ""
         while time.monotonic() < ends:
-            # A board that boots may take its time to answer.
-            out, _, _ = self.command.run(f"test -e /{STATE}/{PROVISIONED} && systemctl is-active {AGENT}", timeout=120)
+            said = f"test -e /{STATE}/{PROVISIONED} && systemctl is-active {AGENT}"
+            out, _, _ = self.command.run(said, timeout=_ANSWERS_WITHIN_S)
             state = out[0].strip() if out else "not provisioned"
             if state == "active":
                 return

@@ -12,7 +12,6 @@ import yaml
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import ConfigError, RunFailedError
 from fleetune.tools.cli import main
-from fleetune.tools.rig import make_rig
 from support.lacking import lacking
 
 STAND_IN = Path(__file__).with_name("standin.py")
@@ -26,13 +25,17 @@ devices:
 
 
 @pytest.fixture
-def lab(tiny_bert_pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def lab(tiny_bert_pack: Pack, text_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a rig, and an environment for each of two boards in ``hil``."""
     if shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/sbin") is None:
         lacking("needs Mosquitto: apt-get install mosquitto")
     inventory = tmp_path / "fleet.yaml"
     inventory.write_text(FLEET, encoding="utf-8")
-    make_rig(tmp_path / "rig", inventory, tiny_bert_pack.path, "localhost")
+    pack, host = str(tiny_bert_pack.path), "localhost"
+    with pytest.raises(SystemExit) as ended:
+        main(["hil", "rig", "--inventory", str(inventory), "--pack", pack, "--data", str(text_data), "--host", host,
+              "--out", str(tmp_path / "rigs")])  # fmt: skip
+    assert not ended.value.code
     (tmp_path / "hil").mkdir()
     for name in ("nano-1", "nano-2"):
         environment(tmp_path, name)
@@ -84,6 +87,7 @@ def test_all_boards_are_in_one_report(lab: Path, capsys: pytest.CaptureFixture[s
     run("--all", "--tests", "looks_for_releases or throttle_in")
     found = report(lab)
     assert found.keys() == {"nano-1", "nano-2"}
+    assert found["nano-1"] == found["nano-2"]  # each has a broker of its own
     out = capsys.readouterr()
     assert "nano-2" in out.out
     assert "nano-1: " in out.err
@@ -95,7 +99,7 @@ def test_all_boards_are_in_one_report(lab: Path, capsys: pytest.CaptureFixture[s
     [
         ([], "no board is named"),
         (["--env", "nowhere"], "there is no nowhere"),
-        (["--env", "hil/nano-1.yaml", "--rig", "elsewhere"], "there is no elsewhere"),
+        (["--env", "hil/nano-1.yaml", "--rigs", "elsewhere"], "there is no elsewhere/nano-1"),
         (["--all", "elsewhere"], "elsewhere has no environments"),
     ],
 )

@@ -21,9 +21,9 @@ def register(subparsers: Any) -> None:
         ),
         examples=(
             "  fleetune hil run --env qemu-nano-2g                    an emulated Jetson Nano, on this machine\n"
-            "  fleetune hil rig --inventory fleet.yaml --pack packs/minilm --host 192.168.1.10\n"
+            "  fleetune hil rig --inventory fleet.yaml --pack packs/minilm --data reviews.jsonl --host 192.168.1.10\n"
             "  fleetune hil env --inventory fleet.yaml                an environment for each board of the lab\n"
-            "  fleetune hil run --all --rig rig                       all of them, side by side\n"
+            "  fleetune hil run --all                                 all of them, side by side\n"
         ),
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)

@@ -41,22 +41,22 @@ def register(actions: Any) -> None:
     rig = add_command(
         actions,
         "rig",
-        summary="make the fleet's own side of a lab: authority, broker, releases, and seeds for the boards",
+        summary="make the fleet's own side of a lab: for each board an authority, a broker, releases, and its seed",
         description=(
-            "Make a rig: the fleet's own side of a lab, in one folder. It has an authority, the broker's\n"
-            "configuration, a repository of releases, the pack signed, and a seed for each board. Flash the boards\n"
-            "with its pack, and give each its seed; `fleetune hil run --rig` then runs broker, authority and\n"
-            "aggregator by itself."
+            "Make rigs: the fleet's own side of a lab, one for each board, so that no test disturbs another board.\n"
+            "A rig has an authority, the broker's configuration, a repository of releases, the pack signed, samples,\n"
+            "and the board's seed. `fleetune hil run` then runs broker, authority and aggregator by itself."
         ),
         examples=(
-            "  fleetune hil rig --inventory fleet.yaml --pack packs/minilm --host 192.168.1.10\n"
-            "  fleetune flash build --tier t1 --pack rig/packs/minilm\n"
+            "  fleetune hil rig --inventory fleet.yaml --pack packs/minilm --data reviews.jsonl --host 192.168.1.10\n"
+            "  fleetune flash build --tier t1 --pack packs/minilm\n"
         ),
     )
     rig.add_argument("--inventory", required=True, metavar="FILE", type=Path, help="fleet file")
     rig.add_argument("--pack", required=True, metavar="DIR", type=Path, help="what the boards train")
+    rig.add_argument("--data", required=True, metavar="FILE", type=Path, help="what they train on, of two classes")
     rig.add_argument("--host", required=True, metavar="ADDRESS", help="how the boards reach this machine")
-    rig.add_argument("--out", metavar="DIR", type=Path, default=Path("rig"), help="(default: %(default)s)")
+    rig.add_argument("--out", metavar="DIR", type=Path, default=Path("rigs"), help="(default: %(default)s)")
     rig.set_defaults(run=_rig)
 
 
@@ -73,8 +73,19 @@ def _env(args: argparse.Namespace) -> None:
 
 
 def _rig(args: argparse.Namespace) -> None:
+    from fleetune.edge.pack.pack import Pack
+    from fleetune.edge.protocol.errors import RunFolderError
+    from fleetune.profiles.fleet import Fleet, read_fleet
+    from fleetune.tools.firstboot.seed import FLEET_FILE
     from fleetune.tools.rig import make_rig, make_rig_seeds
 
-    make_rig(args.out, args.inventory, args.pack, args.host)
-    for seed in make_rig_seeds(args.out):
-        print(f"{seed.device:24} {seed.path}")  # noqa: T201
+    Pack.open(args.pack)
+    fleet = read_fleet(args.inventory)
+    for device in fleet.devices:
+        folder = args.out / device.id
+        if folder.exists() and not (folder / FLEET_FILE).exists():
+            raise RunFolderError(f"{folder} is half a rig, or something else", "remove it, or name another --out")
+        if not folder.exists():
+            make_rig(folder, Fleet(fleet.name, (device,)), args.pack, args.data, args.host)
+        (seed,) = make_rig_seeds(folder, renew=False)
+        print(f"{seed.state:4} {device.id:24} {seed.path}")  # noqa: T201

@@ -22,15 +22,16 @@ def register(actions: Any) -> None:
         summary="run the suite on one board, or on all",
         description=(
             "Run the suite. An emulated board is built, flashed and started here, with a fleet of its own. A board of\n"
-            "a lab needs its labgrid environment and the rig that its seed came from. Boards are tested side by side,\n"
-            "each by a pytest of its own. A test that needs what a board does not have is skipped, and says so.\n\n"
+            "a lab needs its labgrid environment, and the rig of the same name that its seed came from. Boards are\n"
+            "tested side by side, each by a pytest of its own. A test that needs what a board does not have is\n"
+            "skipped, and says so.\n\n"
             "With --without each test of a fault runs with the protection that it tests switched off, and has to fail."
         ),
         examples=(
             "  fleetune hil run --env qemu-nano-2g\n"
             "  fleetune hil run --env qemu-nano-2g --tests 'power or link' --without\n"
-            "  fleetune hil run --env hil/nano-1.yaml --rig rig --build images/fleetune_0.2.0+t1_arm64.build.json\n"
-            "  fleetune hil run --all --rig rig --json | jq .boards\n"
+            "  fleetune hil run --env hil/nano-1.yaml --build images/fleetune_0.2.0+t1_arm64.build.json\n"
+            "  fleetune hil run --all --json | jq .boards\n"
         ),
     )
     parser.add_argument(
@@ -49,7 +50,9 @@ def register(actions: Any) -> None:
         type=Path,
         help="all environments in a folder (default: hil, where `fleetune hil env` writes them)",
     )
-    parser.add_argument("--rig", metavar="DIR", type=Path, default=Path("rig"), help="of a lab (default: %(default)s)")
+    parser.add_argument(
+        "--rigs", metavar="DIR", type=Path, default=Path("rigs"), help="of a lab's boards (default: %(default)s)"
+    )
     parser.add_argument("--build", metavar="RECORD", type=Path, help="what a lab's boards were flashed with")
     parser.add_argument("--tests", metavar="EXPRESSION", help="only tests that pytest's -k chooses")
     parser.add_argument("--without", action="store_true", help="switch off what each test of a fault tests")
@@ -103,9 +106,10 @@ def _target(name: str, args: argparse.Namespace) -> Target:
     file = Path(name)
     if not file.is_file():
         raise ConfigError(f"--env: there is no {name}", f"choose from {', '.join(BOARDS)}, or name a file")
-    if not args.rig.is_dir():
-        raise ConfigError(f"--rig: there is no {args.rig}", "make it: `fleetune hil rig`")
-    return Target(file.stem, file, args.rig, args.build)
+    rig = args.rigs / file.stem
+    if not rig.is_dir():
+        raise ConfigError(f"--rigs: there is no {rig}", "make it: `fleetune hil rig`")
+    return Target(file.stem, file, rig, args.build)
 
 
 def _emulated(name: str, args: argparse.Namespace) -> Target:
