@@ -1,4 +1,4 @@
-"""The states of a flashed board, as a labgrid strategy: off, up, provisioned."""
+"""The states of a board, as a labgrid strategy: off, in recovery mode, up, provisioned."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import attr
 from labgrid.driver import ShellDriver
+from labgrid.exceptions import NoDriverFoundError
 from labgrid.factory import target_factory
 from labgrid.step import step
 from labgrid.strategy import Strategy, StrategyError
@@ -16,7 +17,7 @@ from labgrid.strategy.common import never_retry
 from fleetune.tools.firstboot.board import PROVISIONED
 from fleetune.tools.places import AGENT, STATE
 
-_LOOK_EVERY_S, _KEY_S = 2.0, 0.3
+_LOOK_EVERY_S, _KEY_S, _HELD_S = 2.0, 0.3, 2.0
 _ANSWERS_WITHIN_S = 120
 """A board that boots may take its time."""
 
@@ -26,8 +27,9 @@ class Status(enum.Enum):
 
     unknown = 0
     off = 1
-    up = 2
-    provisioned = 3
+    recovery = 2
+    up = 3
+    provisioned = 4
 
 
 @target_factory.reg_driver
@@ -35,8 +37,9 @@ class Status(enum.Enum):
 class FleetuneStrategy(Strategy):
     """Brings a flashed board into a state.
 
-    ``up``: programs can be run on it. ``provisioned``: its first boot is over, and its agent runs. A board without a
-    driver for its power is taken as it is, and is never off.
+    ``up``: programs can be run on it. ``provisioned``: its first boot is over, and its agent runs. ``recovery``: a
+    Jetson waits on USB to be flashed; it needs a driver for a digital output named ``recovery``, which connects FC REC
+    to GND. A board without a driver for its power is taken as it is, and is never off.
 
     Args:
         provision_timeout (int, default=1800): seconds that a first boot and its measurements may take
@@ -69,6 +72,8 @@ class FleetuneStrategy(Strategy):
             return
         if wanted == Status.off:
             self._switch_off()
+        elif wanted == Status.recovery:
+            self._enter_recovery()
         elif wanted == Status.up:
             self._come_up()
         else:
@@ -101,12 +106,47 @@ class FleetuneStrategy(Strategy):
         self.open_shell(self.command)
         self.status = Status.up
 
+    @step(args=["image"])
+    def write_card(self, image: str) -> None:
+        """Write an image to the card of a board that is off, through an SD multiplexer.
+
+        Args:
+            image: File; labgrid's USBStorageDriver writes it.
+
+        Raises:
+            StrategyError: The board is not off, or has no multiplexer.
+        """
+        if self.status != Status.off:
+            raise StrategyError(f"{self.target.name} is {self.status.name}: its card is only written while it is off")
+        multiplexer, storage = self._driver("USBSDMuxDriver"), self._driver("USBStorageDriver")
+        multiplexer.set_mode("host")
+        try:
+            storage.write_image(image)
+        finally:
+            multiplexer.set_mode("dut")
+
+    def _driver(self, kind: str, name: str | None = None) -> Any:
+        try:
+            return self.target.get_driver(kind, name=name)
+        except NoDriverFoundError as error:
+            raise StrategyError(f"{self.target.name}: {error}") from error
+
     def _switch_off(self) -> None:
         self.target.deactivate(self.command)
         if self.power is None:
             raise StrategyError(f"{self.target.name} has no driver for its power")
         self.target.activate(self.power)
         self.power.off()
+
+    def _enter_recovery(self) -> None:
+        switch = self._driver("DigitalOutputProtocol", "recovery")
+        self._switch_off()
+        switch.set(True)
+        try:
+            self.power.on()
+            time.sleep(_HELD_S)
+        finally:
+            switch.set(False)
 
     def _come_up(self) -> None:
         if self.power is not None:

@@ -14,7 +14,6 @@ from fleetune.edge.protocol.errors import ConfigError, RunFailedError
 from fleetune.tools.cli import main
 from support.lacking import lacking
 
-STAND_IN = Path(__file__).with_name("standin.py")
 FLEET = """\
 schema: 1
 fleet: lab
@@ -40,6 +39,7 @@ def lab(tiny_bert_pack: Pack, text_data: Path, tmp_path: Path, monkeypatch: pyte
     for name in ("nano-1", "nano-2"):
         environment(tmp_path, name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # of the stand-ins
     return tmp_path
 
 
@@ -47,7 +47,7 @@ def environment(folder: Path, name: str, *, silent: bool = False) -> None:
     document = {
         "targets": {"main": {"drivers": [{"StandInDriver": {"silent": silent}}, {"FleetuneStrategy": {}}]}},
         "options": {"fleetune_device": name},
-        "imports": ["fleetune.tools.hil.strategy", str(STAND_IN)],
+        "imports": ["fleetune.tools.hil.strategy", "support.standin"],
     }
     (folder / f"hil/{name}.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
 
