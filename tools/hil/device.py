@@ -100,7 +100,7 @@ class FleetDevice:
 
     def ask(self, command: str, *, timeout_s: float = 120.0) -> Answer:
         """Run a shell command, as root, whatever it comes to."""
-        out, err, code = self._commands.run(f"{_QUIETLY}\n{command}", timeout=timeout_s)
+        out, err, code = self._commands.run(f"{_QUIETLY}; {command}", timeout=timeout_s)
         return Answer(code, "\n".join([*out, *err]))
 
     def run(self, command: str, *, timeout_s: float = 120.0) -> str:

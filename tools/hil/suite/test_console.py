@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fleetune.tools.hil.device import FleetDevice
+from fleetune.tools.hil.device import SCRATCH, FleetDevice
 from fleetune.tools.hil.protection import ConsoleWakes
 
 
@@ -23,9 +23,14 @@ def test_a_pager_that_somebody_left_open_is_closed(fleet_device: FleetDevice, sh
 
 
 @pytest.mark.needs("console")
-def test_what_a_test_prints_opens_no_pager(fleet_device: FleetDevice, shell: Any) -> None:
-    long = FleetDevice(fleet_device.name, _On(shell), frozenset()).run("systemctl show")
-    assert len(long.splitlines()) > 100
+def test_commands_go_over_a_console_as_over_any_other_way(fleet_device: FleetDevice, shell: Any) -> None:
+    device = FleetDevice(fleet_device.name, _On(shell), frozenset())
+    assert len(device.run("systemctl show").splitlines()) > 100  # no pager
+    assert device.run("first=1\nsecond=2\necho $((first + second))") == "3"
+    assert device.ask("cat; exit 5").code == 5
+    data = bytes(range(256)) * 20
+    device.put(f"{SCRATCH}/file", data)
+    assert device.get(f"{SCRATCH}/file") == data
 
 
 class _On:
