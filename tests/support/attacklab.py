@@ -241,10 +241,11 @@ class Intruder:
     def listen(self, until: Callable[[], bool], seconds: float = 5.0) -> list[Event]:
         end, found = time.monotonic() + seconds, list[Event]()
         while time.monotonic() < end:
-            found += self.link.events(0.05)
+            new = list(self.link.events(0.05))
+            found += new
+            self.heard += new
             if until():
                 break
-        self.heard += found
         return found
 
     def die(self) -> None:
