@@ -24,7 +24,8 @@ class GuestAgentDriver(CommandMixin, Driver, CommandProtocol, FileTransferProtoc
         boot_timeout (int, default=300): seconds that the board has to come up
     """
 
-    bindings = {"board": "QEMUDriver"}  # noqa: RUF012 (labgrid's)
+    # None to QEMUDriver: labgrid lets one driver at a time have its console, and would switch this one off for another.
+    bindings = {}  # noqa: RUF012 (labgrid's)
     priorities = {CommandProtocol: 20, FileTransferProtocol: 20}  # noqa: RUF012
 
     socket: str = attr.ib(validator=attr.validators.instance_of(str))
