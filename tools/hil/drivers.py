@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import attr
 from labgrid.driver import Driver
@@ -25,8 +26,8 @@ class GuestAgentDriver(CommandMixin, Driver, CommandProtocol, FileTransferProtoc
     """
 
     # None to QEMUDriver: labgrid lets one driver at a time have its console, and would switch this one off for another.
-    bindings = {}  # noqa: RUF012 (labgrid's)
-    priorities = {CommandProtocol: 20, FileTransferProtocol: 20}  # noqa: RUF012
+    bindings: ClassVar[dict[str, str]] = {}
+    priorities = {CommandProtocol: 20, FileTransferProtocol: 20}  # noqa: RUF012 (labgrid's)
 
     socket: str = attr.ib(validator=attr.validators.instance_of(str))
     boot_timeout: int = attr.ib(default=300, validator=attr.validators.instance_of(int))
