@@ -30,6 +30,7 @@ from fleetune.tools.processes import Processes, processes
 from fleetune.tools.release.repository import PUBLIC, Releases
 from fleetune.tools.release.serve import serve_folder
 from fleetune.tools.secured import Mosquitto
+from fleetune.tools.waiting import wait_until
 
 SAMPLES = f"/{STATE}/samples.jsonl"
 """Where a board's samples are."""
@@ -85,12 +86,13 @@ class Job:
         Raises:
             RunFailedError: It failed, or is not done in time.
         """
-        ends = time.monotonic() + within_s
-        while not self.ended:
+
+        def is_done() -> bool:
             check()
-            if time.monotonic() > ends:
-                raise RunFailedError(f"{self.name} was not done in {within_s:.0f} s", f"see {self.log}")
-            time.sleep(0.5)
+            return self.ended
+
+        late = RunFailedError(f"{self.name} was not done in {within_s:.0f} s", f"see {self.log}")
+        wait_until(is_done, within_s, lambda: late)
         return self.accepted()
 
     def wait_for_update(self, within_s: float, check: Callable[[], None] = lambda: None) -> UpdateManifest:
@@ -99,14 +101,20 @@ class Job:
         Raises:
             RunFailedError: It failed, or has taken none in time.
         """
-        ends = time.monotonic() + within_s
-        while not (found := [one.manifest for one in self.accepted() if one.manifest.payload is not None]):
+        late = RunFailedError(f"{self.name} has taken no update in {within_s:.0f} s", f"see {self.log}")
+
+        def trained() -> list[UpdateManifest]:
+            return [one.manifest for one in self.accepted() if one.manifest.payload is not None]
+
+        def has_taken() -> bool:
             check()
-            if self.ended or time.monotonic() > ends:
-                raise RunFailedError(f"{self.name} has taken no update in {within_s:.0f} s", f"see {self.log}")
-            time.sleep(0.5)
+            if self.ended and not trained():
+                raise late
+            return bool(trained())
+
+        wait_until(has_taken, within_s, lambda: late)
         self.stop()
-        return found[0]
+        return trained()[0]
 
     def stop(self) -> None:
         """End it, done or not."""
@@ -169,7 +177,7 @@ class Rig:
 
 
 def make_rig(folder: Path, fleet: Fleet, pack: Path, samples: Path, host: str) -> None:
-    """Make one, with a seed for each of its boards.
+    """Make one.
 
     Args:
         folder: For all of it; new or empty.
@@ -199,7 +207,6 @@ def make_rig(folder: Path, fleet: Fleet, pack: Path, samples: Path, host: str) -
         file.chmod(0o644)  # on a board the agent is not root
     for name, data in fleet_files(fleet).items():
         write_atomic(folder / name, data)
-    make_rig_seeds(folder, renew=False)
 
 
 def equipment(folder: Path) -> dict[str, Path]:
@@ -209,18 +216,17 @@ def equipment(folder: Path) -> dict[str, Path]:
     return {f"/{PACKS}/{pack.name}/{signature.name}": signature, SAMPLES: folder / _SAMPLES}
 
 
-def make_rig_seeds(folder: Path, *, renew: bool) -> list[Seeded]:
-    """The seeds of a rig's boards.
+def make_rig_seeds(folder: Path) -> list[Seeded]:
+    """The seeds of a rig's boards; those that are there stay.
 
     Args:
         folder: As `make_rig` has made it.
-        renew: Whether boards get new tokens, to be flashed again.
     """
     fleet, (pack,), made = read_fleet(folder / FLEET_FILE), (folder / _PACKS).iterdir(), list[Seeded]()
     with Releases(folder / _RELEASES) as releases:
         trusted = releases.url, releases.root_file
     place = f"/{UPDATES}/packs/{pack.name}"
-    order = Order(fleet, place, SAMPLES, _TOKENS_COUNT_H, "image", releases=trusted, renew=renew)
+    order = Order(fleet, place, SAMPLES, _TOKENS_COUNT_H, "image", releases=trusted)
     with closing(Authority(folder / _AUTHORITY)) as authority:
         make_seeds(order, fleet.devices, authority, folder / _SEEDS, made.append)
     return made

@@ -54,6 +54,11 @@ def add_identity(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_inventory(parser: argparse.ArgumentParser) -> None:
+    """``--inventory``."""
+    parser.add_argument("--inventory", metavar="FILE", type=Path, required=True, help="fleet file, docs/fleet-file.md")
+
+
 def add_images(parser: argparse.ArgumentParser) -> None:
     """``--images``."""
     parser.add_argument(

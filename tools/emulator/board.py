@@ -12,8 +12,8 @@ from fleetune.tools.demo.task import Task
 from fleetune.tools.emulator.image import Image, make_image
 from fleetune.tools.emulator.machine import HOST, make_disk
 from fleetune.tools.emulator.toy import write_toy_pack
-from fleetune.tools.flash.build import MAINTAINER, build
-from fleetune.tools.flash.record import ENDING
+from fleetune.tools.flash.build import build
+from fleetune.tools.flash.record import read_record
 from fleetune.tools.flash.tier import find_tier
 from fleetune.tools.rig import equipment, make_rig, make_rig_seeds
 
@@ -85,11 +85,9 @@ def make_board_image(images: Path, pack: Path | None, samples: Path | None, say:
         samples = images / "samples.jsonl"
         Task("text", None, train=64, val=32, test=32, seed=0).write_data([samples])
     Pack.open(pack)
-    hashes = build(find_tier(TIER), images, packs=[pack], maintainer=MAINTAINER, say=say)
-    (deb,) = (images / name for name in hashes if name.endswith(".deb"))
-    return BoardImage(
-        make_image(deb, images, say), pack, samples, deb.with_name(deb.name.removesuffix(".deb") + ENDING)
-    )
+    record = build(find_tier(TIER), images, packs=[pack], say=say)
+    (deb,) = (images / name for name in read_record(record).files if name.endswith(".deb"))
+    return BoardImage(make_image(deb, images, say), pack, samples, record)
 
 
 def flash_board(board: EmulatedBoard, made: BoardImage, fleet: str, rig: Path, folder: Path) -> tuple[Path, Path]:
@@ -111,5 +109,5 @@ def flash_board(board: EmulatedBoard, made: BoardImage, fleet: str, rig: Path, f
     inventory = folder / "inventory.yaml"
     inventory.write_text(_INVENTORY.format(fleet=fleet, board=board), encoding="utf-8")
     make_rig(rig, read_fleet(inventory), made.pack, made.samples, HOST)
-    (seed,) = make_rig_seeds(rig, renew=False)
+    (seed,) = make_rig_seeds(rig)
     return make_disk(made.image, folder, equipment(rig)), seed.path

@@ -32,9 +32,8 @@ class Channel:
     def __init__(self, path: Path, timeout_s: float) -> None:
         self._ends, self._read = time.monotonic() + timeout_s, b""
         self._socket = socket.socket(socket.AF_UNIX)
-        # A socket's address has at most 107 bytes, and folders have long names.
         self._socket.settimeout(timeout_s)  # where somebody else speaks, QEMU lets one wait
-        folder = os.open(path.parent, os.O_PATH)
+        folder = os.open(path.parent, os.O_PATH)  # a socket's address has at most 107 bytes, and folders long names
         try:
             self._socket.connect(f"/proc/self/fd/{folder}/{path.name}")
         except OSError:

@@ -1,33 +1,17 @@
-"""What the emulated board is told, and tells: programs and files, through the agent that QEMU has in it."""
+"""Programs on the emulated board, through the agent that QEMU has in it."""
 
 from __future__ import annotations
 
 import base64
-import time
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.tools.emulator.channel import Channel
-
-_PIECE = 1 << 20
-"""Bytes of a file that are sent at once."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a program on the board came to.
-
-    Attributes:
-        code: Its exit status.
-        out: What it printed.
-        err: What it complained about.
-    """
-
-    code: int
-    out: str
-    err: str
+from fleetune.tools.waiting import wait_until
 
 
 @dataclass(frozen=True)
@@ -52,19 +36,21 @@ class Guest:
         Raises:
             RunFailedError: It does not come up in time.
         """
-        ends = time.monotonic() + timeout_s
-        while time.monotonic() < ends:
+
+        def is_up() -> bool:
             check()
             try:
                 with Channel(self.socket, 5.0) as channel:
                     channel.wake()
-                    return
             except OSError:  # not yet
-                time.sleep(1.0)
-        raise RunFailedError(f"the board did not come up in {timeout_s:.0f} s", f"see {self.log}, what it said last")
+                return False
+            return True
 
-    def run(self, *command: str, timeout_s: float = 120.0) -> Answer:
-        """Run a program on the board, as root, to its end.
+        late = RunFailedError(f"the board did not come up in {timeout_s:.0f} s", f"see {self.log}, what it said last")
+        wait_until(is_up, timeout_s, lambda: late, every_s=1.0)
+
+    def run(self, *command: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+        """Run a program on the board, as root, to its end, whatever it comes to.
 
         Raises:
             RunFailedError: There is no such program, or it does not end in time.
@@ -73,51 +59,15 @@ class Guest:
         with Channel(self.socket, timeout_s) as channel:
             channel.wake()
             number = channel.ask("guest-exec", path=command[0], arg=list(command[1:]), **{"capture-output": True})
-            ends = time.monotonic() + timeout_s
-            while time.monotonic() < ends:
-                state = channel.ask("guest-exec-status", pid=number["pid"])
-                if state["exited"]:
-                    out, err = (
-                        base64.b64decode(state.get(name, "")).decode("utf-8", "replace")
-                        for name in ("out-data", "err-data")
-                    )
-                    return Answer(state.get("exitcode", -state.get("signal", 0)), out, err)
-                time.sleep(0.2)
-        raise RunFailedError(f"{command[0]} did not end in {timeout_s:.0f} s on the board", f"see {self.log}")
+            state = dict[str, Any]()
 
-    def write(self, path: str, data: bytes, *, timeout_s: float = 120.0) -> None:
-        """Write a file on the board, as root.
+            def has_ended() -> bool:
+                state.update(channel.ask("guest-exec-status", pid=number["pid"]))
+                return bool(state["exited"])
 
-        Raises:
-            RunFailedError: It cannot be written there.
-            OSError: The board does not answer.
-        """
-        with Channel(self.socket, timeout_s) as channel:
-            channel.wake()
-            handle = channel.ask("guest-file-open", path=path, mode="w")
-            try:
-                for start in range(0, len(data), _PIECE):
-                    piece = base64.b64encode(data[start : start + _PIECE]).decode("ascii")
-                    channel.ask("guest-file-write", handle=handle, **{"buf-b64": piece})
-            finally:
-                channel.ask("guest-file-close", handle=handle)
-
-    def read(self, path: str, *, timeout_s: float = 120.0) -> bytes:
-        """Read a file of the board.
-
-        Raises:
-            RunFailedError: It cannot be read there.
-            OSError: The board does not answer.
-        """
-        data = bytearray()
-        with Channel(self.socket, timeout_s) as channel:
-            channel.wake()
-            handle = channel.ask("guest-file-open", path=path, mode="r")
-            try:
-                while True:
-                    piece = channel.ask("guest-file-read", handle=handle, count=_PIECE)
-                    data += base64.b64decode(piece["buf-b64"])
-                    if piece["eof"]:
-                        return bytes(data)
-            finally:
-                channel.ask("guest-file-close", handle=handle)
+            late = RunFailedError(f"{command[0]} did not end in {timeout_s:.0f} s on the board", f"see {self.log}")
+            wait_until(has_ended, timeout_s, lambda: late, every_s=0.2)
+        out, err = (
+            base64.b64decode(state.get(name, "")).decode("utf-8", "replace") for name in ("out-data", "err-data")
+        )
+        return subprocess.CompletedProcess(command, state.get("exitcode", -state.get("signal", 0)), out, err)

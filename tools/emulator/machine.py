@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.tools.emulator.channel import Channel
-from fleetune.tools.emulator.guest import Answer, Guest
+from fleetune.tools.emulator.guest import Guest
 from fleetune.tools.emulator.image import Image
 from fleetune.tools.ext4 import put_files
 from fleetune.tools.programs import find_program, run_program
@@ -64,10 +64,6 @@ class Machine:
             RunFailedError: It does not come up in time, or QEMU has ended.
         """
         self.guest.wait_up(timeout_s, self.check)
-
-    def run(self, *command: str, timeout_s: float = 120.0) -> Answer:
-        """Run a program on the board: see :meth:`Guest.run`."""
-        return self.guest.run(*command, timeout_s=timeout_s)
 
     def cut_power(self) -> None:
         """Cut the power, and put it on again: what was not written to the disk is gone."""

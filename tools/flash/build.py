@@ -29,7 +29,7 @@ def build(
     own_wheels: Iterable[Path] = (),
     maintainer: str = MAINTAINER,
     say: Callable[[str], None],
-) -> dict[str, str]:
+) -> Path:
     """Build all of one tier.
 
     Args:
@@ -41,7 +41,7 @@ def build(
         say: Called with what is done next.
 
     Returns:
-        Name → SHA-256 of each file in ``out``.
+        The record of all files, beside them.
 
     Raises:
         AssetError: A wheel cannot be had, or is not the pinned one.
@@ -66,8 +66,9 @@ def build(
         write_tar_gz(root, made / f"{stem}.overlay.tar.gz")
         (made / f"{stem}.sbom.cdx.json").write_text(sbom, encoding="utf-8")
         hashes = {file.name: file_sha256(file) for file in sorted(made.iterdir())}
-        (out / f"{stem}{ENDING}").unlink(missing_ok=True)  # until all that it names is there
+        record = out / f"{stem}{ENDING}"
+        record.unlink(missing_ok=True)  # until all that it names is there
         for file in sorted(made.iterdir()):
             file.replace(out / file.name)
-        write_record(Build(1, content.version, tier.name, content.kit, hashes), out / f"{stem}{ENDING}")
-    return hashes
+        write_record(Build(1, content.version, tier.name, content.kit, hashes), record)
+    return record

@@ -28,6 +28,7 @@ from fleetune.tools.release.publish import publish
 from fleetune.tools.release.repository import Releases
 from fleetune.tools.rig import Rig, open_rig
 from fleetune.tools.trees import SHORT
+from fleetune.tools.waiting import wait_until
 
 FLEET, DEVICE = "rehearsal", "nano"
 REPORT = "rehearsal.json"
@@ -139,36 +140,40 @@ def _explained(board: Machine) -> Iterator[None]:
         yield
     finally:
         try:
-            said = board.run("/usr/bin/journalctl", "--no-pager", "--output=short-monotonic", timeout_s=60.0)
+            said = board.guest.run("/usr/bin/journalctl", "--no-pager", "--output=short-monotonic", timeout_s=60.0)
         except (OSError, RunFailedError) as error:
             log.warning("the board does not give its log: %s", error)
         else:
-            write_atomic(board.folder / JOURNALED, said.out.encode())
+            write_atomic(board.folder / JOURNALED, said.stdout.encode())
 
 
 def _wait(board: Machine, rig: Rig, until: str | None) -> None:
     """Wait until a step of the first boot is being done, or all are."""
-    ends = time.monotonic() + _PROVISIONED_WITHIN_S
-    while time.monotonic() < ends:
+
+    def is_there() -> bool:
         rig.check()
         done = _done(board)
         if until is None and PROVISIONED in done:
-            return
+            return True
         if until is not None and set(STEPS[: STEPS.index(until)]) <= done:
             if until in done:
                 raise RunFailedError(f"step {until} was over before the power could be cut", "choose a longer one")
-            return
+            return True
         state = _properties(board, "fleetune-firstboot.service", "NRestarts")
         if int(state["NRestarts"]) >= _TRIES:
-            said = board.run("/usr/bin/journalctl", "--unit=fleetune-firstboot", "--output=cat", "--lines=20").out
+            said = board.guest.run(
+                "/usr/bin/journalctl", "--unit=fleetune-firstboot", "--output=cat", "--lines=20"
+            ).stdout
             raise RunFailedError(f"the first boot fails again and again: {said.strip()}", f"see {board.folder}")
-        time.sleep(1.0)
-    raise RunFailedError(f"the first boot was not over in {_PROVISIONED_WITHIN_S:.0f} s", f"see {board.folder}")
+        return False
+
+    late = RunFailedError(f"the first boot was not over in {_PROVISIONED_WITHIN_S:.0f} s", f"see {board.folder}")
+    wait_until(is_there, _PROVISIONED_WITHIN_S, lambda: late, every_s=1.0)
 
 
 def _done(board: Machine) -> set[str]:
-    said = board.run("/bin/cat", f"/{STATE}/{FIRSTBOOT}")
-    return set(json.loads(said.out)["done"]) if said.code == 0 else set()
+    said = board.guest.run("/bin/cat", f"/{STATE}/{FIRSTBOOT}")
+    return set(json.loads(said.stdout)["done"]) if said.returncode == 0 else set()
 
 
 def _release(record: Path, rig: Rig, board: Machine) -> dict[str, Any]:
@@ -176,16 +181,16 @@ def _release(record: Path, rig: Rig, board: Machine) -> dict[str, Any]:
     with Releases(rig.releases) as releases:
         rollout = publish(releases, [record], [], [DEVICE], 0.0)
     start = time.monotonic()
-    board.run("/usr/bin/systemctl", "start", "--no-block", UPDATER)
+    board.guest.run("/usr/bin/systemctl", "start", "--no-block", UPDATER)
     _wait_for(board, UPDATER, ("inactive", "failed"), _RELEASED_WITHIN_S)
     _wait_for(board, AGENT, ("active",), _RELEASED_WITHIN_S)
     seconds = round(time.monotonic() - start, 1)
-    state = json.loads(board.run("/usr/bin/fleetune", "update", "--show", timeout_s=_RELEASED_WITHIN_S).out)
+    state = json.loads(board.guest.run("/usr/bin/fleetune", "update", "--show", timeout_s=_RELEASED_WITHIN_S).stdout)
     if rollout.number not in (state["good"], *state["bad"]):
-        said = board.run("/usr/bin/journalctl", f"--unit={UPDATER}", "--output=cat", "--lines=5").out
+        said = board.guest.run("/usr/bin/journalctl", f"--unit={UPDATER}", "--output=cat", "--lines=5").stdout
         raise RunFailedError(f"the board did not try release {rollout.number}: {said.strip()}", f"see {board.folder}")
     process = _properties(board, AGENT, "MainPID")["MainPID"]
-    command = board.run("/bin/cat", f"/proc/{process}/cmdline").out.split("\0")
+    command = board.guest.run("/bin/cat", f"/proc/{process}/cmdline").stdout.split("\0")
     return {
         "number": rollout.number,
         "kit": rollout.kits[TIER].digest[:SHORT],
@@ -197,36 +202,36 @@ def _release(record: Path, rig: Rig, board: Machine) -> dict[str, Any]:
 
 def _wait_for(board: Machine, unit: str, states: tuple[str, ...], within_s: float) -> None:
     """Wait until a unit is in one of these states."""
-    ends = time.monotonic() + within_s
-    while time.monotonic() < ends:
+
+    def is_so() -> bool:
         board.check()
-        if _properties(board, unit, "ActiveState")["ActiveState"] in states:
-            return
-        time.sleep(1.0)
-    raise RunFailedError(f"{unit} was not {' or '.join(states)} in {within_s:.0f} s", f"see {board.folder}")
+        return _properties(board, unit, "ActiveState")["ActiveState"] in states
+
+    late = RunFailedError(f"{unit} was not {' or '.join(states)} in {within_s:.0f} s", f"see {board.folder}")
+    wait_until(is_so, within_s, lambda: late, every_s=1.0)
 
 
 def _properties(board: Machine, unit: str, *names: str) -> dict[str, str]:
-    said = board.run("/usr/bin/systemctl", "show", unit, f"--property={','.join(names)}").out
+    said = board.guest.run("/usr/bin/systemctl", "show", unit, f"--property={','.join(names)}").stdout
     return dict(line.split("=", 1) for line in said.splitlines())
 
 
 def _look(board: Machine) -> dict[str, Any]:
     """What the board itself says of its agent."""
     state = _properties(board, AGENT, "ActiveState", "User", "MemoryMax", "NRestarts")
-    events = dict(line.split() for line in board.run("/bin/cat", f"{_GROUP}/memory.events").out.splitlines())
-    size = board.run("/bin/df", "--block-size=1M", "--output=size", "/").out.split()[-1]
+    events = dict(line.split() for line in board.guest.run("/bin/cat", f"{_GROUP}/memory.events").stdout.splitlines())
+    size = board.guest.run("/bin/df", "--block-size=1M", "--output=size", "/").stdout.split()[-1]
     return {
         "agent": {
             "state": state["ActiveState"],
             "user": state["User"],
             "restarts": int(state["NRestarts"]),
             "memory_max_mib": int(state["MemoryMax"]) / _MIB,
-            "memory_peak_mib": round(int(board.run("/bin/cat", f"{_GROUP}/memory.peak").out) / _MIB, 1),
+            "memory_peak_mib": round(int(board.guest.run("/bin/cat", f"{_GROUP}/memory.peak").stdout) / _MIB, 1),
             "killed_for_memory": int(events["oom_kill"]),
             "held_back_for_memory": int(events["max"]),
         },
         "looks_for_releases": _properties(board, UPDATE_TIMER, "ActiveState")["ActiveState"] == "active",
         "root_mib": int(size),
-        "first_boot": json.loads(board.run("/bin/cat", f"/{STATE}/{FIRSTBOOT}").out)["done"],
+        "first_boot": json.loads(board.guest.run("/bin/cat", f"/{STATE}/{FIRSTBOOT}").stdout)["done"],
     }

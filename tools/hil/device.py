@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import base64
 import shlex
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.edge.protocol.files import file_sha256
 from fleetune.tools.places import AGENT, KITS, UPDATES
+from fleetune.tools.waiting import wait_until
 
 SCRATCH = "/run/fleetune-hil"
 """What a test leaves on a board lies here, or is a unit of this name: a power cut takes it away, too."""
@@ -59,20 +60,7 @@ class Commands(Protocol):
         """Run a command."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a command on the board came to.
-
-    Attributes:
-        code: Its exit status.
-        out: What it printed.
-    """
-
-    code: int
-    out: str
-
-
-class FleetDevice:
+class DeviceUnderTest:
     """One board of a lab.
 
     Args:
@@ -98,10 +86,10 @@ class FleetDevice:
 
     # --- commands and files -----------------------------------------------------------------------------------------
 
-    def ask(self, command: str, *, timeout_s: float = 120.0) -> Answer:
-        """Run a shell command, as root, whatever it comes to."""
+    def ask(self, command: str, *, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+        """Run a shell command, as root, whatever it comes to; all that it says is its output, as on a console."""
         out, err, code = self._commands.run(f"{_QUIETLY}; {command}", timeout=timeout_s)
-        return Answer(code, "\n".join([*out, *err]))
+        return subprocess.CompletedProcess(command, code, "\n".join([*out, *err]))
 
     def run(self, command: str, *, timeout_s: float = 120.0) -> str:
         """Run a shell command that has to end well, and return what it prints.
@@ -110,12 +98,12 @@ class FleetDevice:
             RunFailedError: It does not end well; with what it said.
         """
         answer = self.ask(command, timeout_s=timeout_s)
-        if answer.code:
+        if answer.returncode:
             raise RunFailedError(
-                f"{self.name}: {command.strip()[:120]!r} ended with {answer.code}: {answer.out[-1000:]}",
+                f"{self.name}: {command.strip()[:120]!r} ended with {answer.returncode}: {answer.stdout[-1000:]}",
                 f"log in to {self.name}, and try it there",
             )
-        return answer.out
+        return answer.stdout
 
     def python(self, script: str, *, timeout_s: float = 300.0) -> str:
         """Run a Python script with the board's own kit."""
@@ -137,7 +125,7 @@ class FleetDevice:
     def equip(self, files: Mapping[str, Path]) -> None:
         """Put files there that are missing, or others: path on the board → file."""
         for path, file in files.items():
-            if self.ask(f"sha256sum {shlex.quote(path)}").out.partition(" ")[0] != file_sha256(file):
+            if self.ask(f"sha256sum {shlex.quote(path)}").stdout.partition(" ")[0] != file_sha256(file):
                 self.put(path, file.read_bytes())
                 self.run(f"chmod 0644 {shlex.quote(path)}")
 
@@ -191,7 +179,7 @@ class FleetDevice:
         Raises:
             RunFailedError: It is not, in time.
         """
-        self.wait_until(lambda: self.ask(f"systemctl is-active {AGENT}").out.strip() == "active", "is up", within_s)
+        self.wait_until(lambda: self.ask(f"systemctl is-active {AGENT}").stdout.strip() == "active", "is up", within_s)
 
     def wait_until(self, is_so: Callable[[], bool], words: str, within_s: float) -> None:
         """Wait until something is so.
@@ -204,14 +192,14 @@ class FleetDevice:
         Raises:
             RunFailedError: It is not so in time.
         """
-        ends = time.monotonic() + within_s
-        while not is_so():
-            if time.monotonic() > ends:
-                raise RunFailedError(
-                    f"the agent of {self.name} {words}: not in {within_s:.0f} s; it says: {self.says}",
-                    f"journalctl -u {AGENT} on {self.name}",
-                )
-            time.sleep(0.5)
+
+        def late() -> RunFailedError:
+            return RunFailedError(
+                f"the agent of {self.name} {words}: not in {within_s:.0f} s; it says: {self.says}",
+                f"journalctl -u {AGENT} on {self.name}",
+            )
+
+        wait_until(is_so, within_s, late)
 
     def mark(self) -> str:
         """Now, in the journal."""

@@ -9,7 +9,7 @@ import attr
 from labgrid.driver import Driver
 from labgrid.driver.commandmixin import CommandMixin
 from labgrid.factory import target_factory
-from labgrid.protocol import CommandProtocol, FileTransferProtocol
+from labgrid.protocol import CommandProtocol
 from labgrid.step import step
 
 from fleetune.tools.emulator.guest import Guest
@@ -17,8 +17,8 @@ from fleetune.tools.emulator.guest import Guest
 
 @target_factory.reg_driver
 @attr.s(eq=False)
-class GuestAgentDriver(CommandMixin, Driver, CommandProtocol, FileTransferProtocol):
-    """Runs commands and moves files, as root.
+class GuestAgentDriver(CommandMixin, Driver, CommandProtocol):
+    """Runs commands, as root.
 
     Args:
         socket (str): QEMU's end of the port ``org.qemu.guest_agent.0``
@@ -27,7 +27,7 @@ class GuestAgentDriver(CommandMixin, Driver, CommandProtocol, FileTransferProtoc
 
     # None to QEMUDriver: labgrid lets one driver at a time have its console, and would switch this one off for another.
     bindings: ClassVar[dict[str, str]] = {}
-    priorities = {CommandProtocol: 20, FileTransferProtocol: 20}  # noqa: RUF012 (labgrid's)
+    priorities = {CommandProtocol: 20}  # noqa: RUF012 (labgrid's)
 
     socket: str = attr.ib(validator=attr.validators.instance_of(str))
     boot_timeout: int = attr.ib(default=300, validator=attr.validators.instance_of(int))
@@ -46,7 +46,7 @@ class GuestAgentDriver(CommandMixin, Driver, CommandProtocol, FileTransferProtoc
     ) -> tuple[list[str], list[str], int]:
         del codec, decodeerrors  # what is no UTF-8 is replaced
         answer = self._guest.run("/bin/sh", "-c", cmd, timeout_s=timeout)
-        return answer.out.splitlines(), answer.err.splitlines(), answer.code
+        return answer.stdout.splitlines(), answer.stderr.splitlines(), answer.returncode
 
     @Driver.check_active
     @step(args=["cmd"], result=True)
@@ -69,15 +69,3 @@ class GuestAgentDriver(CommandMixin, Driver, CommandProtocol, FileTransferProtoc
     def get_status(self) -> int:
         """1, as labgrid has it for a shell that is there."""
         return 1
-
-    @Driver.check_active
-    @step(args=["filename", "remotepath"])
-    def put(self, filename: str, remotepath: str) -> None:
-        """Write a file on the board."""
-        self._guest.write(remotepath, Path(filename).read_bytes())
-
-    @Driver.check_active
-    @step(args=["filename", "destination"])
-    def get(self, filename: str, destination: str) -> None:
-        """Fetch a file from the board."""
-        Path(destination).write_bytes(self._guest.read(filename))

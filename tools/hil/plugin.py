@@ -15,7 +15,7 @@ import pytest
 
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.files import write_atomic
-from fleetune.tools.hil.device import FleetDevice
+from fleetune.tools.hil.device import DeviceUnderTest
 from fleetune.tools.hil.protection import Protection
 from fleetune.tools.rig import Job, Rig, equipment, open_rig
 from fleetune.tools.secured import Mosquitto
@@ -107,17 +107,17 @@ def aggregator(rig: Rig) -> Iterator[Serve]:
 
 
 @pytest.fixture(scope="session")
-def board(rig: Rig, env: Any, strategy: Any) -> FleetDevice:
+def board(rig: Rig, env: Any, strategy: Any) -> DeviceUnderTest:
     """The board: up, and with what its rig gives it. ``env`` and ``strategy`` are labgrid's."""
     name = env.config.get_option(DEVICE_OPTION)
-    device = FleetDevice(name, strategy, frozenset(env.get_features() | env.get_target_features()))
+    device = DeviceUnderTest(name, strategy, frozenset(env.get_features() | env.get_target_features()))
     device.bring("up")
     device.equip(equipment(rig.folder))
     return device
 
 
 @pytest.fixture
-def fleet_device(request: pytest.FixtureRequest, board: FleetDevice, rig: Rig) -> Iterator[FleetDevice]:
+def fleet_device(request: pytest.FixtureRequest, board: DeviceUnderTest, rig: Rig) -> Iterator[DeviceUnderTest]:
     """The board: provisioned, with its agent up, and nothing of another test left on it."""
     wanted = {str(name) for marker in request.node.iter_markers("needs") for name in marker.args}
     if missing := sorted(wanted - board.features):
@@ -136,7 +136,7 @@ def fleet_device(request: pytest.FixtureRequest, board: FleetDevice, rig: Rig) -
 
 
 @pytest.fixture
-def shell(fleet_device: FleetDevice) -> Iterator[Any]:
+def shell(fleet_device: DeviceUnderTest) -> Iterator[Any]:
     """A shell on the board's serial console, as labgrid's ShellDriver has it."""
     from labgrid.driver import ShellDriver
 

@@ -11,7 +11,7 @@ from fleetune.edge.protocol.errors import ConfigError
 from fleetune.edge.protocol.files import write_atomic
 from fleetune.server.authority.founding import BROKER_FOLDER
 from fleetune.server.authority.mosquitto import ACL
-from fleetune.tools.hil.device import SCRATCH, FleetDevice
+from fleetune.tools.hil.device import SCRATCH, DeviceUnderTest
 from fleetune.tools.places import AGENT
 from fleetune.tools.rig import Rig
 
@@ -23,7 +23,7 @@ class Protection(Protocol):
     def name(self) -> str:
         """What it is called."""
 
-    def off(self, device: FleetDevice, rig: Rig) -> AbstractContextManager[None]:
+    def off(self, device: DeviceUnderTest, rig: Rig) -> AbstractContextManager[None]:
         """Switch it off for as long as the block lasts."""
 
 
@@ -44,7 +44,7 @@ class KitLine:
     instead: str
 
     @contextmanager
-    def off(self, device: FleetDevice, rig: Rig) -> Iterator[None]:  # noqa: ARG002
+    def off(self, device: DeviceUnderTest, rig: Rig) -> Iterator[None]:  # noqa: ARG002
         """Mount a changed file over the kit's own: nothing is written to the kit, and a power cut ends it.
 
         Raises:
@@ -83,7 +83,7 @@ class AgentOptions:
     name: str
     options: tuple[str, ...]
 
-    def off(self, device: FleetDevice, rig: Rig) -> AbstractContextManager[None]:  # noqa: ARG002
+    def off(self, device: DeviceUnderTest, rig: Rig) -> AbstractContextManager[None]:  # noqa: ARG002
         """Run the agent with the options."""
         return device.agent_with(*self.options)
 
@@ -95,7 +95,7 @@ class StartsAtBoot:
     name: str = "it starts at boot"
 
     @contextmanager
-    def off(self, device: FleetDevice, rig: Rig) -> Iterator[None]:  # noqa: ARG002
+    def off(self, device: DeviceUnderTest, rig: Rig) -> Iterator[None]:  # noqa: ARG002
         """Let nothing want it."""
         wanted = f"/etc/systemd/system/multi-user.target.wants/{AGENT}"
         device.run(f"mv {wanted} {wanted}.off; sync")
@@ -113,7 +113,7 @@ class ConsoleWakes:
     name: str = "a console is woken"
 
     @contextmanager
-    def off(self, device: FleetDevice, rig: Rig) -> Iterator[None]:  # noqa: ARG002
+    def off(self, device: DeviceUnderTest, rig: Rig) -> Iterator[None]:  # noqa: ARG002
         """Take a console as it is."""
         device.strategy.wake_console = False
         try:
@@ -129,7 +129,7 @@ class BrokerRights:
     name: str = "the broker's rights"
 
     @contextmanager
-    def off(self, device: FleetDevice, rig: Rig) -> Iterator[None]:  # noqa: ARG002
+    def off(self, device: DeviceUnderTest, rig: Rig) -> Iterator[None]:  # noqa: ARG002
         """Let everybody say all."""
         file = rig.authority / BROKER_FOLDER / ACL
         kept = file.read_bytes()

@@ -16,6 +16,7 @@ from labgrid.strategy.common import never_retry
 
 from fleetune.tools.firstboot.board import PROVISIONED
 from fleetune.tools.places import AGENT, STATE
+from fleetune.tools.waiting import wait_until
 
 _LOOK_EVERY_S, _KEY_S, _HELD_S = 2.0, 0.3, 2.0
 _ANSWERS_WITHIN_S = 120
@@ -169,16 +170,15 @@ class FleetuneStrategy(Strategy):
         self.target.activate(shell)
 
     def _wait_provisioned(self) -> None:
-        ends = time.monotonic() + self.provision_timeout
-        state = ""
-        while time.monotonic() < ends:
+        def state() -> str:
             said = f"test -e /{STATE}/{PROVISIONED} && systemctl is-active {AGENT}"
             out, _, _ = self.command.run(said, timeout=_ANSWERS_WITHIN_S)
-            state = out[0].strip() if out else "not provisioned"
-            if state == "active":
-                return
-            time.sleep(_LOOK_EVERY_S)
-        raise StrategyError(
-            f"{self.target.name} was not provisioned in {self.provision_timeout} s (its agent: {state}): "
-            f"journalctl -u fleetune-firstboot -u {AGENT} on it says why"
-        )
+            return out[0].strip() if out else "not provisioned"
+
+        def late() -> StrategyError:
+            return StrategyError(
+                f"{self.target.name} was not provisioned in {self.provision_timeout} s (its agent: {state()}): "
+                f"journalctl -u fleetune-firstboot -u {AGENT} on it says why"
+            )
+
+        wait_until(lambda: state() == "active", self.provision_timeout, late, every_s=_LOOK_EVERY_S)

@@ -72,12 +72,14 @@ def _run(args: argparse.Namespace) -> None:
 
     require_flash_extra()
     from fleetune.tools.flash.build import build
+    from fleetune.tools.flash.record import read_record
     from fleetune.tools.flash.tier import find_tier
 
     tier = find_tier(args.tier)
     for pack in args.packs:
         Pack.open(pack)
-    hashes = build(tier, args.out, packs=args.packs, own_wheels=args.wheels, maintainer=args.maintainer, say=say)
+    record = build(tier, args.out, packs=args.packs, own_wheels=args.wheels, maintainer=args.maintainer, say=say)
+    hashes = read_record(record).files
     if args.json:
         print(json.dumps({"out": str(args.out), "files": hashes}, indent=2))  # noqa: T201
         return

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fleetune.tools.commands.options import add_authority, add_command
+from fleetune.tools.commands.options import add_authority, add_command, add_inventory
 from fleetune.tools.text import say, utc
 
 
@@ -34,7 +34,7 @@ def register(actions: Any) -> None:
             "  fleetune flash seed --inventory fleet.yaml --pack minilm --json | jq -r '.[].path'\n"
         ),
     )
-    parser.add_argument("--inventory", metavar="FILE", type=Path, required=True, help="fleet file, docs/fleet-file.md")
+    add_inventory(parser)
     parser.add_argument(
         "--pack", required=True, metavar="NAME", help="pack of the image, or the path of one on the boards (with a /)"
     )

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fleetune.tools.commands.options import add_command
+from fleetune.tools.commands.options import add_command, add_inventory
 from fleetune.tools.text import say
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ _EXAMPLES = (
 
 
 def _add_wanted(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--inventory", metavar="FILE", type=Path, required=True, help="fleet file, docs/fleet-file.md")
+    add_inventory(parser)
     parser.add_argument("--way", required=True, choices=("card", "usb", "initrd"), help="how boards are flashed")
     parser.add_argument(
         "--at",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fleetune.tools.commands.options import add_command
+from fleetune.tools.commands.options import add_command, add_inventory
 
 
 def register(actions: Any) -> None:
@@ -25,7 +25,7 @@ def register(actions: Any) -> None:
             "  fleetune hil env --inventory fleet.yaml --place 'rack-1-{id}' --power PDUDaemonDriver\n"
         ),
     )
-    env.add_argument("--inventory", required=True, metavar="FILE", type=Path, help="fleet file")
+    add_inventory(env)
     env.add_argument("--out", metavar="DIR", type=Path, default=Path("hil"), help="(default: %(default)s)")
     env.add_argument(
         "--place", default="{id}", metavar="NAME", help="labgrid's place of a board (default: %(default)s, its id)"
@@ -52,7 +52,7 @@ def register(actions: Any) -> None:
             "  fleetune flash build --tier t1 --pack packs/minilm\n"
         ),
     )
-    rig.add_argument("--inventory", required=True, metavar="FILE", type=Path, help="fleet file")
+    add_inventory(rig)
     rig.add_argument("--pack", required=True, metavar="DIR", type=Path, help="what the boards train")
     rig.add_argument("--data", required=True, metavar="FILE", type=Path, help="what they train on, of two classes")
     rig.add_argument("--host", required=True, metavar="ADDRESS", help="how the boards reach this machine")
@@ -87,5 +87,5 @@ def _rig(args: argparse.Namespace) -> None:
             raise RunFolderError(f"{folder} is half a rig, or something else", "remove it, or name another --out")
         if not folder.exists():
             make_rig(folder, Fleet(fleet.name, (device,)), args.pack, args.data, args.host)
-        (seed,) = make_rig_seeds(folder, renew=False)
+        (seed,) = make_rig_seeds(folder)
         print(f"{seed.state:4} {device.id:24} {seed.path}")  # noqa: T201

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fleetune.tools.hil.device import FleetDevice
+from fleetune.tools.hil.device import DeviceUnderTest
 from fleetune.tools.hil.protection import BrokerRights
 from fleetune.tools.places import STATE
 from fleetune.tools.rig import Rig
@@ -36,7 +36,9 @@ print(json.dumps(found))
 
 
 @pytest.mark.protected_by(BrokerRights())
-def test_the_broker_takes_from_a_board_what_is_its_own_and_nothing_else(fleet_device: FleetDevice, rig: Rig) -> None:
+def test_the_broker_takes_from_a_board_what_is_its_own_and_nothing_else(
+    fleet_device: DeviceUnderTest, rig: Rig
+) -> None:
     own, root = fleet_device.name, f"ft/1/{rig.fleet.name}"
     denied = [f"{root}/up/another/x/m", f"{root}/st/another", f"{root}/agg/st", f"{root}/g/fedms/current", "elsewhere"]
     broker = json.loads(fleet_device.run(f"cat /{STATE}/board/seed.json"))["broker"]

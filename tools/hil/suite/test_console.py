@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from fleetune.tools.hil.device import SCRATCH, FleetDevice
+from fleetune.tools.hil.device import SCRATCH, DeviceUnderTest
 from fleetune.tools.hil.protection import ConsoleWakes
 
 
 @pytest.mark.needs("console")
 @pytest.mark.protected_by(ConsoleWakes())
-def test_a_pager_that_somebody_left_open_is_closed(fleet_device: FleetDevice, shell: Any) -> None:
+def test_a_pager_that_somebody_left_open_is_closed(fleet_device: DeviceUnderTest, shell: Any) -> None:
     strategy = fleet_device.strategy
     strategy.console.sendline("more /etc/services")
     time.sleep(3.0)
@@ -23,11 +23,11 @@ def test_a_pager_that_somebody_left_open_is_closed(fleet_device: FleetDevice, sh
 
 
 @pytest.mark.needs("console")
-def test_commands_go_over_a_console_as_over_any_other_way(fleet_device: FleetDevice, shell: Any) -> None:
-    device = FleetDevice(fleet_device.name, _On(shell), frozenset())
+def test_commands_go_over_a_console_as_over_any_other_way(fleet_device: DeviceUnderTest, shell: Any) -> None:
+    device = DeviceUnderTest(fleet_device.name, _On(shell), frozenset())
     assert len(device.run("systemctl show").splitlines()) > 100  # no pager
     assert device.run("first=1\nsecond=2\necho $((first + second))") == "3"
-    assert device.ask("cat; exit 5").code == 5
+    assert device.ask("cat; exit 5").returncode == 5
     data = bytes(range(256)) * 20
     device.put(f"{SCRATCH}/file", data)
     assert device.get(f"{SCRATCH}/file") == data

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from fleetune.tools.hil.device import FILLER, SCRATCH, FleetDevice
+from fleetune.tools.hil.device import FILLER, SCRATCH, DeviceUnderTest
 from fleetune.tools.hil.plugin import Measure, Serve
 from fleetune.tools.hil.protection import AgentOptions, KitLine, StartsAtBoot
 from fleetune.tools.hil.suite.jobs import DONE_WITHIN_S, LONG, SMALL
@@ -48,14 +48,14 @@ OWN_CLOCK = KitLine(
 HEAT = KitLine("it waits while it is hot", "edge/agent/rounds.py", "if hot := self._heat.reason():", 'if hot := "":')
 
 
-def _wait_for_work(device: FleetDevice, job: Job) -> None:
+def _wait_for_work(device: DeviceUnderTest, job: Job) -> None:
     """Until it is in the midst of a round."""
     device.wait_until(lambda: not job.ended and "fedms: global" in device.says, "begins the round", DONE_WITHIN_S)
 
 
 @pytest.mark.protected_by(LIVE_GUARD)
 def test_it_gives_memory_back_when_another_takes_it(
-    fleet_device: FleetDevice, aggregator: Serve, measure: Measure
+    fleet_device: DeviceUnderTest, aggregator: Serve, measure: Measure
 ) -> None:
     restarts, job = fleet_device.restarts, aggregator(*SMALL, "--epochs", "60")
     _wait_for_work(fleet_device, job)
@@ -72,7 +72,7 @@ def test_it_gives_memory_back_when_another_takes_it(
 @pytest.mark.needs("power")
 @pytest.mark.protected_by(OUTBOX)
 def test_what_it_has_trained_survives_a_power_cut(
-    fleet_device: FleetDevice, aggregator: Serve, broker: Mosquitto
+    fleet_device: DeviceUnderTest, aggregator: Serve, broker: Mosquitto
 ) -> None:
     job, mark = aggregator(*LONG), fleet_device.mark()
     _wait_for_work(fleet_device, job)
@@ -92,7 +92,7 @@ def test_what_it_has_trained_survives_a_power_cut(
 @pytest.mark.needs("power")
 @pytest.mark.protected_by(StartsAtBoot())
 def test_it_goes_on_after_a_power_cut_in_the_midst_of_a_round(
-    fleet_device: FleetDevice, aggregator: Serve, measure: Measure
+    fleet_device: DeviceUnderTest, aggregator: Serve, measure: Measure
 ) -> None:
     job = aggregator(*LONG)
     _wait_for_work(fleet_device, job)
@@ -105,7 +105,7 @@ def test_it_goes_on_after_a_power_cut_in_the_midst_of_a_round(
 
 
 @pytest.mark.protected_by(RECONNECT)
-def test_it_comes_back_when_its_link_does(fleet_device: FleetDevice, aggregator: Serve) -> None:
+def test_it_comes_back_when_its_link_does(fleet_device: DeviceUnderTest, aggregator: Serve) -> None:
     job = aggregator(*LONG)
     _wait_for_work(fleet_device, job)
     link = fleet_device.link
@@ -114,7 +114,7 @@ def test_it_comes_back_when_its_link_does(fleet_device: FleetDevice, aggregator:
 
 
 @pytest.mark.protected_by(SMALL_UPDATES)
-def test_a_slow_link_is_enough(fleet_device: FleetDevice, aggregator: Serve, measure: Measure) -> None:
+def test_a_slow_link_is_enough(fleet_device: DeviceUnderTest, aggregator: Serve, measure: Measure) -> None:
     start, job = time.monotonic(), None
     with fleet_device.slow_link("16kbit"):
         job = aggregator(*SMALL)
@@ -124,7 +124,9 @@ def test_a_slow_link_is_enough(fleet_device: FleetDevice, aggregator: Serve, mea
 
 
 @pytest.mark.protected_by(RECONNECT)
-def test_it_comes_back_when_its_broker_does(fleet_device: FleetDevice, aggregator: Serve, broker: Mosquitto) -> None:
+def test_it_comes_back_when_its_broker_does(
+    fleet_device: DeviceUnderTest, aggregator: Serve, broker: Mosquitto
+) -> None:
     job = aggregator(*LONG)
     _wait_for_work(fleet_device, job)
     broker.close()
@@ -136,7 +138,7 @@ def test_it_comes_back_when_its_broker_does(fleet_device: FleetDevice, aggregato
 
 
 @pytest.mark.protected_by(PATIENCE)
-def test_it_waits_while_its_disk_is_full(fleet_device: FleetDevice, aggregator: Serve) -> None:
+def test_it_waits_while_its_disk_is_full(fleet_device: DeviceUnderTest, aggregator: Serve) -> None:
     restarts = fleet_device.restarts
     fleet_device.fill_disk(f"/{STATE}")
     job = aggregator(*SMALL)
@@ -147,14 +149,14 @@ def test_it_waits_while_its_disk_is_full(fleet_device: FleetDevice, aggregator: 
 
 
 @pytest.mark.protected_by(ASKS_THE_TIME)
-def test_it_trains_while_its_clock_is_three_days_ahead(fleet_device: FleetDevice, aggregator: Serve) -> None:
+def test_it_trains_while_its_clock_is_three_days_ahead(fleet_device: DeviceUnderTest, aggregator: Serve) -> None:
     with fleet_device.clock("+3 days"):
         fleet_device.restart_agent()
         aggregator(*SMALL).wait(120.0)
 
 
 @pytest.mark.protected_by(OWN_CLOCK)
-def test_it_trains_while_its_clock_is_years_behind(fleet_device: FleetDevice, aggregator: Serve) -> None:
+def test_it_trains_while_its_clock_is_years_behind(fleet_device: DeviceUnderTest, aggregator: Serve) -> None:
     """As on a board that has no battery for its clock, before it has heard the time."""
     with fleet_device.clock("2015-01-01"):
         fleet_device.run(f"systemctl reset-failed {AGENT}; systemctl restart --no-block {AGENT}")
@@ -162,7 +164,7 @@ def test_it_trains_while_its_clock_is_years_behind(fleet_device: FleetDevice, ag
 
 
 @pytest.mark.protected_by(HEAT)
-def test_it_does_not_train_while_it_is_hot(fleet_device: FleetDevice, aggregator: Serve) -> None:
+def test_it_does_not_train_while_it_is_hot(fleet_device: DeviceUnderTest, aggregator: Serve) -> None:
     """By sensors of a recording: who can heat a real board at will, does so instead."""
     zone = f"{SCRATCH}/sensors/sys/class/thermal/thermal_zone0"
     for name, text in {"type": "CPU-therm", "temp": "98000", "trip_point_0_type": "passive"}.items():
@@ -178,7 +180,7 @@ def test_it_does_not_train_while_it_is_hot(fleet_device: FleetDevice, aggregator
 
 
 @pytest.mark.needs("thermal")
-def test_it_does_not_throttle_in_a_round(fleet_device: FleetDevice, aggregator: Serve, measure: Measure) -> None:
+def test_it_does_not_throttle_in_a_round(fleet_device: DeviceUnderTest, aggregator: Serve, measure: Measure) -> None:
     aggregator(*LONG).wait(DONE_WITHIN_S)
     said = fleet_device.run("cat /sys/class/thermal/thermal_zone*/temp")
     measure("temperature", max(map(int, said.split())) / 1000, "°C")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fleetune.tools.hil.device import FILLER, SCRATCH, FleetDevice
+from fleetune.tools.hil.device import FILLER, SCRATCH, DeviceUnderTest
 from fleetune.tools.places import AGENT
 
 
-def test_what_a_killed_test_leaves_is_taken_away(fleet_device: FleetDevice) -> None:
+def test_what_a_killed_test_leaves_is_taken_away(fleet_device: DeviceUnderTest) -> None:
     link, agent = fleet_device.link, fleet_device.unit(AGENT, "MainPID")
     fleet_device.start("left", "sleep 3600")
     fleet_device.put(f"{SCRATCH}/left", b"left")

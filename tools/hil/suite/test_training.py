@@ -17,7 +17,7 @@ from fleetune.profiles.profile import read_profile
 from fleetune.server.broker import embedded_broker, free_port
 from fleetune.server.journal import Closed
 from fleetune.tools.firstboot.seed import FLEET_FILE
-from fleetune.tools.hil.device import FleetDevice
+from fleetune.tools.hil.device import DeviceUnderTest
 from fleetune.tools.hil.plugin import Keep, Measure, Serve
 from fleetune.tools.hil.run import MEASURED
 from fleetune.tools.hil.suite.jobs import DONE_WITHIN_S, SMALL
@@ -31,7 +31,7 @@ _EXACT = ("--codec", "f32")
 
 
 def test_what_it_has_measured_is_within_what_it_declares(
-    fleet_device: FleetDevice, rig: Rig, pack: Pack, measure: Measure, keep: Keep
+    fleet_device: DeviceUnderTest, rig: Rig, pack: Pack, measure: Measure, keep: Keep
 ) -> None:
     declared = rig.fleet.device(fleet_device.name).profile
     file = keep(MEASURED, fleet_device.get(f"/{STATE}/board/{declared.name}{PROFILE_ENDING}"))
@@ -47,7 +47,7 @@ def test_what_it_has_measured_is_within_what_it_declares(
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_its_memory_peaks_where_it_has_predicted(
-    fleet_device: FleetDevice, pack: Pack, aggregator: Serve, measure: Measure, depth: int
+    fleet_device: DeviceUnderTest, pack: Pack, aggregator: Serve, measure: Measure, depth: int
 ) -> None:
     if pack.manifest.blocks < depth:
         pytest.skip(f"the pack has {pack.manifest.blocks} blocks")
@@ -67,7 +67,7 @@ def test_its_memory_peaks_where_it_has_predicted(
 
 
 def test_it_trains_what_this_machine_trains(
-    fleet_device: FleetDevice, rig: Rig, aggregator: Serve, measure: Measure, tmp_path: Path
+    fleet_device: DeviceUnderTest, rig: Rig, aggregator: Serve, measure: Measure, tmp_path: Path
 ) -> None:
     samples = tmp_path / "samples.jsonl"
     samples.write_bytes(fleet_device.get(SAMPLES))

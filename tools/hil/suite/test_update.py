@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fleetune.tools.hil.device import FleetDevice
+from fleetune.tools.hil.device import DeviceUnderTest
 from fleetune.tools.hil.plugin import Measure, Serve
 from fleetune.tools.hil.protection import KitLine
 from fleetune.tools.hil.releases import build_like
@@ -23,7 +23,7 @@ _WITHIN_S = 1800.0
 RETURN = KitLine("it goes back", "tools/update/update.py", 'if health != "up":', "if False:")
 
 
-def _release(build: Path, device: FleetDevice, rig: Rig) -> Rollout:
+def _release(build: Path, device: DeviceUnderTest, rig: Rig) -> Rollout:
     """Publish a build, let the board do what its timer does every hour, and wait until that is over."""
     with Releases(rig.releases) as releases:
         rollout = publish(releases, [build], [], [device.name], 0.0)
@@ -36,7 +36,7 @@ def _release(build: Path, device: FleetDevice, rig: Rig) -> Rollout:
 
 
 def test_it_takes_a_release(
-    fleet_device: FleetDevice, rig: Rig, build: Path, aggregator: Serve, measure: Measure, tmp_path: Path
+    fleet_device: DeviceUnderTest, rig: Rig, build: Path, aggregator: Serve, measure: Measure, tmp_path: Path
 ) -> None:
     newer = build_like(build, tmp_path, lambda package: (package / "tools/NEWS").write_text("none"))
     mark, before = fleet_device.mark(), fleet_device.kit
@@ -50,7 +50,7 @@ def test_it_takes_a_release(
 
 @pytest.mark.protected_by(RETURN)
 def test_it_goes_back_from_a_release_that_does_not_come_up(
-    fleet_device: FleetDevice, rig: Rig, build: Path, aggregator: Serve, tmp_path: Path
+    fleet_device: DeviceUnderTest, rig: Rig, build: Path, aggregator: Serve, tmp_path: Path
 ) -> None:
     broken = build_like(build, tmp_path, lambda package: (package / "edge/agent/__init__.py").write_text("1 / 0"))
     before = fleet_device.kit
