@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     args = build_parser().parse_args(argv)
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("fleetune").setLevel(logging.INFO)  # of libraries, what is wrong
     signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(args.run(args) or 0)

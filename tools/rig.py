@@ -233,12 +233,12 @@ def make_rig_seeds(folder: Path) -> list[Seeded]:
 
 
 @contextmanager
-def open_rig(folder: Path, *, only_here: bool = False) -> Iterator[Rig]:
+def open_rig(folder: Path, *, listen: str = "") -> Iterator[Rig]:
     """Run one: its broker, its authority, and a web server for its releases.
 
     Args:
         folder: As `make_rig` has made it.
-        only_here: Whether releases are for boards that this machine emulates, and nobody else.
+        listen: Address where releases are had; empty for all that this machine has.
 
     Raises:
         ConfigError: Mosquitto is not installed.
@@ -254,7 +254,7 @@ def open_rig(folder: Path, *, only_here: bool = False) -> Iterator[Rig]:
         broker = stack.enter_context(closing(Mosquitto(folder / _AUTHORITY / BROKER_FOLDER / CONFIG, address)))
         broker.start()
         running = stack.enter_context(processes())
-        stack.enter_context(serve_folder(folder / _RELEASES / PUBLIC, port, "127.0.0.1" if only_here else ""))
+        stack.enter_context(serve_folder(folder / _RELEASES / PUBLIC, port, listen))
         serve = ["fleet", "serve", "--authority", str(folder / _AUTHORITY), "--broker", str(address)]
         running.start("authority", folder / _LOGS / "authority.log", serve)
         yield Rig(folder, fleet, pack, address, broker, running)

@@ -26,10 +26,10 @@ from fleetune.server.journal import FILE, Accepted, Closed, Record, read_records
 from fleetune.tools.bench.chaos.chaos import Result, run_seeds, summary
 from fleetune.tools.bench.chaos.check import Findings, check
 from fleetune.tools.bench.chaos.fleet import Course, Fleet
-from fleetune.tools.bench.chaos.network import Network
 from fleetune.tools.bench.chaos.plan import DEVICES, Fault, Kind, Plan, plan_of
 from fleetune.tools.bench.chaos.proxy import Proxy, flip, is_bulk
 from fleetune.tools.bench.transfer.noop import JOB, lora_shapes
+from fleetune.tools.network import Network
 from support.lacking import lacking
 
 PLAN = Plan(seed=0, rounds=2, shapes=lora_shapes(2, 640), quorum=3, checkpoint_rounds=1, faults=())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fleetune.edge.pack.pack import Pack
-from fleetune.profiles.fleet import read_fleet
+from fleetune.edge.resources.limits import Budget
+from fleetune.profiles.fleet import PROFILE_ENDING, Fleet, FleetDevice
+from fleetune.profiles.profile import read_profile
 from fleetune.tools.demo.task import Task
 from fleetune.tools.emulator.image import Image, make_image
 from fleetune.tools.emulator.machine import HOST, make_disk
@@ -16,15 +19,9 @@ from fleetune.tools.flash.build import build
 from fleetune.tools.flash.record import read_record
 from fleetune.tools.flash.tier import find_tier
 from fleetune.tools.rig import equipment, make_rig, make_rig_seeds
+from fleetune.tools.trees import SHORT
 
 TIER = "t4"
-
-_INVENTORY = """\
-schema: 1
-fleet: {fleet}
-devices:
-  - {{id: {board.name}, profile: {board.profile}, budget: {{memory: {board.budget_mib}MiB}}}}
-"""
 
 
 @dataclass(frozen=True)
@@ -33,15 +30,26 @@ class EmulatedBoard:
 
     Attributes:
         name: Its id in its fleet.
-        profile: What it stands for.
+        profile: What it stands for: a profile's name, or its file.
         memory_mib: Its memory.
         budget_mib: What its agent may have of it.
+        budget_cpu_s: CPU seconds that its agent may take for a round.
     """
 
     name: str
     profile: str = "jetson-nano-2gb"
     memory_mib: int = 2048
-    budget_mib: int = 192
+    budget_mib: float = 192
+    budget_cpu_s: float = math.inf
+
+    @property
+    def device(self) -> FleetDevice:
+        """The same, as one of a fleet.
+
+        Raises:
+            ConfigError: There is no such profile.
+        """
+        return FleetDevice(self.name, read_profile(self.profile), Budget(self.budget_mib, self.budget_cpu_s))
 
 
 @dataclass(frozen=True)
@@ -90,24 +98,31 @@ def make_board_image(images: Path, pack: Path | None, samples: Path | None, say:
     return BoardImage(make_image(deb, images, say), pack, samples, record)
 
 
-def flash_board(board: EmulatedBoard, made: BoardImage, fleet: str, rig: Path, folder: Path) -> tuple[Path, Path]:
-    """Make a fleet of one board, and flash that.
+def measured_file(images: Path, board: EmulatedBoard, made: BoardImage) -> Path:
+    """Where the profile is kept that boards of this kind have measured, with the same kit and pack."""
+    kit, pack = read_record(made.record).kit, Pack.open(made.pack).sha256[:SHORT]
+    return images / f"{board.profile}_{kit}_{pack}{PROFILE_ENDING}"
+
+
+def flash_boards(
+    boards: Sequence[EmulatedBoard], made: BoardImage, fleet: str, rig: Path, folders: Sequence[Path], host: str = HOST
+) -> list[tuple[Path, Path]]:
+    """Make a fleet, and flash its boards.
 
     Args:
-        board: Which.
-        made: What it starts from.
-        fleet: Name of its fleet.
+        boards: Which.
+        made: What they start from.
+        fleet: Name of their fleet.
         rig: For the fleet's own side.
-        folder: For its disk.
+        folders: For the disk of each.
+        host: How they reach this machine.
 
     Returns:
-        Its disk, with samples and the signature of the fleet's publisher; and its seed.
+        Of each board its disk, with samples and the signature of the fleet's publisher; and its seed.
 
     Raises:
-        ConfigError: A program is missing.
+        ConfigError: A program is missing, or a board cannot have its budget.
     """
-    inventory = folder / "inventory.yaml"
-    inventory.write_text(_INVENTORY.format(fleet=fleet, board=board), encoding="utf-8")
-    make_rig(rig, read_fleet(inventory), made.pack, made.samples, HOST)
-    (seed,) = make_rig_seeds(rig)
-    return make_disk(made.image, folder, equipment(rig)), seed.path
+    make_rig(rig, Fleet(fleet, tuple(board.device for board in boards)), made.pack, made.samples, host)
+    seeds, files = make_rig_seeds(rig), equipment(rig)
+    return [(make_disk(made.image, folder, files), seed.path) for folder, seed in zip(folders, seeds, strict=True)]

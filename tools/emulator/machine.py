@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +144,14 @@ def _quoted(path: Path) -> str:
 
 
 @contextmanager
-def machine(image: Image, folder: Path, disks: Sequence[Path], *, memory_mib: int = 2048) -> Iterator[Machine]:
+def machine(
+    image: Image,
+    folder: Path,
+    disks: Sequence[Path],
+    *,
+    memory_mib: int = 2048,
+    within: Callable[[list[str]], list[str]] = list,
+) -> Iterator[Machine]:
     """Start a board; it stops with the block, whatever happens in it.
 
     Args:
@@ -152,6 +159,7 @@ def machine(image: Image, folder: Path, disks: Sequence[Path], *, memory_mib: in
         folder: For its sockets and its console.
         disks: Its disks; it starts from the first.
         memory_mib: Its memory.
+        within: Makes of QEMU's command line the one that starts it elsewhere, such as in a network namespace.
 
     Raises:
         ConfigError: QEMU is missing.
@@ -160,7 +168,7 @@ def machine(image: Image, folder: Path, disks: Sequence[Path], *, memory_mib: in
     command += ["-display", "none", "-serial", f"file:{CONSOLE}", "-qmp", f"unix:{_MONITOR},server=on,wait=off"]
     with (folder / "qemu.log").open("wb") as log:
         process = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            within(command), cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
     running = Machine(folder, process)
     try:

@@ -14,7 +14,7 @@ import yaml
 
 from fleetune.edge.protocol.errors import ConfigError, RunFolderError
 from fleetune.edge.protocol.files import write_atomic
-from fleetune.tools.emulator.board import BoardImage, EmulatedBoard, flash_board
+from fleetune.tools.emulator.board import BoardImage, EmulatedBoard, flash_boards
 from fleetune.tools.emulator.image import Image
 from fleetune.tools.emulator.machine import BOOT, CONSOLE, CPU, DISK, MACHINE, peripherals
 from fleetune.tools.hil.plugin import DEVICE_OPTION
@@ -83,7 +83,7 @@ def set_up(board: EmulatedBoard, made: BoardImage, folder: Path) -> Place:
         raise ConfigError(f"--out: {folder} is too long a name for a socket in it", "choose a shorter one")
     _clear(folder)
     file, rig = folder / ENVIRONMENT, folder / RIG
-    disk, seed = flash_board(board, made, "hil", rig, folder)
+    ((disk, seed),) = flash_boards([board], made, "hil", rig, [folder])
     document = _environment(board, made.image, disk, seed, agent)
     write_atomic(file, yaml.safe_dump(document, sort_keys=False).encode())
     return Place(file, rig, (disk, seed))

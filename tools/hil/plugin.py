@@ -17,6 +17,7 @@ from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.files import write_atomic
 from fleetune.tools.hil.device import DeviceUnderTest
 from fleetune.tools.hil.protection import Protection
+from fleetune.tools.hil.run import TOLD
 from fleetune.tools.rig import Job, Rig, equipment, open_rig
 from fleetune.tools.secured import Mosquitto
 
@@ -47,6 +48,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RESULTS] = {}
 
 
+def tell(config: pytest.Config, words: str) -> None:
+    """Say what is being done, in a line of its own."""
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    capture: Any = config.pluginmanager.get_plugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        reporter.write_line(f"\n{TOLD}{words}")
+
+
 # --- which tests run ------------------------------------------------------------------------------------------------
 
 
@@ -67,7 +76,7 @@ def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     if folder is None:
         pytest.skip("no rig: name one with --rig; `fleetune hil rig` makes it")
     env = request.getfixturevalue("env")
-    with open_rig(folder, only_here="emulated" in env.get_features()) as running:
+    with open_rig(folder, listen="127.0.0.1" if "emulated" in env.get_features() else "") as running:
         yield running
 
 
@@ -107,11 +116,13 @@ def aggregator(rig: Rig) -> Iterator[Serve]:
 
 
 @pytest.fixture(scope="session")
-def board(rig: Rig, env: Any, strategy: Any) -> DeviceUnderTest:
+def board(request: pytest.FixtureRequest, rig: Rig, env: Any, strategy: Any) -> DeviceUnderTest:
     """The board: up, and with what its rig gives it. ``env`` and ``strategy`` are labgrid's."""
     name = env.config.get_option(DEVICE_OPTION)
     device = DeviceUnderTest(name, strategy, frozenset(env.get_features() | env.get_target_features()))
+    tell(request.config, f"{name} starts")
     device.bring("up")
+    tell(request.config, f"{name} is up; a first boot measures what training costs, which takes minutes")
     device.equip(equipment(rig.folder))
     return device
 

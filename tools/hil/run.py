@@ -38,6 +38,9 @@ MEASURED = "measured.yaml"
 _FINE = {0, 1, 5}
 """Exit codes of pytest that tell of tests: all passed, some failed, none was chosen."""
 
+TOLD = "board: "
+"""How a line begins in which a test run says what is being done."""
+
 _OUTCOMES = (" PASSED", " FAILED", " SKIPPED", " ERROR")
 _MAX_RESULTS = 1 << 22
 
@@ -169,5 +172,13 @@ def _follow(process: subprocess.Popen[str], log: Path, prefix: str, say: Callabl
         for line in process.stdout:
             file.write(line)
             file.flush()
-            if "::" in line and any(outcome in line for outcome in _OUTCOMES):
-                say(f"{prefix}{line.strip()}")
+            if (told := _told(line)) is not None:
+                say(f"{prefix}{told}")
+
+
+def _told(line: str) -> str | None:
+    """What people want to see of a line: what is being done, or what came of a test, without its folder."""
+    if line.startswith(TOLD):
+        return line.removeprefix(TOLD).strip()
+    where, _, test = line.partition("::")
+    return f"{where.rpartition('/')[2]}::{test}".strip() if any(outcome in test for outcome in _OUTCOMES) else None

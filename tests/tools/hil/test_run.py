@@ -90,7 +90,8 @@ def test_all_boards_are_in_one_report(lab: Path, capsys: pytest.CaptureFixture[s
     assert found["nano-1"] == found["nano-2"]  # each has a broker of its own
     out = capsys.readouterr()
     assert "nano-2" in out.out
-    assert "nano-1: " in out.err
+    assert "\nnano-1: test_boot.py::test_it_looks_for_releases_by_itself ERROR" in f"\n{out.err}"
+    assert "nano-1: nano-1 starts" in out.err
     assert (lab / "runs/hil/junit.xml").read_text(encoding="utf-8").count("<testsuite ") == 2
 
 

@@ -16,9 +16,9 @@ from fleetune.edge.protocol.errors import FleetuneError
 from fleetune.edge.protocol.files import FolderLock
 from fleetune.tools.bench.chaos.check import Findings, check
 from fleetune.tools.bench.chaos.fleet import Course, Fleet, unmount_below
-from fleetune.tools.bench.chaos.network import Network
 from fleetune.tools.bench.chaos.plan import DEVICES, Kind, Plan, plan_of
 from fleetune.tools.bench.figures import Document, Figure, Target, figure
+from fleetune.tools.network import Network
 
 PEERS: dict[str, str] = {}
 

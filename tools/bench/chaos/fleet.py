@@ -21,10 +21,11 @@ from fleetune.edge.protocol.address import BrokerAddress
 from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.edge.protocol.files import write_atomic
 from fleetune.server.journal import FILE, Accepted, Announced, Closed, Record
-from fleetune.tools.bench.chaos.network import Network, program
 from fleetune.tools.bench.chaos.plan import DEVICES, Fault, Plan
 from fleetune.tools.bench.chaos.process import ChaosSpec
 from fleetune.tools.bench.chaos.proxy import Proxy
+from fleetune.tools.network import Network
+from fleetune.tools.programs import find_program
 
 LIMIT_S = 90.0
 """Seconds that a run may take."""
@@ -84,10 +85,10 @@ class _Disk:
     def mount(self) -> None:
         self.folder.mkdir(parents=True)
         options = f"size={_DISK_MIB}m,mode=700"
-        _system(program("mount"), "-t", "tmpfs", "-o", options, _SOURCE, str(self.folder))
+        _system(find_program("mount", "mount"), "-t", "tmpfs", "-o", options, _SOURCE, str(self.folder))
 
     def unmount(self) -> None:
-        _system(program("umount"), "--lazy", str(self.folder))
+        _system(find_program("umount", "mount"), "--lazy", str(self.folder))
 
     @property
     def _filler(self) -> Path:
@@ -239,7 +240,7 @@ class Fleet:
     def _prepare(self) -> None:
         config = self._folder / "mosquitto.conf"
         config.write_text(_MOSQUITTO.format(host=self._broker.host, port=self._broker.port), encoding="utf-8")
-        self._add("broker", [program("mosquitto"), "-c", str(config)], _BROKER_RESTART_S)
+        self._add("broker", [find_program("mosquitto", "mosquitto"), "-c", str(config)], _BROKER_RESTART_S)
         self._processes["broker"].start()
         for fault in self._plan.faults:
             if fault.kind == "garble":
@@ -256,7 +257,8 @@ class Fleet:
             self._processes[name].start()
 
     def _add(self, name: str, command: Sequence[str], restart_s: float | None) -> None:
-        bound = [program("setpriv"), "--pdeathsig", "KILL", *command]  # who leads the run may be killed, too
+        setpriv = find_program("setpriv", "util-linux")
+        bound = [setpriv, "--pdeathsig", "KILL", *command]  # who leads the run may be killed, too
         self._processes[name] = process = _Process(
             bound, self._folder / f"{name}.log", restart_s, self._disks.get(name)
         )
@@ -369,7 +371,7 @@ def unmount_below(folder: Path) -> None:
     for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines():
         source, place = line.split(" ")[:2]
         if source == _SOURCE and Path(place).is_relative_to(folder.resolve()):
-            _system(program("umount"), "--lazy", place)
+            _system(find_program("umount", "mount"), "--lazy", place)
 
 
 def _system(*command: str) -> None:

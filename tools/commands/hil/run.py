@@ -116,18 +116,14 @@ def _emulated(name: str, args: argparse.Namespace) -> Target:
     """Build, flash and prepare it."""
     from dataclasses import replace
 
-    from fleetune.edge.pack.pack import Pack
-    from fleetune.tools.emulator.board import make_board_image
-    from fleetune.tools.flash.record import read_record
+    from fleetune.tools.emulator.board import make_board_image, measured_file
     from fleetune.tools.hil.emulated import BOARDS, check_programs, set_up
     from fleetune.tools.hil.run import Target
-    from fleetune.tools.trees import SHORT
 
     check_programs()
     made = make_board_image(args.images, args.pack, args.data, say)
-    board, build = BOARDS[name], read_record(made.record)
-    # What a board has measured serves all of its kind, with the same kit and pack.
-    measured = args.images / f"{name}_{build.kit}_{Pack.open(made.pack).sha256[:SHORT]}.profile.yaml"
+    board = BOARDS[name]
+    measured = measured_file(args.images, board, made)
     if measured.exists():
         board = replace(board, profile=str(measured.resolve()))
     place = set_up(board, made, args.out / name)

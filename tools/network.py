@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from fleetune.edge.protocol.errors import ConfigError, RunFailedError
+from fleetune.edge.protocol.errors import ConfigError
+from fleetune.tools.programs import find_program, run_program
 
 FAST_KBIT = 10_000
 """Rate of a wire: so that tensors are on their way for a good part of a round."""
 
 _NAMES = re.compile(r"\bftc([0-9]+)")
-_SYSTEM_FOLDERS = "/usr/sbin:/sbin"
 
 
-def program(name: str) -> str:
-    """Where a program is.
+def check_root() -> None:
+    """See that networks can be made, before anything long is begun.
 
     Raises:
-        ConfigError: It is not installed.
+        ConfigError: This is not root.
     """
-    found = shutil.which(name) or shutil.which(name, path=_SYSTEM_FOLDERS)
-    if found is None:
-        raise ConfigError(f"{name} is not installed", "install it: apt-get install iproute2 mosquitto util-linux")
-    return found
+    if os.geteuid() != 0:
+        raise ConfigError("networks are made here, which only root may", "start it with sudo, or in a container")
 
 
 class Network:
     """A bridge in this namespace, and a namespace for each device.
 
     Args:
-        devices: Their ids, two letters or so: names of interfaces are short.
+        devices: Their ids.
 
     Attributes:
         address: Of the bridge, where devices find the broker.
@@ -45,11 +41,9 @@ class Network:
     """
 
     def __init__(self, devices: Sequence[str]) -> None:
-        if os.geteuid() != 0:
-            raise ConfigError(
-                "the benchmark makes networks and mounts, which only root may", "start it with sudo, or in a container"
-            )
-        self._ip, self._tc, self._nsenter = program("ip"), program("tc"), program("nsenter")
+        check_root()
+        self._ip, self._tc = find_program("ip", "iproute2"), find_program("tc", "iproute2")
+        self._nsenter = find_program("nsenter", "util-linux")
         self._sweep()
         self._name, self._devices = f"ftc{os.getpid()}", tuple(devices)
         try:
@@ -83,7 +77,7 @@ class Network:
         return f"{self._name}-{device}"
 
     def _wire(self, device: str) -> str:
-        return f"{self._name}{device}"
+        return f"{self._name}w{self._devices.index(device)}"  # 15 letters at most
 
     def command(self, device: str, command: Sequence[str]) -> list[str]:
         """The same command in a device's namespace."""
@@ -132,10 +126,4 @@ class Network:
 
     @staticmethod
     def _run(*command: str) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RunFailedError(
-                f"{' '.join(command)}: {done.stderr.strip()}",
-                "the kernel must have bridges, veth, network namespaces and tbf, and this process be root",
-            )
-        return done.stdout
+        return run_program(command, "the kernel must have bridges, veth, network namespaces and tbf")
