@@ -34,6 +34,8 @@ _SOMEBODY_ELSE = "fleetune-doctor"
 """A device that no fleet has: nobody is disturbed by what is sent in its name."""
 _CONNECT_S = 5.0
 _BACK_S = 5.0
+_ANSWER_S = 30.0
+"""Seconds for each answer about rights: a board that boots has much else to do."""
 _EXPIRY_S = 60
 _SMALL = 32  # bytes
 
@@ -140,7 +142,16 @@ def _check_rights(link: Link, trip: RoundTrip, found: Check) -> Check:
         topics.presence(_SOMEBODY_ELSE),
         topics.broadcast_chunk(_SOMEBODY_ELSE, _VERB, 0),
     )
-    taken = [topic for topic in forbidden if not _is_refused(link, topic)]
+    refused = {topic: _is_refused(link, topic) for topic in forbidden}
+    if None in refused.values():
+        return Check(
+            "broker",
+            "failure",
+            f"{trip.broker} has not said in {_ANSWER_S:.0f} s whether this device may speak for others",
+            "try again when this machine, the broker's, and the link have less to do",
+            UNREACHABLE,
+        )
+    taken = [topic for topic, so in refused.items() if not so]
     if not taken:
         return found._replace(found=f"{found.found}; it refuses what is sent in other names")
     what = f"{trip.broker} lets this device write to {', '.join(taken)}: any device may speak for every other"
@@ -150,13 +161,14 @@ def _check_rights(link: Link, trip: RoundTrip, found: Check) -> Check:
     return Check("broker", "note", f"{found.found}; {what}", f"{fix}, unless nobody else reaches the broker")
 
 
-def _is_refused(link: Link, topic: str) -> bool:
+def _is_refused(link: Link, topic: str) -> bool | None:
+    """Whether the broker refuses a message; None if it does not say, which is no leave."""
     link.publish(topic, b"", expiry=1)
-    end = time.monotonic() + _BACK_S
+    end = time.monotonic() + _ANSWER_S
     while (left := end - time.monotonic()) > 0 and not link.idle:
         if any(isinstance(event, Refused | Disconnected) for event in link.events(left)):
             return True
-    return False
+    return False if link.idle else None
 
 
 def _send(link: Link, topic: str, size: int) -> float | Refused | Disconnected | None:

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from fleetune.edge.protocol.messages import MAX_CHUNK
 from fleetune.server.broker import embedded_broker, free_port
 from fleetune.tools.doctor import broker
 from fleetune.tools.doctor.broker import RoundTrip, check_broker
+from fleetune.tools.doctor.host import Check
 from support import brokers
 
 pytest.importorskip("iotcore", reason="needs iotcore: pip install 'fleetune[server]'")
@@ -42,6 +44,7 @@ def mosquitto(tmp_path: Path) -> Iterator[Mosquitto]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here is far away."""
     monkeypatch.setattr(broker, "_BACK_S", 2.0)
+    monkeypatch.setattr(broker, "_ANSWER_S", 2.0)
     monkeypatch.setattr(broker, "_CONNECT_S", 1.0)
 
 
@@ -61,6 +64,23 @@ def test_so_does_mosquitto_which_lets_the_device_use_its_topics_alone(mosquitto:
     found = check_broker(trip(mosquitto(acl="topic write ft/1/lab/up/cam-01/#\ntopic read ft/1/lab/up/cam-01/echo\n")))
     assert found.verdict == "ok", found.found
     assert "refuses what is sent in other names" in found.found
+
+
+def test_a_broker_that_does_not_say_is_not_said_to_give_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rights = broker._check_rights
+    with brokers.mosquitto(tmp_path, free_port(), "max_connections 9") as running:
+
+        def later(*arguments: Any) -> Check:
+            running.processes[0].suspend()
+            return rights(*arguments)
+
+        monkeypatch.setattr(broker, "_check_rights", later)
+        try:
+            found = check_broker(trip(running.address))
+        finally:
+            running.processes[0].resume()
+    assert (found.verdict, found.code) == ("failure", broker.UNREACHABLE)
+    assert "has not said in 2 s" in found.found
 
 
 def test_an_agent_of_the_same_id_keeps_its_connection(mosquitto: Mosquitto) -> None:
