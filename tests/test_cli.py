@@ -480,7 +480,7 @@ def test_a_pipe_that_breaks_elsewhere_than_at_the_output_is_an_error() -> None:
 
         parser = argparse.ArgumentParser()
         parser.set_defaults(run=run)
-        cli.build_parser = lambda: parser
+        cli.build_parser = lambda command: parser
         cli.main([])
     """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)

@@ -16,6 +16,7 @@ from fleetune.edge.protocol.errors import RunFailedError
 
 _MAX_LINE = 1 << 24
 _PIECE = 1 << 16
+_PAUSES_S = (0.01, 0.1, 0.4)
 
 
 class Channel:
@@ -35,7 +36,7 @@ class Channel:
         self._socket.settimeout(timeout_s)  # where somebody else speaks, QEMU lets one wait
         folder = os.open(path.parent, os.O_PATH)  # a socket's address has at most 107 bytes, and folders long names
         try:
-            self._socket.connect(f"/proc/self/fd/{folder}/{path.name}")
+            _connect(self._socket, f"/proc/self/fd/{folder}/{path.name}")
         except OSError:
             self._socket.close()
             raise
@@ -94,6 +95,16 @@ class Channel:
             self._read += piece
         line, _, self._read = self._read.partition(b"\n")
         return line
+
+
+def _connect(to: socket.socket, address: str) -> None:
+    """Connect; QEMU does not listen for a moment after somebody has left."""
+    for pause in _PAUSES_S:
+        with contextlib.suppress(ConnectionRefusedError):
+            to.connect(address)
+            return
+        time.sleep(pause)
+    to.connect(address)
 
 
 def _document(what: str, arguments: dict[str, Any]) -> bytes:
