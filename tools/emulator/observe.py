@@ -21,7 +21,7 @@ from fleetune.tools.waiting import wait_until
 JOURNALED = "journal.log"
 """What the board's journal had in the end."""
 
-BOOTS_WITHIN_S, PROVISIONED_WITHIN_S = 300.0, 900.0
+BOOTS_WITHIN_S, PROVISIONED_WITHIN_S = 300.0, 1800.0
 
 _GROUP = f"/sys/fs/cgroup/system.slice/{AGENT}"
 _MIB = 1 << 20

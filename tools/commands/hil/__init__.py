@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fleetune.tools.commands.hil import environments, run, shell
+from fleetune.tools.commands.hil import environments, farm, run, shell
 from fleetune.tools.commands.options import add_command
 
 
@@ -24,8 +24,9 @@ def register(subparsers: Any) -> None:
             "  fleetune hil rig --inventory fleet.yaml --pack packs/minilm --data reviews.jsonl --host 192.168.1.10\n"
             "  fleetune hil env --inventory fleet.yaml                an environment for each board of the lab\n"
             "  fleetune hil run --all                                 all of them, side by side\n"
+            "  sudo fleetune hil farm --boards 2                      a mixed fleet of emulated boards trains\n"
         ),
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for action in (run, environments, shell):
+    for action in (run, environments, farm, shell):
         action.register(actions)
