@@ -13,17 +13,20 @@ from fleetune.tools.programs import find_program, run_program
 FAST_KBIT = 10_000
 """Rate of a wire: so that tensors are on their way for a good part of a round."""
 
+_PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "nsenter": "util-linux"}
 _NAMES = re.compile(r"\bftc([0-9]+)")
 
 
-def check_root() -> None:
+def check_networks() -> None:
     """See that networks can be made, before anything long is begun.
 
     Raises:
-        ConfigError: This is not root.
+        ConfigError: This is not root, or a program is missing.
     """
     if os.geteuid() != 0:
         raise ConfigError("networks are made here, which only root may", "start it with sudo, or in a container")
+    for program, package in _PROGRAMS.items():
+        find_program(program, package)
 
 
 class Network:
@@ -41,9 +44,8 @@ class Network:
     """
 
     def __init__(self, devices: Sequence[str]) -> None:
-        check_root()
-        self._ip, self._tc = find_program("ip", "iproute2"), find_program("tc", "iproute2")
-        self._nsenter = find_program("nsenter", "util-linux")
+        check_networks()
+        self._ip, self._tc, self._nsenter = (find_program(*needed) for needed in _PROGRAMS.items())
         self._sweep()
         self._name, self._devices = f"ftc{os.getpid()}", tuple(devices)
         try:

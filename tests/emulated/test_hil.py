@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,32 +11,18 @@ from typing import Any
 
 import pytest
 
-from fleetune.edge.protocol.errors import ConfigError
-from fleetune.tools.emulator.image import check_foreign
+from support.emulation import need_emulator
 from support.lacking import lacking
 
 pytestmark = [pytest.mark.emulated, pytest.mark.slow]
 
-PROGRAMS = {
-    "qemu-system-aarch64": "qemu-system-arm",
-    "mmdebstrap": "mmdebstrap",
-    "mosquitto": "mosquitto",
-    "mcopy": "mtools",
-    "tc": "iproute2",
-}
 CHOSEN = ("test_boot", "test_doctor", "test_state", "test_console", "test_broker", "slow_link")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where images are."""
-    for program, package in PROGRAMS.items():
-        if shutil.which(program) is None and shutil.which(program, path="/usr/sbin:/sbin") is None:
-            lacking(f"needs {program}: apt-get install {package}")
-    try:
-        check_foreign()
-    except ConfigError as error:
-        lacking(f"needs programs for arm64 to run: {error.remedy}")
+    need_emulator()
     return tmp_path_factory.mktemp("hil")
 
 

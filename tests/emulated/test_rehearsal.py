@@ -12,34 +12,21 @@ from typing import Any
 import pytest
 
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.errors import ConfigError, RunFailedError
-from fleetune.tools.emulator.image import check_foreign
+from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.tools.firstboot.steps import STEPS
 from fleetune.tools.flash.record import ENDING
 from fleetune.tools.hil.releases import build_like
-from support.lacking import lacking
+from support.emulation import need_emulator
 
 pytestmark = [pytest.mark.emulated, pytest.mark.slow]
 
-PROGRAMS = {
-    "qemu-system-aarch64": "qemu-system-arm",
-    "mmdebstrap": "mmdebstrap",
-    "mosquitto": "mosquitto",
-    "mcopy": "mtools",
-}
 BUDGET = 128
 
 
 @pytest.fixture(scope="module")
 def rehearsal(tiny_bert_pack: Pack, text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of one in which the power was cut while the board measured itself; then came a good release, and a bad one."""
-    for program, package in PROGRAMS.items():
-        if shutil.which(program) is None and shutil.which(program, path="/usr/sbin") is None:
-            lacking(f"needs {program}: apt-get install {package}")
-    try:
-        check_foreign()
-    except ConfigError as error:
-        lacking(f"needs programs for arm64 to run: {error.remedy}")
+    need_emulator()
     folder = tmp_path_factory.mktemp("rehearsal")
     images = folder / "images"
     fleetune = [sys.executable, "-m", "fleetune.tools.cli", "flash"]

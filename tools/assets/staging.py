@@ -44,7 +44,7 @@ def staged(root: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Keeps other processes out of the same block for the same `root`; for short work only.
+    """Keeps other processes out of the same block for the same `root`: they wait.
 
     Raises:
         OSError: `root` cannot be written to, or its file system has no locks.

@@ -20,7 +20,7 @@ import msgspec
 from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError, RunFailedError
 from fleetune.edge.protocol.files import file_sha256, read_bytes, write_atomic
 from fleetune.tools.assets.fetch import cache_root
-from fleetune.tools.assets.staging import fill, staged
+from fleetune.tools.assets.staging import fill, locked, staged
 from fleetune.tools.programs import find_program, run_program
 from fleetune.tools.trees import set_modes, walk, write_tar
 
@@ -197,6 +197,16 @@ def _base(say: Callable[[str], None]) -> Path:
     if folder.is_dir():
         return folder
     check_foreign()
+    making = root / "making"
+    making.mkdir(parents=True, exist_ok=True)
+    with locked(making):  # whoever comes meanwhile waits, and takes it from the cache
+        if not folder.is_dir():
+            _make_base(root, folder, say)
+    return folder
+
+
+def _make_base(root: Path, folder: Path, say: Callable[[str], None]) -> None:
+    """Fill the folder from a Debian archive."""
     program = find_program("mmdebstrap", "mmdebstrap")
     if not _KEYRING.is_file():
         raise ConfigError("Debian's keys are not here", "apt-get install debian-archive-keyring")
@@ -227,4 +237,3 @@ def _base(say: Callable[[str], None]) -> Path:
                 raise RunFailedError(f"the new system has no {name}", "see that the disk has room, and try again")
             found[0].replace(made / name)
         fill(made, folder)
-    return folder

@@ -27,6 +27,7 @@ _LONGEST = 100
 
 _PROGRAMS = {
     "qemu-system-aarch64": "qemu-system-arm",
+    "mmdebstrap": "mmdebstrap",
     "mosquitto": "mosquitto",
     "mformat": "mtools",
     "mke2fs": "e2fsprogs",

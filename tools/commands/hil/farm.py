@@ -64,13 +64,13 @@ def _run(args: argparse.Namespace) -> None:
     from fleetune.tools.emulator.board import make_board_image
     from fleetune.tools.hil.emulated import check_programs
     from fleetune.tools.hil.farm import REPORT, as_planned, rehearse_farm
-    from fleetune.tools.network import check_root
+    from fleetune.tools.network import check_networks
 
     for option, value, most in (("--boards", args.boards, _MOST), ("--rate", args.rate, 10_000_000)):
         if not 1 <= value <= most:
             raise ConfigError(f"{option}: {value} is out of range", f"choose from 1 to {most}")
     check_programs()
-    check_root()
+    check_networks()
 
     def then(farm: Farm, report: dict[str, Any]) -> None:
         if args.json:
