@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pexpect
 import pytest
 
 from support.emulation import need_emulator
@@ -74,3 +75,19 @@ def test_what_was_measured_is_in_the_report(folder: Path, tests: dict[str, Any])
     assert "a slow link is enough" in page
     assert "needs hardware: thermal" in page
     assert (folder / "runs/hil/junit.xml").read_text(encoding="utf-8").count("<testcase ") == len(tests)
+
+
+@pytest.mark.usefixtures("farm")  # which has made the image
+def test_a_shell_is_had_on_the_console(folder: Path) -> None:
+    command = [sys.executable, "-m", "fleetune.tools.cli", "hil", "shell"]
+    console = pexpect.spawn(command[0], command[1:], cwd=str(folder), timeout=300.0, encoding="utf-8")
+    console.expect("login: ")
+    console.sendline("root")
+    console.expect("# ")
+    console.sendline("echo $((6 * 7)); fleetune --version")
+    console.expect("42\r\n")
+    console.expect("fleetune [0-9]")
+    console.send("\x01x")  # as the help has it
+    console.expect(pexpect.EOF)
+    console.close()
+    assert console.exitstatus == 0
