@@ -11,7 +11,7 @@ from fleetune.edge.protocol.errors import ConfigError
 from fleetune.tools.programs import find_program, run_program
 
 FAST_KBIT = 10_000
-"""Rate of a wire: so that tensors are on their way for a good part of a round."""
+"""Rate of a wire that nobody has made slow: tensors still take a moment, in which a fault can come."""
 
 _PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "nsenter": "util-linux"}
 _NAMES = re.compile(r"\bftc([0-9]+)")

@@ -40,7 +40,7 @@ def farm(folder: Path) -> dict[str, Any]:
     done = fleetune(folder, "farm", "--boards", "2", "--rate", "256")
     assert done.returncode == 0, done.stdout + done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
-    assert report == json.loads((folder / "runs/farm/farm.json").read_text(encoding="utf-8"))
+    assert report == json.loads((folder / "runs/hil-farm/report.json").read_text(encoding="utf-8"))
     return report
 
 

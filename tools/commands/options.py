@@ -66,6 +66,19 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_emulated(parser: argparse.ArgumentParser, out: str) -> None:
+    """``--pack``, ``--data``, ``--images``, ``--out`` and ``--json`` of what emulated boards do."""
+    parser.add_argument("--pack", metavar="DIR", type=Path, help="of emulated boards (default: a toy: these are slow)")
+    parser.add_argument(
+        "--data", metavar="FILE", type=Path, help="their samples, of two classes (default: reviews of films)"
+    )
+    add_images(parser)
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path(out), help="report, logs, disks (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
 def add_authority(parser: argparse.ArgumentParser) -> None:
     """``--authority``."""
     parser.add_argument(

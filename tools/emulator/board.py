@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.errors import RunFolderError
 from fleetune.edge.resources.limits import Budget
 from fleetune.profiles.fleet import PROFILE_ENDING, Fleet, FleetDevice
 from fleetune.profiles.profile import read_profile
@@ -96,6 +100,27 @@ def make_board_image(images: Path, pack: Path | None, samples: Path | None, say:
     record = build(find_tier(TIER), images, packs=[pack], say=say)
     (deb,) = (images / name for name in read_record(record).files if name.endswith(".deb"))
     return BoardImage(make_image(deb, images, say), pack, samples, record)
+
+
+def clear_folder(out: Path, *marks: str) -> None:
+    """Make a folder for boards. What an earlier run left there goes, with boards that still run as it was killed.
+
+    Args:
+        out: The folder.
+        marks: Folders in it; a folder that has things in it, but none of these, is not ours.
+
+    Raises:
+        RunFolderError: The folder has something else in it.
+    """
+    if out.exists():
+        if any(out.iterdir()) and not any((out / mark).is_dir() for mark in marks):
+            raise RunFolderError(f"--out: {out} is not empty, and no emulated board's", "name another folder")
+        disks = f"file={out.resolve()}/"
+        for process in psutil.process_iter(["cmdline"]):
+            if any(part.startswith(disks) for word in process.info["cmdline"] or () for part in word.split(",")):
+                process.kill()
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
 
 
 def measured_file(images: Path, board: EmulatedBoard, made: BoardImage) -> Path:

@@ -6,7 +6,6 @@ Then, if wanted, releases are published to it, and it takes them or goes back.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.errors import RunFailedError, RunFolderError
+from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.edge.protocol.files import write_atomic
-from fleetune.tools.emulator.board import TIER, BoardImage, EmulatedBoard, flash_boards
+from fleetune.tools.emulator.board import TIER, BoardImage, EmulatedBoard, clear_folder, flash_boards
 from fleetune.tools.emulator.machine import DISK, Machine, machine
 from fleetune.tools.emulator.observe import (
     BOOTS_WITHIN_S,
@@ -72,7 +71,7 @@ def rehearse(what: Rehearsal, out: Path, say: Callable[[str], None]) -> dict[str
         ConfigError: A program is missing.
         RunFailedError: A step did not come to its end.
     """
-    _clear(out)
+    clear_folder(out, "authority")
     start = time.monotonic()
     seconds: dict[str, float] = {}
 
@@ -118,22 +117,13 @@ def rehearse(what: Rehearsal, out: Path, say: Callable[[str], None]) -> dict[str
     return report
 
 
-def _clear(out: Path) -> None:
-    """Make the folder; one of an earlier rehearsal is replaced, and no other."""
-    if out.exists():
-        if any(out.iterdir()) and not (out / "authority").is_dir():
-            raise RunFolderError(f"--out: {out} is not empty, and no rehearsal's", "name another folder")
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
-
-
 def _release(record: Path, rig: Rig, board: Machine) -> dict[str, Any]:
     """Publish a build, and let the board do what its timer does every hour."""
     with Releases(rig.releases) as releases:
         rollout = publish(releases, [record], [], [DEVICE], 0.0)
     start = time.monotonic()
-    board.guest.run("/usr/bin/systemctl", "start", "--no-block", UPDATER)
-    wait_for_unit(board, UPDATER, ("inactive", "failed"), _RELEASED_WITHIN_S)
+    # Its timer may have started the updater before: that one has not seen the release.
+    board.guest.run("/usr/bin/systemctl", "restart", UPDATER, timeout_s=_RELEASED_WITHIN_S)
     wait_for_unit(board, AGENT, ("active",), _RELEASED_WITHIN_S)
     seconds = round(time.monotonic() - start, 1)
     state = json.loads(board.guest.run("/usr/bin/fleetune", "update", "--show", timeout_s=_RELEASED_WITHIN_S).stdout)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
-from fleetune.edge.protocol.errors import ConfigError, RunFolderError
+from fleetune.edge.protocol.errors import ConfigError
 from fleetune.edge.protocol.files import write_atomic
-from fleetune.tools.emulator.board import BoardImage, EmulatedBoard, flash_boards
+from fleetune.tools.emulator.board import BoardImage, EmulatedBoard, clear_folder, flash_boards
 from fleetune.tools.emulator.image import Image
-from fleetune.tools.emulator.machine import BOOT, CONSOLE, CPU, DISK, MACHINE, peripherals
+from fleetune.tools.emulator.machine import BOOT, CONSOLE, CPU, MACHINE, peripherals
 from fleetune.tools.hil.plugin import DEVICE_OPTION
 from fleetune.tools.programs import find_program
 
@@ -82,25 +80,12 @@ def set_up(board: EmulatedBoard, made: BoardImage, folder: Path) -> Place:
     agent = (folder / _AGENT).resolve()
     if len(str(agent)) > _LONGEST:
         raise ConfigError(f"--out: {folder} is too long a name for a socket in it", "choose a shorter one")
-    _clear(folder)
+    clear_folder(folder, RIG)
     file, rig = folder / ENVIRONMENT, folder / RIG
     ((disk, seed),) = flash_boards([board], made, "hil", rig, [folder])
     document = _environment(board, made.image, disk, seed, agent)
     write_atomic(file, yaml.safe_dump(document, sort_keys=False).encode())
     return Place(file, rig, (disk, seed))
-
-
-def _clear(folder: Path) -> None:
-    """Make the folder. A run that was killed may have left its board running."""
-    if folder.exists():
-        if any(folder.iterdir()) and not (folder / RIG).is_dir():
-            raise RunFolderError(f"--out: {folder} is not empty, and no emulated board's", "name another folder")
-        disk = f"file={(folder / DISK).resolve()}"
-        for process in psutil.process_iter(["cmdline"]):
-            if any(disk in word.split(",") for word in process.info["cmdline"] or ()):
-                process.kill()
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
 
 
 def _log(file: Path) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -17,14 +16,14 @@ import msgspec
 
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.errors import RunFailedError, RunFolderError
+from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.edge.protocol.files import write_atomic
 from fleetune.edge.protocol.messages import UpdateManifest
 from fleetune.edge.resources.limits import LIMITS, Budget
 from fleetune.edge.resources.workload import Workload
 from fleetune.profiles.fleet import PROFILE_ENDING
 from fleetune.profiles.profile import read_profile, write_profile
-from fleetune.tools.emulator.board import BoardImage, EmulatedBoard, flash_boards, measured_file
+from fleetune.tools.emulator.board import BoardImage, EmulatedBoard, clear_folder, flash_boards, measured_file
 from fleetune.tools.emulator.machine import Machine, machine
 from fleetune.tools.emulator.observe import BOOTS_WITHIN_S, explained, wait_first_boot
 from fleetune.tools.hil.emulated import BOARDS
@@ -33,7 +32,7 @@ from fleetune.tools.places import STATE
 from fleetune.tools.plan.answer import Answer, answer
 from fleetune.tools.rig import Rig, open_rig
 
-FLEET, RIG, REPORT = "farm", "rig", "farm.json"
+FLEET, RIG, REPORT = "farm", "rig", "report.json"
 MEASURING = "measuring"
 """Folder of the board that measures for the others."""
 
@@ -134,7 +133,7 @@ def rehearse_farm(
         BudgetError: A board cannot train the pack.
         RunFailedError: A step did not come to its end.
     """
-    _clear(out)
+    clear_folder(out, RIG, MEASURING)
     kinds = list(islice(cycle(BOARDS.values()), count))
     profiles = _profiles(list(dict.fromkeys(kinds)), made, images, out, say)
     boards = [
@@ -178,15 +177,6 @@ def as_planned(report: dict[str, Any]) -> bool:
         device["rounds"] and {one["depth"] for one in device["rounds"]} == {device["plan"]["depth"]}
         for device in report["devices"].values()
     )
-
-
-def _clear(out: Path) -> None:
-    """Make the folder; one of an earlier farm is replaced, and no other."""
-    if out.exists():
-        if any(out.iterdir()) and not ((out / RIG).is_dir() or (out / MEASURING).is_dir()):
-            raise RunFolderError(f"--out: {out} is not empty, and no farm's", "name another folder")
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
 
 
 def _profiles(

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fleetune.tools.commands.options import add_command, add_images
+from fleetune.tools.commands.options import add_command, add_emulated
 from fleetune.tools.text import say
 
 
@@ -34,12 +34,6 @@ def register(actions: Any) -> None:
             "  fleetune flash rehearse --then images/fleetune_0.2.0+t4_arm64.build.json\n"
         ),
     )
-    parser.add_argument(
-        "--pack", metavar="DIR", type=Path, help="(default: two small blocks of random weights: an emulator is slow)"
-    )
-    parser.add_argument(
-        "--data", metavar="FILE", type=Path, help="the board's samples, of two classes (default: reviews of films)"
-    )
     parser.add_argument("--budget", metavar="MIB", type=int, default=192, help="of the device (default: %(default)s)")
     parser.add_argument("--memory", metavar="MIB", type=int, default=2048, help="of the board (default: %(default)s)")
     parser.add_argument("--cut", metavar="STEP", help="step of the first boot in which the power is cut once")
@@ -51,15 +45,7 @@ def register(actions: Any) -> None:
         default=[],
         help="record of a build of tier t4 that is released to the board afterwards; repeatable",
     )
-    add_images(parser)
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        default=Path("runs/rehearsal"),
-        help="report, logs and the board's console (default: %(default)s)",
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_emulated(parser, "runs/rehearsal")
     parser.set_defaults(run=_run)
 
 

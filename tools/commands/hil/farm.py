@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fleetune.tools.commands.options import add_command, add_images
+from fleetune.tools.commands.options import add_command, add_emulated
+from fleetune.tools.network import FAST_KBIT
 from fleetune.tools.text import columns, say
 
 if TYPE_CHECKING:
@@ -42,17 +42,11 @@ def register(actions: Any) -> None:
         "--rate",
         metavar="KBIT",
         type=int,
-        default=10_000,
+        default=FAST_KBIT,
         help="what a wire lets through, kbit/s (default: %(default)s)",
     )
     parser.add_argument("--stay", action="store_true", help="leave the boards up until Ctrl-C")
-    parser.add_argument("--pack", metavar="DIR", type=Path, help="(default: a toy: an emulator is slow)")
-    parser.add_argument("--data", metavar="FILE", type=Path, help="its samples (default: reviews of films)")
-    add_images(parser)
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=Path("runs/farm"), help="report, logs, disks (default: %(default)s)"
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_emulated(parser, "runs/hil-farm")
     parser.set_defaults(run=_run)
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fleetune.tools.commands.options import add_command, add_images
+from fleetune.tools.commands.options import add_command, add_emulated
 from fleetune.tools.text import columns, say
 
 if TYPE_CHECKING:
@@ -56,13 +56,7 @@ def register(actions: Any) -> None:
     parser.add_argument("--build", metavar="RECORD", type=Path, help="what a lab's boards were flashed with")
     parser.add_argument("--tests", metavar="EXPRESSION", help="only tests that pytest's -k chooses")
     parser.add_argument("--without", action="store_true", help="switch off what each test of a fault tests")
-    parser.add_argument("--pack", metavar="DIR", type=Path, help="of an emulated board (default: a toy)")
-    parser.add_argument("--data", metavar="FILE", type=Path, help="its samples (default: reviews of films)")
-    add_images(parser)
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=Path("runs/hil"), help="reports and logs (default: %(default)s)"
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_emulated(parser, "runs/hil")
     parser.set_defaults(run=_run)
 
 
