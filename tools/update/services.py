@@ -34,13 +34,13 @@ class Systemd:
 
     def health(self) -> Health:
         """As systemd says."""
-        names = ("ActiveState", "StatusText", "NRestarts")
+        names = ("ActiveState", "StatusText", "NRestarts", "Job")
         said = run_program([_systemctl(), "show", AGENT, f"--property={','.join(names)}"], "see systemctl status")
         found = dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
         if found.get("ActiveState") == "failed" or int(found.get("NRestarts") or 0) >= _RESTARTS:
             return "down"
         if found.get("ActiveState") == "active":
-            return "up"
+            return "starting" if found.get("Job") else "up"  # systemd has not stopped the old one yet
         return "waits" if found.get("StatusText", "").startswith("waits for the broker") else "starting"
 
 

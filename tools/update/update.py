@@ -24,7 +24,7 @@ from fleetune.tools.assets.staging import staged
 from fleetune.tools.release.rollout import FILE as ROLLOUT
 from fleetune.tools.release.rollout import MAX_ROLLOUT, Part, Rollout, read_rollout
 from fleetune.tools.trees import SHORT, extract, tree_digest
-from fleetune.tools.update.services import Service
+from fleetune.tools.update.services import Health, Service
 from fleetune.tools.update.state import CURRENT, GOOD, PACKS, State, point, read_state, where, write_state
 
 _METADATA, _FETCHED = "metadata", "fetched"
@@ -50,7 +50,13 @@ class Board:
 
 
 def update(
-    board: Board, agent: Service, *, within_s: float = 1800.0, say: Callable[[str], None], pause_s: float = 5.0
+    board: Board,
+    agent: Service,
+    *,
+    within_s: float = 1800.0,
+    away_s: float = 60.0,
+    say: Callable[[str], None],
+    pause_s: float = 5.0,
 ) -> str:
     """Take what is new, if it reaches this board.
 
@@ -58,6 +64,7 @@ def update(
         board: This one.
         agent: Its service.
         within_s: Seconds that an agent has to come up; measuring anew what training costs takes minutes.
+        away_s: Seconds that it may wait for its broker, as any does for a moment, before it is judged another time.
         say: Called with what is done next.
         pause_s: Between two looks at the agent.
 
@@ -71,7 +78,7 @@ def update(
     """
     make_folder(board.folder)
     with closing(FolderLock(board.folder, remedy="wait until that update is over")):
-        state, trial = read_state(board.folder), _Trial(board.folder, agent, within_s, pause_s, say)
+        state, trial = read_state(board.folder), _Trial(board.folder, agent, within_s, away_s, pause_s, say)
         if state.trying:
             said = trial.go_on(state)
             state = read_state(board.folder)
@@ -99,9 +106,10 @@ class _Trial:
     """A release that is tried: begun, or found so by whoever comes after a power cut."""
 
     def __init__(
-        self, folder: Path, agent: Service, within_s: float, pause_s: float, say: Callable[[str], None]
+        self, folder: Path, agent: Service, within_s: float, away_s: float, pause_s: float, say: Callable[[str], None]
     ) -> None:
-        self._folder, self._agent, self._within_s, self._pause_s, self._say = folder, agent, within_s, pause_s, say
+        self._folder, self._agent, self._say = folder, agent, say
+        self._within_s, self._away_s, self._pause_s = within_s, away_s, pause_s
 
     def go_on(self, state: State) -> str:
         """Keep the release, or go back to the one before; what was done already is done again.
@@ -117,10 +125,7 @@ class _Trial:
             self._agent.restart()
             state = msgspec.structs.replace(state, started=True)
             write_state(self._folder, state)
-        ends, health = time.monotonic() + self._within_s, self._agent.health()
-        while health == "starting" and time.monotonic() < ends:
-            time.sleep(self._pause_s)
-            health = self._agent.health()
+        health = self._health()
         if health == "waits":
             return f"release {state.trying}: the agent waits for the broker; it is judged later"
         if health != "up":
@@ -132,6 +137,19 @@ class _Trial:
         write_state(self._folder, State(good=state.trying, bad=state.bad))
         _sweep(self._folder)
         return f"release {state.trying} is good"
+
+    def _health(self) -> Health:
+        """What becomes of the agent, unless that takes too long."""
+        now = time.monotonic()
+        ends, back = now + self._within_s, now + self._away_s
+        while (health := self._agent.health()) in ("starting", "waits"):
+            now = time.monotonic()
+            if health == "starting":
+                back = now + self._away_s
+            if now >= min(ends, back):
+                break
+            time.sleep(self._pause_s)
+        return health
 
     def _go_back(self, state: State) -> NoReturn:
         self._point(state.before)

@@ -111,8 +111,8 @@ def agent(board: Board) -> Agent:
     return Agent(board.folder)
 
 
-def run(board: Board, agent: Agent, within_s: float = 5.0) -> str:
-    return update(board, agent, within_s=within_s, say=lambda _: None, pause_s=0.01)
+def run(board: Board, agent: Agent, within_s: float = 5.0, away_s: float = 0.1) -> str:
+    return update(board, agent, within_s=within_s, away_s=away_s, say=lambda _: None, pause_s=0.01)
 
 
 def word(board: Board) -> str:
@@ -193,6 +193,12 @@ def test_a_broker_that_is_away_says_nothing_about_a_release(server: Server, boar
     agent.says["one"] = ["starting", "up"]
     assert run(board, agent) == "release 1 is the newest"
     assert agent.restarts == 1
+
+
+def test_a_moment_without_the_broker_delays_no_judgement(server: Server, board: Board, agent: Agent) -> None:
+    server.publish("one")
+    agent.says["one"] = ["starting", "waits", "waits", "up"]
+    assert run(board, agent, away_s=60.0) == "release 1 is good"
 
 
 class PowerCutError(Exception):
