@@ -43,7 +43,15 @@ def slow_link(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "_QUICK", -1.0)
 
 
-LONGEST = ("test_demo.py", "test_bench.py", "test_runtimes.py", "test_agent.py", "test_targets.py", "test_limits.py")
+LONGEST = (
+    "test_whole_boards.py",
+    "test_demo.py",
+    "test_bench.py",
+    "test_runtimes.py",
+    "test_agent.py",
+    "test_targets.py",
+    "test_limits.py",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -123,10 +123,10 @@ def clear_folder(out: Path, *marks: str) -> None:
     out.mkdir(parents=True)
 
 
-def measured_file(images: Path, board: EmulatedBoard, made: BoardImage) -> Path:
-    """Where the profile is kept that boards of this kind have measured, with the same kit and pack."""
+def measured_file(board: EmulatedBoard, made: BoardImage) -> Path:
+    """Where, among the images, the profile is kept that boards of this kind have measured, with this kit and pack."""
     kit, pack = read_record(made.record).kit, Pack.open(made.pack).sha256[:SHORT]
-    return images / f"{board.profile}_{kit}_{pack}{PROFILE_ENDING}"
+    return made.record.parent / f"{board.profile}_{board.memory_mib}_{kit}_{pack}{PROFILE_ENDING}"
 
 
 def flash_boards(

@@ -6,10 +6,13 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.edge.protocol.files import write_atomic
+from fleetune.profiles.fleet import PROFILE_ENDING
+from fleetune.tools.emulator.board import EmulatedBoard
 from fleetune.tools.emulator.machine import Machine
 from fleetune.tools.firstboot.board import JOURNAL as FIRSTBOOT
 from fleetune.tools.firstboot.board import PROVISIONED
@@ -66,6 +69,18 @@ def wait_first_boot(board: Machine, rig: Rig, until: str | None) -> None:
 
     late = RunFailedError(f"the first boot was not over in {PROVISIONED_WITHIN_S:.0f} s", f"see {board.folder}")
     wait_until(is_there, PROVISIONED_WITHIN_S, lambda: late, every_s=1.0)
+
+
+def keep_measured(running: Machine, board: EmulatedBoard, file: Path) -> None:
+    """Keep the profile that a board has measured in its first boot, for others of its kind.
+
+    Raises:
+        RunFailedError: It has measured nothing.
+    """
+    found = running.guest.run("/bin/cat", f"/{STATE}/board/{board.device.profile.name}{PROFILE_ENDING}")
+    if found.returncode:
+        raise RunFailedError(f"{board.name} has measured nothing: {found.stderr.strip()}", f"see {running.folder}")
+    write_atomic(file, found.stdout.encode())
 
 
 def wait_for_unit(board: Machine, unit: str, states: tuple[str, ...], within_s: float) -> None:

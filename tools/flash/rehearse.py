@@ -15,11 +15,12 @@ from typing import Any
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.edge.protocol.files import write_atomic
-from fleetune.tools.emulator.board import TIER, BoardImage, EmulatedBoard, clear_folder, flash_boards
+from fleetune.tools.emulator.board import TIER, BoardImage, EmulatedBoard, clear_folder, flash_boards, measured_file
 from fleetune.tools.emulator.machine import DISK, Machine, machine
 from fleetune.tools.emulator.observe import (
     BOOTS_WITHIN_S,
     explained,
+    keep_measured,
     look,
     properties,
     wait_first_boot,
@@ -65,7 +66,7 @@ def rehearse(what: Rehearsal, out: Path, say: Callable[[str], None]) -> dict[str
         say: Called with what happens.
 
     Returns:
-        The report.
+        The report. What the board has measured is kept among the images, for farms and tests.
 
     Raises:
         ConfigError: A program is missing.
@@ -95,6 +96,7 @@ def rehearse(what: Rehearsal, out: Path, say: Callable[[str], None]) -> dict[str
                 reached("up_again", "the board is up again")
             wait_first_boot(board, rig, None)
             reached("provisioned", "the board is provisioned; its agent starts")
+            keep_measured(board, nano, measured_file(nano, what.made))
             accepted = [record.manifest for record in job.wait(_TRAINED_WITHIN_S, board.check)]
             reached("trained", "its rounds are done")
             found = look(board)

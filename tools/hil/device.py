@@ -49,7 +49,8 @@ for link in $(ls /sys/class/net); do
     [ "$link" = lo ] || ip link set "$link" up
 done
 rm -rf {SCRATCH}
-echo "$changed"
+[ -n "$changed" ] || systemctl is-active {AGENT}
+date +%s
 """
 
 
@@ -72,12 +73,13 @@ class DeviceUnderTest:
         name: Its id in the fleet.
         features: What it has, by its environment; ``power`` if it can be cut, and ``console`` if it has a serial one.
         strategy: Its `FleetuneStrategy`.
+        is_known: Whether no test has had it since it was brought into a known state.
     """
 
     def __init__(self, name: str, strategy: Any, features: frozenset[str]) -> None:
         self.name = name
         self.features = features | {name for name in ("power", "console") if getattr(strategy, name) is not None}
-        self.strategy = strategy
+        self.strategy, self.is_known = strategy, False
 
     @property
     def _commands(self) -> Commands:
@@ -170,7 +172,6 @@ class DeviceUnderTest:
             RunFailedError: It does not come up in time.
         """
         self.run(f"systemctl reset-failed {AGENT}; systemctl restart --no-block {AGENT}")
-        time.sleep(1.0)
         self.wait_for_agent(within_s=within_s)
 
     def wait_for_agent(self, *, within_s: float = 300.0) -> None:
@@ -179,7 +180,8 @@ class DeviceUnderTest:
         Raises:
             RunFailedError: It is not, in time.
         """
-        self.wait_until(lambda: self.ask(f"systemctl is-active {AGENT}").stdout.strip() == "active", "is up", within_s)
+        up = {"ActiveState": "active", "Job": ""}  # a job would be systemd's that has not stopped the one before
+        self.wait_until(lambda: {"Job": "", **self.unit(AGENT, *up)} == up, "is up", within_s)
 
     def wait_until(self, is_so: Callable[[], bool], words: str, within_s: float) -> None:
         """Wait until something is so.
@@ -273,13 +275,15 @@ class DeviceUnderTest:
             RunFailedError: It does not come up.
         """
         self.bring("provisioned")
-        changed = self.run(_RESTORE).strip()
-        if abs(int(self.run("date +%s")) - time.time()) > _CLOCK_S:
-            changed = self.run(f"date --set=@{time.time():.0f}")
-        if changed:
+        *state, now = self.run(_RESTORE).split()
+        is_wrong = abs(int(now) - time.time()) > _CLOCK_S
+        if is_wrong:
+            self.run(f"date --set=@{time.time():.0f}")
+        if is_wrong or not state:
             self.restart_agent()
-        else:
+        elif state != ["active"]:
             self.wait_for_agent()
+        self.is_known = True
 
 
 _KIT = f'k=/{UPDATES}/current; [ -x "$k/bin/python3" ] || k=/{KITS}/current; readlink -f "$k"'

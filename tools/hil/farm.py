@@ -16,7 +16,6 @@ import msgspec
 
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.edge.protocol.files import write_atomic
 from fleetune.edge.protocol.messages import UpdateManifest
 from fleetune.edge.resources.limits import LIMITS, Budget
@@ -25,10 +24,9 @@ from fleetune.profiles.fleet import PROFILE_ENDING
 from fleetune.profiles.profile import read_profile, write_profile
 from fleetune.tools.emulator.board import BoardImage, EmulatedBoard, clear_folder, flash_boards, measured_file
 from fleetune.tools.emulator.machine import Machine, machine
-from fleetune.tools.emulator.observe import BOOTS_WITHIN_S, explained, wait_first_boot
+from fleetune.tools.emulator.observe import BOOTS_WITHIN_S, explained, keep_measured, wait_first_boot
 from fleetune.tools.hil.emulated import BOARDS
 from fleetune.tools.network import FAST_KBIT, Network
-from fleetune.tools.places import STATE
 from fleetune.tools.plan.answer import Answer, answer
 from fleetune.tools.rig import Rig, open_rig
 
@@ -107,7 +105,6 @@ def open_farm(
 def rehearse_farm(
     count: int,
     made: BoardImage,
-    images: Path,
     out: Path,
     *,
     rate_kbit: int = FAST_KBIT,
@@ -119,7 +116,6 @@ def rehearse_farm(
     Args:
         count: Of boards.
         made: What they start from.
-        images: Where is kept what boards have measured.
         out: Folder for all of it; that of an earlier farm is replaced.
         rate_kbit: What a wire lets through, in either direction.
         say: Called with what happens.
@@ -135,7 +131,7 @@ def rehearse_farm(
     """
     clear_folder(out, RIG, MEASURING)
     kinds = list(islice(cycle(BOARDS.values()), count))
-    profiles = _profiles(list(dict.fromkeys(kinds)), made, images, out, say)
+    profiles = _profiles(list(dict.fromkeys(kinds)), made, out, say)
     boards = [
         replace(kind, name=f"nano-{number}", profile=str(profiles[kind.name].resolve()))
         for number, kind in enumerate(kinds, start=1)
@@ -180,10 +176,10 @@ def as_planned(report: dict[str, Any]) -> bool:
 
 
 def _profiles(
-    kinds: Sequence[EmulatedBoard], made: BoardImage, images: Path, out: Path, say: Callable[[str], None]
+    kinds: Sequence[EmulatedBoard], made: BoardImage, out: Path, say: Callable[[str], None]
 ) -> dict[str, Path]:
     """Kind of board → a profile with what training costs it. One measures for all: their processor is the same."""
-    files = {kind.name: measured_file(images, kind, made) for kind in kinds}
+    files = {kind.name: measured_file(kind, made) for kind in kinds}
     known = [file for file in files.values() if file.exists()]
     if not known:
         say(f"{kinds[0].name} measures what training costs such a processor, which takes minutes")
@@ -200,11 +196,7 @@ def _profiles(
 def _measure(board: EmulatedBoard, made: BoardImage, kept: Path, out: Path, say: Callable[[str], None]) -> None:
     """Let a board measure what training costs it, and keep that."""
     with open_farm([board], made, out, say) as farm:
-        file = f"/{STATE}/board/{board.device.profile.name}{PROFILE_ENDING}"
-        found = farm.machines[board.name].guest.run("/bin/cat", file)
-        if found.returncode:
-            raise RunFailedError(f"{board.name} has measured nothing: {found.stderr}", f"see {out / board.name}")
-        write_atomic(kept, found.stdout.encode())
+        keep_measured(farm.machines[board.name], board, kept)
 
 
 def _planned(board: EmulatedBoard, made: BoardImage) -> Answer:

@@ -122,7 +122,7 @@ def board(request: pytest.FixtureRequest, rig: Rig, env: Any, strategy: Any) -> 
     device = DeviceUnderTest(name, strategy, frozenset(env.get_features() | env.get_target_features()))
     tell(request.config, f"{name} starts")
     device.bring("up")
-    tell(request.config, f"{name} is up; a first boot measures what training costs, which takes minutes")
+    tell(request.config, f"{name} is up; a first boot takes minutes, and longer where no profile is measured yet")
     device.equip(equipment(rig.folder))
     return device
 
@@ -133,7 +133,9 @@ def fleet_device(request: pytest.FixtureRequest, board: DeviceUnderTest, rig: Ri
     wanted = {str(name) for marker in request.node.iter_markers("needs") for name in marker.args}
     if missing := sorted(wanted - board.features):
         pytest.skip(f"needs hardware: {', '.join(missing)}")
-    board.restore()
+    if not board.is_known:
+        board.restore()
+    board.is_known = False
     marker = request.node.get_closest_marker("protected_by")
     protection: Protection | None = marker.args[0] if marker is not None else None
     try:

@@ -78,7 +78,6 @@ def _run(args: argparse.Namespace) -> None:
     report = rehearse_farm(
         args.boards,
         made,
-        args.images,
         args.out,
         rate_kbit=args.rate,
         say=say,

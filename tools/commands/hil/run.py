@@ -117,7 +117,7 @@ def _emulated(name: str, args: argparse.Namespace) -> Target:
     check_programs()
     made = make_board_image(args.images, args.pack, args.data, say)
     board = BOARDS[name]
-    measured = measured_file(args.images, board, made)
+    measured = measured_file(board, made)
     if measured.exists():
         board = replace(board, profile=str(measured.resolve()))
     place = set_up(board, made, args.out / name)
