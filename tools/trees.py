@@ -93,7 +93,7 @@ def extract(archive: Path, tree: Path, *, below: str = "") -> None:
         SignatureError: It is no archive, unpacks to too much, or leads out of the tree.
         OSError: There is no room.
     """
-    inside, size = f"{below.rstrip('/')}/" if below else "", 0
+    inside, size, folders = f"{below.rstrip('/')}/" if below else "", 0, {tree}
     try:
         with tarfile.open(archive, "r:gz") as source:
             for number, entry in enumerate(source):
@@ -101,37 +101,45 @@ def extract(archive: Path, tree: Path, *, below: str = "") -> None:
                 if number >= MAX_FILES or size > MAX_BYTES:
                     raise SignatureError(f"{archive} unpacks to too much", "make a smaller one")
                 if entry.name.startswith(inside):
-                    _extract(source, entry, entry.name.removeprefix(inside), tree)
+                    _extract(source, entry, entry.name.removeprefix(inside), tree, folders)
     except (*_DAMAGE, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise SignatureError(f"{archive}: {error}", "get it again from where it is from") from error
-    for path in walk(tree):
-        if path.is_dir() and not path.is_symlink():
-            path.chmod(0o755)
-    tree.chmod(0o755)
+    for folder in folders:
+        folder.chmod(0o755)
 
 
-def _extract(source: tarfile.TarFile, entry: tarfile.TarInfo, name: str, tree: Path) -> None:
+def _extract(source: tarfile.TarFile, entry: tarfile.TarInfo, name: str, tree: Path, folders: set[Path]) -> None:
     place, parts = tree / name, Path(name).parts
     longest = max((len(os.fsencode(part)) for part in parts), default=0)
     if max(len(os.fsencode(name)), len(os.fsencode(entry.linkname))) > _LONGEST or longest > _LONGEST_PART:
         raise tarfile.TarError(f"{name[:80]!r}… is too long")
     if name.startswith("/") or ".." in parts or not parts:
         raise tarfile.TarError(f"{entry.name!r} leads out of it")
-    # A link may lead out of it, as a kit's does to the system's Python; what is written may not.
-    for parent in place.relative_to(tree).parents:
-        if (tree / parent).is_symlink():
-            raise tarfile.TarError(f"{entry.name!r} goes through a link")
+    _make_folder(place if entry.isdir() else place.parent, folders)
     if entry.isdir():
-        place.mkdir(parents=True, exist_ok=True)
-    elif entry.issym():
-        place.parent.mkdir(parents=True, exist_ok=True)
+        return
+    if entry.issym():
         place.symlink_to(entry.linkname)
     elif entry.isreg():
         stream = source.extractfile(entry)
         assert stream is not None
-        place.parent.mkdir(parents=True, exist_ok=True)
         with stream, place.open("xb") as file:
             shutil.copyfileobj(stream, file, 1 << 20)
         place.chmod(0o755 if entry.mode & 0o100 else 0o644)
     else:
         raise tarfile.TarError(f"{entry.name!r} is neither file, folder nor link")
+
+
+def _make_folder(folder: Path, made: set[Path]) -> None:
+    """Make a folder, and those that it lies in.
+
+    A link may lead out of the tree, as a kit's does to the system's Python; what is written may not.
+    """
+    if folder in made:
+        return
+    _make_folder(folder.parent, made)
+    try:
+        folder.mkdir()
+    except FileExistsError as error:
+        raise tarfile.TarError(f"{folder.name!r} is a link or a file, and has something in it") from error
+    made.add(folder)
