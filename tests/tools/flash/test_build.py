@@ -245,3 +245,24 @@ def test_a_build_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ConfigError, match="dpkg-deb"):
         build(T4, tmp_path / "out", maintainer="A <a@example.org>", say=lambda _: None)
     assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_what_was_built_from_the_same_is_not_built_again(
+    wheels: list[Wheel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fleetune.tools.flash.build.fetch_wheels", lambda *_: wheels)  # few, so that it is soon done
+
+    def built(maintainer: str = "A <a@example.org>") -> dict[str, int]:
+        build(T4, tmp_path / "out", maintainer=maintainer, say=lambda _: None)
+        return {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+
+    first = built()
+    assert built() == first
+    (overlay,) = (tmp_path / "out").glob("*.overlay.tar.gz")
+    whole = overlay.read_bytes()
+    overlay.write_bytes(whole[:-1])
+    mended = built()
+    assert overlay.read_bytes() == whole
+    others = built("B <b@example.org>")
+    (deb,) = (name for name in others if name.endswith(".deb"))
+    assert others[deb] != mended[deb]
