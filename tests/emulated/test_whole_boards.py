@@ -179,11 +179,9 @@ def test_a_shell_is_had_on_the_console(folder: Path) -> None:
     console = pexpect.spawn(
         FLEETUNE[0], [*FLEETUNE[1:], "hil", "shell"], cwd=str(folder), timeout=900.0, encoding="utf-8"
     )
-    console.expect("login: ")
-    console.sendline("root")
-    console.expect("# ")
+    console.expect(r"root@\S+# ")
     console.sendline("echo $((6 * 7)); fleetune --version")
-    console.expect("42\r\n")
+    console.expect("42\r")
     console.expect("fleetune [0-9]")
     console.send("\x01x")  # as the help has it
     console.expect(pexpect.EOF)

@@ -107,7 +107,7 @@ def quick_run(name: str, folder: Path, *more: str) -> tuple[Figures, str]:
     pytest.importorskip("rich", reason="the table needs rich: pip install 'fleetune[all]'")
     out = folder / f"{name}.json"
     command = [sys.executable, "-m", "fleetune.tools.cli", "bench", name, "--quick", *more, "--json", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
     assert done.returncode == 0, done.stderr
     return {item["name"]: item for item in json.loads(out.read_text(encoding="utf-8"))["figures"]}, done.stdout
 
