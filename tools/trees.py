@@ -86,7 +86,7 @@ def extract(archive: Path, tree: Path, *, below: str = "") -> None:
 
     Args:
         archive: A compressed tar file.
-        tree: An empty folder.
+        tree: An empty folder; it is made if it is missing.
         below: Only what lies below this folder of the archive, without its name.
 
     Raises:
@@ -94,6 +94,7 @@ def extract(archive: Path, tree: Path, *, below: str = "") -> None:
         OSError: There is no room.
     """
     inside, size, folders = f"{below.rstrip('/')}/" if below else "", 0, {tree}
+    tree.mkdir(parents=True, exist_ok=True)
     try:
         with tarfile.open(archive, "r:gz") as source:
             for number, entry in enumerate(source):
