@@ -27,7 +27,7 @@ class Build(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         tier: Of the boards.
         kit: Name of the kit: the first digits of its SHA-256.
         files: Name → SHA-256 of each file beside the record.
-        made_from: SHA-256 of all that the build depends on: the same needs no other build. Empty if nobody knows.
+        made_from: SHA-256 of all that the build depends on: the same needs no other build. None if nobody knows.
     """
 
     schema: Literal[1]
@@ -35,7 +35,7 @@ class Build(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tier: str
     kit: str
     files: dict[_FileName, Sha256]
-    made_from: Sha256 | Literal[""] = ""
+    made_from: Sha256 | None = None
 
 
 def write_record(build: Build, file: Path) -> None:

@@ -21,10 +21,12 @@ from fleetune.tools.flash.build import build
 from fleetune.tools.flash.content import Content, lay_out
 from fleetune.tools.flash.deb import write_deb
 from fleetune.tools.flash.lockfile import Pin, locked, read_lock
+from fleetune.tools.flash.record import ENDING, Build, check_record, write_record
 from fleetune.tools.flash.sbom import bill_of_materials
 from fleetune.tools.flash.tier import TIERS, Tier, find_tier
 from fleetune.tools.flash.wheelhouse import Wheel, fetch_wheels
-from fleetune.tools.trees import EPOCH, tree_digest, write_tar_gz
+from fleetune.tools.hil.releases import build_like
+from fleetune.tools.trees import EPOCH, extract, tree_digest, write_tar_gz
 from support.wheels import ROOT
 
 pytestmark = pytest.mark.slow
@@ -266,3 +268,19 @@ def test_what_was_built_from_the_same_is_not_built_again(
     others = built("B <b@example.org>")
     (deb,) = (name for name in others if name.endswith(".deb"))
     assert others[deb] != mended[deb]
+
+
+def test_a_build_that_is_a_little_another_is_one_that_boards_take(content: Content, tmp_path: Path) -> None:
+    overlay = tmp_path / "made.overlay.tar.gz"
+    write_tar_gz(content.root, overlay)
+    like = Build(1, content.version, T4.name, content.kit, {overlay.name: digest(overlay)})
+    write_record(like, tmp_path / f"made{ENDING}")
+    record = build_like(
+        tmp_path / f"made{ENDING}", tmp_path / "other", lambda package: (package / "NEWS").write_text("1")
+    )
+    made = check_record(record)
+    assert made.kit != content.kit
+    extract(record.parent / overlay.name, tmp_path / "tree", below="usr/lib/fleetune")
+    (kit,) = (tmp_path / "tree").iterdir()
+    (news,) = kit.glob("lib/*/site-packages/fleetune/NEWS")
+    assert (kit.name, news.read_text(encoding="utf-8")) == (made.kit, "1")
