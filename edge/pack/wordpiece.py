@@ -11,6 +11,7 @@ import zlib
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from fleetune.edge.protocol.errors import PackError
 from fleetune.edge.protocol.files import read_bytes
 
 _MAX_WORD = 100
+_LETTERS = 4096
+"""So many are looked up once: a text has few that differ."""
+
 MAX_VOCABULARY = 4 << 20
 """Largest vocabulary in bytes."""
 
@@ -115,7 +119,7 @@ class WordPiece:
         return batch, lengths
 
     def _words(self, text: str) -> Iterator[str]:
-        cleaned = "".join(_clean(char) for char in text)
+        cleaned = "".join(map(_clean, text))
         if self._lowercase:
             decomposed = unicodedata.normalize("NFD", cleaned)
             # Letter by letter: str.lower() would turn a sigma at the end of a word into its final form.
@@ -148,6 +152,7 @@ class WordPiece:
         return pieces
 
 
+@lru_cache(_LETTERS)
 def _clean(char: str) -> str:
     code = ord(char)
     if char in "\t\n\r":
@@ -160,6 +165,7 @@ def _clean(char: str) -> str:
     return f" {char} " if any(low <= code <= high for low, high in _CJK) else char
 
 
+@lru_cache(_LETTERS)
 def _is_punctuation(char: str) -> bool:
     code = ord(char)
     ascii_symbol = 33 <= code <= 47 or 58 <= code <= 64 or 91 <= code <= 96 or 123 <= code <= 126
