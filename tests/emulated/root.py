@@ -10,8 +10,8 @@ from pathlib import Path
 
 from fleetune.edge.protocol.errors import FleetuneError
 from fleetune.tools.assets.fetch import cache_root
-from fleetune.tools.assets.staging import fill, staged
 from fleetune.tools.emulator.image import debian_archive
+from fleetune.tools.staging import fill, staged
 from support.lacking import lacking
 
 RELEASE = "bookworm"

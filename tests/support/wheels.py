@@ -12,7 +12,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from fleetune.tools.assets.fetch import cache_root
-from fleetune.tools.assets.staging import fill, staged
+from fleetune.tools.staging import fill, staged
 from support.lacking import lacking
 
 ROOT = Path(__file__).parents[2]

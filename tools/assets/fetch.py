@@ -14,7 +14,7 @@ from fleetune.edge.protocol.files import file_sha256, read_bytes
 from fleetune.tools.assets import emoji, focus_vit
 from fleetune.tools.assets.carriers import UnavailableError, bring
 from fleetune.tools.assets.registry import ASSETS, Asset
-from fleetune.tools.assets.staging import fill, locked, staged
+from fleetune.tools.staging import fill, locked, staged
 
 _RECORD = "converted.json"
 _MAX_RECORD = 1 << 20

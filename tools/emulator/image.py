@@ -20,8 +20,8 @@ import msgspec
 from fleetune.edge.protocol.errors import UNDECODABLE, ConfigError, RunFailedError
 from fleetune.edge.protocol.files import file_sha256, read_bytes, write_atomic
 from fleetune.tools.assets.fetch import cache_root
-from fleetune.tools.assets.staging import fill, locked, staged
 from fleetune.tools.programs import find_program, run_program
+from fleetune.tools.staging import fill, locked, staged
 from fleetune.tools.trees import set_modes, walk, write_tar
 
 SUITE = "bookworm"

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from fleetune.tools.assets import fetch
-from fleetune.tools.assets.staging import staged
 from fleetune.tools.pack.write import write_pack
+from fleetune.tools.staging import staged
 
 WIDTH, BLOCKS, TOKENS = 64, 3, 16
 

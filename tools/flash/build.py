@@ -8,7 +8,6 @@ from pathlib import Path
 
 from fleetune.edge.protocol.errors import ConfigError, RunFolderError, SignatureError
 from fleetune.edge.protocol.files import file_sha256
-from fleetune.tools.assets.staging import staged
 from fleetune.tools.flash.content import lay_out
 from fleetune.tools.flash.deb import write_deb
 from fleetune.tools.flash.lockfile import locked
@@ -16,6 +15,7 @@ from fleetune.tools.flash.record import ENDING, Build, check_record, write_recor
 from fleetune.tools.flash.sbom import bill_of_materials
 from fleetune.tools.flash.tier import Tier
 from fleetune.tools.flash.wheelhouse import fetch_wheels
+from fleetune.tools.staging import staged
 from fleetune.tools.trees import tree_digest, write_tar_gz
 
 MAINTAINER = "Fleet operator <root@localhost>"

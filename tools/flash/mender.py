@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.serialization import (
 from fleetune.edge.protocol.errors import ConfigError
 from fleetune.edge.protocol.files import read_bytes
 from fleetune.edge.protocol.identity.folder import write_private
-from fleetune.tools.assets.staging import staged
 from fleetune.tools.programs import find_program, run_program
+from fleetune.tools.staging import staged
 
 _MAX_KEY = 1 << 16
 _KEY = (

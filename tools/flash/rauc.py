@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fleetune.edge.protocol.errors import AssetError
-from fleetune.tools.assets.staging import staged
 from fleetune.tools.places import KITS
 from fleetune.tools.programs import find_program, run_program
+from fleetune.tools.staging import staged
 from fleetune.tools.trees import extract, write_tar_gz
 
 SLOT = "appfs"

@@ -16,10 +16,10 @@ from fleetune.edge.protocol.identity.folder import write_private
 from fleetune.profiles.fleet import Fleet, FleetDevice, fleet_files
 from fleetune.server.authority.authority import Authority
 from fleetune.server.authority.ledger import TokenRow
-from fleetune.tools.assets.staging import staged
 from fleetune.tools.firstboot.seed import LABEL, RELEASES_FILE, SEED_FILE, SOON_S, TOKEN_FILE, Seed, write_seed
 from fleetune.tools.places import SEED
 from fleetune.tools.programs import find_program, run_program
+from fleetune.tools.staging import staged
 from fleetune.tools.trees import EPOCH
 
 Form = Literal["image", "folder", "rootfs"]

@@ -15,9 +15,9 @@ from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 from fleetune.edge.protocol.errors import AssetError
 from fleetune.edge.protocol.files import file_sha256
 from fleetune.tools.assets.fetch import cache_root
-from fleetune.tools.assets.staging import fill, staged
 from fleetune.tools.flash.lockfile import Pin
 from fleetune.tools.flash.tier import Tier
+from fleetune.tools.staging import fill, staged
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import AssetError, SignatureError
 from fleetune.edge.protocol.identity.signature import ENDING, PACK_FILE
 from fleetune.edge.protocol.topics import check_name
-from fleetune.tools.assets.staging import staged
 from fleetune.tools.flash.record import check_record
 from fleetune.tools.places import KITS
 from fleetune.tools.release.repository import Releases
 from fleetune.tools.release.rollout import Part, Rollout
+from fleetune.tools.staging import staged
 from fleetune.tools.trees import SHORT, extract, set_modes, tree_digest, write_tar_gz
 
 

@@ -20,9 +20,9 @@ from tuf.ngclient import Updater, UpdaterConfig
 
 from fleetune.edge.protocol.errors import ConfigError, RunFailedError, SignatureError
 from fleetune.edge.protocol.files import FolderLock, make_folder, read_bytes, sync_folder
-from fleetune.tools.assets.staging import staged
 from fleetune.tools.release.rollout import FILE as ROLLOUT
 from fleetune.tools.release.rollout import MAX_ROLLOUT, Part, Rollout, read_rollout
+from fleetune.tools.staging import staged
 from fleetune.tools.trees import SHORT, extract, tree_digest
 from fleetune.tools.update.services import Health, Service
 from fleetune.tools.update.state import CURRENT, GOOD, PACKS, State, point, read_state, where, write_state

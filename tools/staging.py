@@ -1,4 +1,4 @@
-"""Atomic writes into a folder of the cache.
+"""Atomic writes into a folder.
 
 A folder is filled under a temporary name beside its place and renamed when it is complete, so no reader ever
 sees half of one. Whoever fills a staging folder holds a lock on it. The kernel drops that lock when the
