@@ -150,6 +150,11 @@ class Rig:
         """The repository of releases."""
         return self.folder / _RELEASES
 
+    @property
+    def samples(self) -> Path:
+        """What the boards train on, JSON lines."""
+        return self.folder / _SAMPLES
+
     def check(self) -> None:
         """See that the authority still runs.
 

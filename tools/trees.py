@@ -72,11 +72,11 @@ def write_tar(root: Path, stream: IO[bytes]) -> None:
                 archive.addfile(entry)
 
 
-def write_tar_gz(root: Path, file: Path) -> None:
-    """The same, compressed."""
+def write_tar_gz(root: Path, file: Path, *, level: int = 6) -> None:
+    """The same, compressed; at level 1 it is soon done, and larger."""
     with (
         file.open("wb") as raw,
-        gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=raw, mtime=EPOCH) as out,
+        gzip.GzipFile(filename="", mode="wb", compresslevel=level, fileobj=raw, mtime=EPOCH) as out,
     ):
         write_tar(root, out)  # type: ignore[arg-type]
 

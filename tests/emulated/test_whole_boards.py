@@ -19,7 +19,7 @@ import pytest
 from fleetune.edge.protocol.errors import RunFailedError
 from fleetune.tools.emulator.board import make_board_image
 from fleetune.tools.firstboot.steps import STEPS
-from fleetune.tools.hil.releases import build_like
+from fleetune.tools.hil.releases import build_like, forget_wheels
 from support.emulation import need_emulator
 from support.lacking import lacking
 
@@ -50,7 +50,7 @@ def rehearsal(folder: Path) -> Path:
     """What a rehearsal left."""
     record = make_board_image(folder / "images", None, None, lambda _: None).record
     good = build_like(record, folder / "good", lambda package: (package / "tools/NEWS").write_text("none"))
-    bad = build_like(record, folder / "bad", lambda package: (package / "edge/agent/__init__.py").write_text("1 / 0"))
+    bad = build_like(record, folder / "bad", forget_wheels)
     options = ["--budget", str(BUDGET), "--cut", "measure", "--then", good, "--then", bad]
     done = fleetune(folder, "flash", "rehearse", *options)
     assert done.returncode == RunFailedError.exit_code, done.stderr

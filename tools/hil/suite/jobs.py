@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+Rounds = Callable[[float], tuple[str, ...]]
+"""Options of a run whose rounds take so many seconds, more or less."""
+
 SMALL = ("--classes", "2", "--global-rounds", "1", "--personal-rounds", "1", "--batch", "8")
 """A round of each stage."""
 
-LONG = (*SMALL, "--epochs", "12")
-"""Rounds that take long enough for something to happen in them."""
+LONG_S = 20.0
+"""Seconds of a round that is long enough for something to happen in it."""
 
 DONE_WITHIN_S = 600.0

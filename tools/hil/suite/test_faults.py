@@ -9,7 +9,7 @@ import pytest
 from fleetune.tools.hil.device import FILLER, SCRATCH, DeviceUnderTest
 from fleetune.tools.hil.plugin import Measure, Serve
 from fleetune.tools.hil.protection import AgentOptions, KitLine, StartsAtBoot
-from fleetune.tools.hil.suite.jobs import DONE_WITHIN_S, LONG, SMALL
+from fleetune.tools.hil.suite.jobs import DONE_WITHIN_S, LONG_S, SMALL, Rounds
 from fleetune.tools.places import AGENT, STATE
 from fleetune.tools.rig import Job
 from fleetune.tools.secured import Mosquitto
@@ -55,9 +55,9 @@ def _wait_for_work(device: DeviceUnderTest, job: Job) -> None:
 
 @pytest.mark.protected_by(LIVE_GUARD)
 def test_it_gives_memory_back_when_another_takes_it(
-    fleet_device: DeviceUnderTest, aggregator: Serve, measure: Measure
+    fleet_device: DeviceUnderTest, aggregator: Serve, rounds_of: Rounds, measure: Measure
 ) -> None:
-    restarts, job = fleet_device.restarts, aggregator(*SMALL, "--epochs", "60")
+    restarts, job = fleet_device.restarts, aggregator(*rounds_of(10 * LONG_S))
     _wait_for_work(fleet_device, job)
     fleet_device.put(f"{SCRATCH}/hog.py", _HOG.encode())
     fleet_device.start("hog", f"exec /usr/bin/python3* {SCRATCH}/hog.py", "OOMScoreAdjust=1000")
@@ -72,9 +72,9 @@ def test_it_gives_memory_back_when_another_takes_it(
 @pytest.mark.needs("power")
 @pytest.mark.protected_by(OUTBOX)
 def test_what_it_has_trained_survives_a_power_cut(
-    fleet_device: DeviceUnderTest, aggregator: Serve, broker: Mosquitto
+    fleet_device: DeviceUnderTest, aggregator: Serve, rounds_of: Rounds, broker: Mosquitto
 ) -> None:
-    job, mark = aggregator(*LONG), fleet_device.mark()
+    job, mark = aggregator(*rounds_of(LONG_S)), fleet_device.mark()
     _wait_for_work(fleet_device, job)
     broker.close()  # the update has to wait
     try:
@@ -92,9 +92,9 @@ def test_what_it_has_trained_survives_a_power_cut(
 @pytest.mark.needs("power")
 @pytest.mark.protected_by(StartsAtBoot())
 def test_it_goes_on_after_a_power_cut_in_the_midst_of_a_round(
-    fleet_device: DeviceUnderTest, aggregator: Serve, measure: Measure
+    fleet_device: DeviceUnderTest, aggregator: Serve, rounds_of: Rounds, measure: Measure
 ) -> None:
-    job = aggregator(*LONG)
+    job = aggregator(*rounds_of(LONG_S))
     _wait_for_work(fleet_device, job)
     start, boot = time.monotonic(), max(int(one.manifest.metrics["boot"]) for one in job.accepted())
     fleet_device.cut_power()
@@ -105,8 +105,8 @@ def test_it_goes_on_after_a_power_cut_in_the_midst_of_a_round(
 
 
 @pytest.mark.protected_by(RECONNECT)
-def test_it_comes_back_when_its_link_does(fleet_device: DeviceUnderTest, aggregator: Serve) -> None:
-    job = aggregator(*LONG)
+def test_it_comes_back_when_its_link_does(fleet_device: DeviceUnderTest, aggregator: Serve, rounds_of: Rounds) -> None:
+    job = aggregator(*rounds_of(LONG_S))
     _wait_for_work(fleet_device, job)
     link = fleet_device.link
     fleet_device.start("flap", f"ip link set {link} down; sleep 15; ip link set {link} up")
@@ -125,9 +125,9 @@ def test_a_slow_link_is_enough(fleet_device: DeviceUnderTest, aggregator: Serve,
 
 @pytest.mark.protected_by(RECONNECT)
 def test_it_comes_back_when_its_broker_does(
-    fleet_device: DeviceUnderTest, aggregator: Serve, broker: Mosquitto
+    fleet_device: DeviceUnderTest, aggregator: Serve, rounds_of: Rounds, broker: Mosquitto
 ) -> None:
-    job = aggregator(*LONG)
+    job = aggregator(*rounds_of(LONG_S))
     _wait_for_work(fleet_device, job)
     broker.close()
     try:
@@ -152,7 +152,7 @@ def test_it_waits_while_its_disk_is_full(fleet_device: DeviceUnderTest, aggregat
 def test_it_trains_while_its_clock_is_three_days_ahead(fleet_device: DeviceUnderTest, aggregator: Serve) -> None:
     with fleet_device.clock("+3 days"):
         fleet_device.restart_agent()
-        aggregator(*SMALL).wait(120.0)
+        aggregator(*SMALL).wait_for_update(120.0)
 
 
 @pytest.mark.protected_by(OWN_CLOCK)
@@ -160,7 +160,7 @@ def test_it_trains_while_its_clock_is_years_behind(fleet_device: DeviceUnderTest
     """As on a board that has no battery for its clock, before it has heard the time."""
     with fleet_device.clock("2015-01-01"):
         fleet_device.run(f"systemctl reset-failed {AGENT}; systemctl restart --no-block {AGENT}")
-        aggregator(*SMALL).wait(120.0)
+        aggregator(*SMALL).wait_for_update(120.0)
 
 
 @pytest.mark.protected_by(HEAT)
@@ -176,12 +176,14 @@ def test_it_does_not_train_while_it_is_hot(fleet_device: DeviceUnderTest, aggreg
         time.sleep(5.0)
         assert job.accepted() == []
         fleet_device.put(f"{zone}/temp", b"80000\n")
-        job.wait(DONE_WITHIN_S)
+        job.wait_for_update(DONE_WITHIN_S)
 
 
 @pytest.mark.needs("thermal")
-def test_it_does_not_throttle_in_a_round(fleet_device: DeviceUnderTest, aggregator: Serve, measure: Measure) -> None:
-    aggregator(*LONG).wait(DONE_WITHIN_S)
+def test_it_does_not_throttle_in_a_round(
+    fleet_device: DeviceUnderTest, aggregator: Serve, rounds_of: Rounds, measure: Measure
+) -> None:
+    aggregator(*rounds_of(LONG_S)).wait(DONE_WITHIN_S)
     said = fleet_device.run("cat /sys/class/thermal/thermal_zone*/temp")
     measure("temperature", max(map(int, said.split())) / 1000, "°C")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +9,16 @@ import safetensors.numpy
 
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.modelfile import FILE as MODEL_FILE
-from fleetune.profiles.fleet import PROFILE_ENDING
-from fleetune.profiles.profile import read_profile
+from fleetune.profiles.measured import Measured
 from fleetune.server.broker import embedded_broker, free_port
 from fleetune.server.journal import Closed
 from fleetune.tools.firstboot.seed import FLEET_FILE
 from fleetune.tools.hil.device import DeviceUnderTest
-from fleetune.tools.hil.plugin import Keep, Measure, Serve
-from fleetune.tools.hil.run import MEASURED
+from fleetune.tools.hil.plugin import Measure, Serve
 from fleetune.tools.hil.suite.jobs import DONE_WITHIN_S, SMALL
-from fleetune.tools.places import AGENT, STATE
+from fleetune.tools.places import AGENT
 from fleetune.tools.processes import processes
-from fleetune.tools.rig import SAMPLES, Rig
+from fleetune.tools.rig import Job, Rig
 
 _MIB = 1 << 20
 _EXACT = ("--codec", "f32")
@@ -30,11 +26,9 @@ _EXACT = ("--codec", "f32")
 
 
 def test_what_it_has_measured_is_within_what_it_declares(
-    fleet_device: DeviceUnderTest, rig: Rig, pack: Pack, measure: Measure, keep: Keep
+    fleet_device: DeviceUnderTest, rig: Rig, pack: Pack, measured: Measured, measure: Measure
 ) -> None:
     declared = rig.fleet.device(fleet_device.name).profile
-    file = keep(MEASURED, fleet_device.get(f"/{STATE}/board/{declared.name}{PROFILE_ENDING}"))
-    (measured,) = read_profile(str(file)).measured
     assert measured.costs.pack == pack.sha256
     assert declared.memory is not None
     assert max(trial.peak_mib for trial in measured.costs.trials) < declared.memory.mib
@@ -73,21 +67,19 @@ def test_its_memory_peaks_where_it_has_predicted(
 def test_it_trains_what_this_machine_trains(
     fleet_device: DeviceUnderTest, rig: Rig, aggregator: Serve, measure: Measure, tmp_path: Path
 ) -> None:
-    samples = tmp_path / "samples.jsonl"
-    samples.write_bytes(fleet_device.get(SAMPLES))
-    with fleet_device.agent_with(*_EXACT):
-        there = aggregator(*SMALL, *_EXACT)
-        there.wait(DONE_WITHIN_S)
-    here = tmp_path / "aggregator"
     common = ["--fleet", str(rig.folder / FLEET_FILE), "--pack", str(rig.pack)]
     with embedded_broker(free_port()) as address, processes() as running:
         common += ["--broker", str(address)]
-        agent = ["--id", fleet_device.name, "--data", str(samples), "--state", str(tmp_path / "agent"), *_EXACT]
+        agent = ["--id", fleet_device.name, "--data", str(rig.samples), "--state", str(tmp_path / "agent"), *_EXACT]
         running.start("agent", tmp_path / "agent.log", ["agent", *common, *agent])
-        serve = [sys.executable, "-m", "fleetune.tools.cli", "serve", *common, *SMALL, *_EXACT, "--state", str(here)]
-        subprocess.run(serve, check=True, capture_output=True, timeout=DONE_WITHIN_S)
+        here = Job("aggregator", tmp_path / "aggregator", tmp_path / "aggregator.log", running)
+        running.start(here.name, here.log, ["serve", *common, *SMALL, *_EXACT, "--state", str(here.state)])
+        with fleet_device.agent_with(*_EXACT):
+            there = aggregator(*SMALL, *_EXACT)
+            there.wait(DONE_WITHIN_S)
+        here.wait(DONE_WITHIN_S)
     assert any(isinstance(record, Closed) for record in there.records())
-    found, wanted = (safetensors.numpy.load_file(state / "fedms" / MODEL_FILE) for state in (there.state, here))
+    found, wanted = (safetensors.numpy.load_file(job.state / "fedms" / MODEL_FILE) for job in (there, here))
     assert found.keys() == wanted.keys()
     errors = {name: float(np.abs(found[name] - wanted[name]).max()) for name in wanted}
     measure("largest difference", max(errors.values()), "")
