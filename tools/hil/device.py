@@ -272,10 +272,15 @@ class DeviceUnderTest:
         """Take away what a test left, whoever left it, and see that the agent is up.
 
         Raises:
-            RunFailedError: It does not come up.
+            RunFailedError: It does not come up, or answers what nobody asked.
         """
         self.bring("provisioned")
-        *state, now = self.run(_RESTORE).split()
+        said = self.run(_RESTORE)
+        *state, now = said.split() or [""]
+        if not now.isdecimal():
+            raise RunFailedError(
+                f"{self.name} was asked for its time, and says {said[-200:]!r}", "see who else writes to its console"
+            )
         is_wrong = abs(int(now) - time.time()) > _CLOCK_S
         if is_wrong:
             self.run(f"date --set=@{time.time():.0f}")
