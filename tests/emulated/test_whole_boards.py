@@ -116,7 +116,7 @@ def test_it_goes_back_from_a_release_that_does_not_come_up(rehearsal: Path, repo
     assert not bad["good"]
     assert bad["runs"] == good["kit"] != bad["kit"]
     journal = (rehearsal / "journal.log").read_text(encoding="utf-8")
-    assert "ZeroDivisionError" in journal
+    assert "ModuleNotFoundError: No module named" in journal
     assert "release 2 did not come up, and release 1 runs again" in journal
 
 
