@@ -212,7 +212,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     result["seconds"] = round(result.get("seconds", 0.0) + report.duration, 1)
     if report.failed:
         why = str(report.longrepr) if call.excinfo is None else call.excinfo.exconly()
-        result["outcome"], result["why"] = "failed", why.strip()[:_LONGEST]
+        failed = report.when == "call" or result.get("outcome") == "failed"
+        result["outcome"], result["why"] = "failed" if failed else "error", why.strip()[:_LONGEST]
     elif report.skipped and isinstance(report.longrepr, tuple):
         result["outcome"], result["why"] = "skipped", report.longrepr[2].removeprefix("Skipped: ")
     else:

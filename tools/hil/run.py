@@ -56,7 +56,7 @@ class Result(msgspec.Struct, frozen=True):
     """What came of a test.
 
     Attributes:
-        outcome: ``passed``, ``failed`` or ``skipped``.
+        outcome: ``passed``, ``failed``, ``error``: what it needs could not be had or taken away, or ``skipped``.
         seconds: How long it took, with what it needed.
         why: Of one that did not pass.
         figures: Name → what it measured.

@@ -15,6 +15,7 @@ PEAK = Figure(84.25, "MiB")
 PASSED = Result("passed", 2.5, figures={"peak": PEAK})
 NEEDS = Result("skipped", 0.0, "needs hardware: cuda")
 FAILED = Result("failed", 1.0, "AssertionError: <b>9</b>")
+ERROR = Result("error", 1.0, "StrategyError: it does not answer")
 
 
 def write(out: Path, boards: dict[str, dict[str, Result]]) -> bool:
@@ -45,12 +46,11 @@ def test_it_is_a_matrix_of_boards_and_tests(tmp_path: Path) -> None:
 
 
 def test_what_needs_hardware_is_counted_as_such() -> None:
-    rows = summary(
-        {"nano-1": Results(1, {"a": PASSED, "b": NEEDS, "c": FAILED, "d": Result("skipped", why="no build")})}
-    )
+    tests = {"a": PASSED, "b": NEEDS, "c": FAILED, "d": Result("skipped", why="no build"), "e": ERROR}
+    rows = summary({"nano-1": Results(1, tests)})
     assert rows == [
-        ["board", "passed", "failed", "needs hardware", "skipped otherwise"],
-        ["nano-1", "1", "1", "1", "1"],
+        ["board", "passed", "failed", "error", "needs hardware", "skipped otherwise"],
+        ["nano-1", "1", "1", "1", "1", "1"],
     ]
 
 
@@ -62,6 +62,8 @@ def test_what_needs_hardware_is_counted_as_such() -> None:
         ({"a": NEEDS}, False),
         ({}, False),
         ({"a": FAILED}, False),
+        ({"a": PASSED, "b": FAILED}, False),
+        ({"a": PASSED, "b": ERROR}, False),
     ],
 )
 def test_boards_on_which_nothing_passed_did_not_pass(tmp_path: Path, tests: dict[str, Result], good: bool) -> None:

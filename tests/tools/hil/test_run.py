@@ -79,7 +79,7 @@ def test_a_board_that_does_not_answer_fails_once_and_is_left_alone(lab: Path) ->
     environment(lab, "nano-1", silent=True)
     assert run("--env", "hil/nano-1.yaml", "--tests", "test_boot") == RunFailedError.exit_code
     outcomes = list(report(lab)["nano-1"].values())
-    assert outcomes == ["failed", *["skipped"] * (len(outcomes) - 1)]
+    assert outcomes == ["error", *["skipped"] * (len(outcomes) - 1)]
     assert "the board does not answer" in (lab / "runs/hil/nano-1/pytest.log").read_text(encoding="utf-8")
 
 
@@ -93,6 +93,23 @@ def test_all_boards_are_in_one_report(lab: Path, capsys: pytest.CaptureFixture[s
     assert "\nnano-1: test_boot.py::test_it_looks_for_releases_by_itself ERROR" in f"\n{out.err}"
     assert "nano-1: nano-1 starts" in out.err
     assert (lab / "runs/hil/junit.xml").read_text(encoding="utf-8").count("<testsuite ") == 2
+
+
+@pytest.mark.parametrize(
+    ("tests", "said"),
+    [
+        ("goes_back", "could not be tried: nano-1: test_update.py::test_it_goes_back"),
+        ("test_boot or power_cut", "no test of a fault was tried"),
+    ],
+)
+def test_a_protection_that_cannot_be_switched_off_shows_nothing(
+    lab: Path, capsys: pytest.CaptureFixture[str], tests: str, said: str
+) -> None:
+    build = lab / "made.build.json"
+    build.write_text("{}", encoding="utf-8")
+    code = run("--env", "hil/nano-1.yaml", "--without", "--build", str(build), "--tests", tests)
+    assert code == RunFailedError.exit_code
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

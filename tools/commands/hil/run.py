@@ -82,10 +82,15 @@ def _run(args: argparse.Namespace) -> None:
     else:
         print(f"{columns(summary(found))}\n{args.out / PAGE}")  # noqa: T201
     if args.without:
-        outcomes = [(f"{name}: {test}", one) for name, results in found.items() for test, one in results.tests.items()]
-        kept = [test for test, one in outcomes if one.outcome == "passed"]
-        if kept:
-            raise RunFailedError(f"passes without what it tests: {'; '.join(kept)}", "the test has to be mended")
+        tests = [(f"{name}: {test}", one) for name, results in found.items() for test, one in results.tests.items()]
+        for outcome, words, remedy in (
+            ("error", "could not be tried", f"see {args.out / PAGE}"),
+            ("passed", "passes without what it tests", "the test has to be mended"),
+        ):
+            if such := [test for test, one in tests if one.outcome == outcome]:
+                raise RunFailedError(f"{words}: {'; '.join(such)}", remedy)
+        if all(one.outcome == "skipped" for _, one in tests):
+            raise RunFailedError("no test of a fault was tried", f"see {args.out / PAGE}")
     elif not good:
         raise RunFailedError("not all tests passed", f"see {args.out / PAGE}")
 
