@@ -36,8 +36,8 @@ SAMPLES = f"/{STATE}/samples.jsonl"
 """Where a board's samples are."""
 
 _SAMPLES = "samples.jsonl"
-_AUTHORITY, _RELEASES, _SEEDS, _PACKS, _JOBS, _LOGS = "authority", "releases", "seeds", "packs", "jobs", "logs"
-_TOKENS_COUNT_H = 24.0
+_AUTHORITY, _RELEASES, SEEDS, _PACKS, _JOBS, _LOGS = "authority", "releases", "seeds", "packs", "jobs", "logs"
+_TOKENS_COUNT_H = 168.0
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,12 @@ def make_rig(folder: Path, fleet: Fleet, pack: Path, samples: Path, host: str) -
         write_atomic(folder / name, data)
 
 
+def rig_host(folder: Path) -> str:
+    """How the boards of a rig reach the machine that it was made on."""
+    with closing(Authority(folder / _AUTHORITY)) as authority:
+        return authority.site.hosts[0]
+
+
 def equipment(folder: Path) -> dict[str, Path]:
     """Path on a board → what it needs there beside the package: the signature of its pack, and samples."""
     (pack,) = (folder / _PACKS).iterdir()
@@ -233,7 +239,7 @@ def make_rig_seeds(folder: Path) -> list[Seeded]:
     place = f"/{UPDATES}/packs/{pack.name}"
     order = Order(fleet, place, SAMPLES, _TOKENS_COUNT_H, "image", releases=trusted)
     with closing(Authority(folder / _AUTHORITY)) as authority:
-        make_seeds(order, fleet.devices, authority, folder / _SEEDS, made.append)
+        make_seeds(order, fleet.devices, authority, folder / SEEDS, made.append)
     return made
 
 

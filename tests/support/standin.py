@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import ClassVar
 
 import attr
@@ -16,8 +17,11 @@ from labgrid.protocol import CommandProtocol, DigitalOutputProtocol, PowerProtoc
 class StandInDriver(CommandMixin, Driver, CommandProtocol):  # type: ignore[misc]
     bindings = {}  # noqa: RUF012 (labgrid's)
     silent = attr.ib(default=False)
+    hangs = attr.ib(default=False)
 
     def run(self, cmd: str, **_: object) -> tuple[list[str], list[str], int]:
+        if self.hangs:
+            time.sleep(600.0)
         if self.silent:
             raise TimeoutError("the board does not answer")
         return (["active"] if "is-active" in cmd else []), [], 0

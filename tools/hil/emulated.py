@@ -15,7 +15,7 @@ from fleetune.edge.protocol.files import write_atomic
 from fleetune.tools.emulator.board import BoardImage, EmulatedBoard, clear_folder, flash_boards
 from fleetune.tools.emulator.image import Image
 from fleetune.tools.emulator.machine import BOOT, CONSOLE, CPU, MACHINE, peripherals
-from fleetune.tools.hil.plugin import DEVICE_OPTION
+from fleetune.tools.hil.environment import DEVICE_OPTION, MODULE, TTY_OPTION
 from fleetune.tools.programs import find_program
 
 ENVIRONMENT, RIG = "environment.yaml", "rig"
@@ -120,8 +120,8 @@ def _environment(board: EmulatedBoard, image: Image, disk: Path, seed: Path, age
             }
         },
         "features": ["emulated"],
-        "options": {DEVICE_OPTION: board.name},
+        "options": {DEVICE_OPTION: board.name, TTY_OPTION: "ttyAMA0"},
         "tools": {"qemu": find_program("qemu-system-aarch64", "qemu-system-arm")},
         "images": {"kernel": str(image.kernel.resolve()), "disk": os.fspath(disk.resolve())},
-        "imports": ["fleetune.tools.hil.strategy", "fleetune.tools.hil.drivers"],
+        "imports": [MODULE, "fleetune.tools.hil.drivers"],
     }

@@ -1,11 +1,14 @@
-"""Writes a labgrid environment for each board of a fleet: labgrid runs a suite on one board, so each has one."""
+"""Writes a labgrid environment for each board of a fleet, and checks it: labgrid runs a suite on one board."""
 
 from __future__ import annotations
 
+import os
+import socket
 import string
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import attr
 import yaml
 
 from fleetune.edge.protocol.errors import ConfigError
@@ -13,6 +16,15 @@ from fleetune.edge.protocol.files import read_bytes, write_atomic
 from fleetune.profiles.fleet import Fleet, FleetDevice
 
 TEMPLATES = Path(__file__).with_name("environments")
+
+DEVICE_OPTION, TTY_OPTION = "fleetune_device", "fleetune_tty"
+"""Options of an environment: which device of the fleet its board is, and what its serial console is called there."""
+
+STRATEGY, MODULE = "FleetuneStrategy", "fleetune.tools.hil.strategy"
+COORDINATOR = "127.0.0.1:20408"
+"""Labgrid's own default."""
+
+_PATIENCE_S = 5.0
 
 _KINDS = {"Jetson Nano": "jetson-nano", "Orin": "jetson-orin", "Raspberry Pi": "raspberry-pi"}
 """What the maker's name of a board has in it → template."""
@@ -39,8 +51,9 @@ def write_environments(
         ConfigError: A board is of an unknown kind, or a template does not make an environment.
         OSError: A file cannot be read or written.
     """
-    if not power.isidentifier():
-        raise ConfigError(f"--power: {power!r} is no driver", "name one of labgrid's, such as NetworkPowerDriver")
+    _check_power(power)
+    if "{" in place.replace("{id}", ""):
+        raise ConfigError(f"--place: {place!r}: only {{id}} is filled in", "write such as 'rack-1-{id}'")
     made = dict[str, list[str]](new=[], kept=[])
     texts = {
         f"{device.id}.yaml": _environment(
@@ -77,8 +90,82 @@ def _environment(template: Path, device: FleetDevice, place: str, power: str) ->
         raise ConfigError(
             f"{template}: {error!r}", "a template is YAML with $device, $place and $power in it; $$ is a dollar sign"
         ) from error
-    drivers = document.get("targets", {}).get("main", {}).get("drivers", []) if isinstance(document, dict) else []
-    names = [name for driver in drivers for name in driver] if isinstance(drivers, Sequence) else []
-    if "FleetuneStrategy" not in names:
-        raise ConfigError(f"{template}: targets.main.drivers has no FleetuneStrategy", "add `- FleetuneStrategy: {}`")
+    _check(document, str(template))
     return filled
+
+
+def read_environment(file: Path) -> str:
+    """Check one, before a run begins: for labgrid each mistake is another exception, and some come late.
+
+    Returns:
+        The device that its board is.
+
+    Raises:
+        ConfigError: It is none, or nobody answers who has its board.
+    """
+    try:
+        document = yaml.safe_load(read_bytes(file, _MAX).decode("utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}", "mend it there") from error
+    target = _check(document, str(file))
+    if _is_remote(target):
+        options = document["options"]
+        _ask_coordinator(options.get("coordinator_address") or os.environ.get("LG_COORDINATOR", COORDINATOR), file)
+    return str(document["options"][DEVICE_OPTION])
+
+
+def _check(document: Any, where: str) -> dict[str, Any]:
+    """The target of an environment that is one."""
+    target = _inside(_inside(document, "targets"), "main")
+    drivers = target.get("drivers")
+    named = drivers if isinstance(drivers, dict) else dict(_pairs(drivers))
+    if STRATEGY not in named:
+        raise ConfigError(f"{where}: targets.main.drivers has no {STRATEGY}", f"add `- {STRATEGY}: {{}}`")
+    imports = _inside(document).get("imports")
+    if not isinstance(imports, list) or MODULE not in imports:
+        raise ConfigError(f"{where}: imports has no {MODULE}", f"add `imports: [{MODULE}]`")
+    if not isinstance(_inside(document, "options").get(DEVICE_OPTION), str):
+        raise ConfigError(f"{where}: options.{DEVICE_OPTION} is missing", "name the device of the fleet that it is")
+    return target
+
+
+def _inside(document: Any, *names: str) -> dict[str, Any]:
+    """A mapping in another; empty if it is not there."""
+    for name in names:
+        document = document.get(name) if isinstance(document, dict) else None
+    return document if isinstance(document, dict) else {}
+
+
+def _pairs(entries: Any) -> list[tuple[str, Any]]:
+    """Entries of a list of mappings, as labgrid has drivers and resources."""
+    listed = entries if isinstance(entries, list) else []
+    return [pair for entry in listed if isinstance(entry, dict) for pair in entry.items()]
+
+
+def _is_remote(target: dict[str, Any]) -> bool:
+    resources = target.get("resources")
+    return "RemotePlace" in (resources if isinstance(resources, dict) else dict(_pairs(resources)))
+
+
+def _ask_coordinator(address: str, file: Path) -> None:
+    host, _, port = address.rpartition(":") if ":" in address else (address, "", "20408")
+    remedy = f"start it, or say where it is: LG_COORDINATOR=HOST:PORT, or coordinator_address below options in {file}"
+    try:
+        socket.create_connection((host, int(port)), _PATIENCE_S).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: no labgrid coordinator answers at {address}: {error}", remedy) from error
+
+
+def _check_power(power: str) -> None:
+    """See that it is a driver, which needs to be told nothing."""
+    import labgrid.driver  # noqa: F401 - so that the factory knows them
+    from labgrid.factory import target_factory
+
+    driver = target_factory.drivers.get(power)
+    if driver is None:
+        raise ConfigError(f"--power: labgrid has no driver {power!r}", "name one of its, such as NetworkPowerDriver")
+    needs = [field.name for field in attr.fields(driver) if field.init and field.default is attr.NOTHING]
+    if missing := [name for name in needs if name not in ("target", "name")]:
+        raise ConfigError(
+            f"--power: {power} has to be told {', '.join(missing)}", "leave --power out, and write it into the files"
+        )

@@ -7,22 +7,23 @@ In a ``conftest.py`` of your own: ``pytest_plugins = ["fleetune.tools.hil.plugin
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import pytest
 
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.files import write_atomic
 from fleetune.tools.hil.device import DeviceUnderTest
+from fleetune.tools.hil.environment import DEVICE_OPTION, TTY_OPTION
 from fleetune.tools.hil.protection import Protection
 from fleetune.tools.hil.run import TOLD
-from fleetune.tools.rig import Job, Rig, equipment, open_rig
+from fleetune.tools.rig import SEEDS, Job, Rig, equipment, open_rig
 from fleetune.tools.secured import Mosquitto
-
-DEVICE_OPTION = "fleetune_device"
-"""Option of an environment that says which device of the fleet its board is."""
 
 PROMPT = r"(\x1b\[\?2004[hl])?root@\S+:\S+# "
 """A shell's, behind "bracketed paste"."""
@@ -46,6 +47,26 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*features): what a board has to have, such as power, cuda, thermal")
     config.addinivalue_line("markers", "protected_by(protection): what the test tests; --without switches it off")
     config.stash[_RESULTS] = {}
+    if config.getoption("rig") is not None:  # what runs for it has to end, as it does with Ctrl-C
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse to run tests of boards without a board, or without a rig: to skip them all would look like success."""
+    asked = {name for item in items for name in getattr(item, "fixturenames", ())}
+    if "rig" not in asked or config.option.collectonly:
+        return
+    if config.getoption("lg_env") is None and "LG_ENV" not in os.environ:
+        raise pytest.UsageError("name the environment of a board: --lg-env=hil/NAME.yaml")
+    folder: Path | None = config.getoption("rig")
+    if folder is None:
+        raise pytest.UsageError("name the board's rig, as `fleetune hil rig` made it: --rig=rigs/NAME")
+    if not (folder / SEEDS).is_dir():
+        raise pytest.UsageError(f"--rig: {folder} is no rig; `fleetune hil rig` makes one for each board")
 
 
 def tell(config: pytest.Config, words: str) -> None:
@@ -72,11 +93,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     """The fleet's own side, running."""
-    folder: Path | None = request.config.getoption("rig")
-    if folder is None:
-        pytest.skip("no rig: name one with --rig; `fleetune hil rig` makes it")
     env = request.getfixturevalue("env")
-    with open_rig(folder, listen="127.0.0.1" if "emulated" in env.get_features() else "") as running:
+    with open_rig(
+        request.config.getoption("rig"), listen="127.0.0.1" if "emulated" in env.get_features() else ""
+    ) as running:
         yield running
 
 
@@ -159,7 +179,8 @@ def shell(fleet_device: DeviceUnderTest) -> Iterator[Any]:
     if isinstance(strategy.command, ShellDriver):
         yield strategy.command
         return
-    getty = "serial-getty@ttyAMA0.service"
+    tty = strategy.target.env.config.get_option(TTY_OPTION, "ttyS0")
+    getty = f"serial-getty@{tty}.service"
     fleet_device.run(f"systemctl start {getty}")
     shell = ShellDriver(strategy.target, "shell", prompt=PROMPT, login_prompt="login: ", username="root")
     try:
@@ -200,6 +221,7 @@ def keep(request: pytest.FixtureRequest, tmp_path: Path) -> Keep:
 # --- the report -----------------------------------------------------------------------------------------------------
 
 _LONGEST = 2000
+_BROKEN = "is in broken state"
 _RESULTS: pytest.StashKey[dict[str, dict[str, Any]]] = pytest.StashKey()
 
 
@@ -211,13 +233,21 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     result = item.config.stash[_RESULTS].setdefault(item.nodeid, {})
     result["seconds"] = round(result.get("seconds", 0.0) + report.duration, 1)
     if report.failed:
-        why = str(report.longrepr) if call.excinfo is None else call.excinfo.exconly()
+        why = str(report.longrepr) if call.excinfo is None else _cause(call.excinfo.value)
         failed = report.when == "call" or result.get("outcome") == "failed"
         result["outcome"], result["why"] = "failed" if failed else "error", why.strip()[:_LONGEST]
     elif report.skipped and isinstance(report.longrepr, tuple):
-        result["outcome"], result["why"] = "skipped", report.longrepr[2].removeprefix("Skipped: ")
+        why = report.longrepr[2].removeprefix("Skipped: ")
+        result["outcome"], result["why"] = "skipped", why if _BROKEN not in why else "its board could not be had"
     else:
         result.setdefault("outcome", "passed")
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong: labgrid hides what broke a strategy behind that it is broken."""
+    while _BROKEN in str(error) and error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -17,6 +17,7 @@ REPORT, PAGE = "report.json", "report.html"
 
 _MARKS = {"passed": "✓", "failed": "✗", "error": "✗", "skipped": "–"}
 _MAX_JUNIT = 1 << 24
+_SHORT = 400
 
 
 def write_report(found: Mapping[str, Results], out: Path) -> bool:
@@ -48,6 +49,15 @@ def summary(found: Mapping[str, Results]) -> list[list[str]]:
         counts = [outcomes.count(kind) for kind in ("passed", "failed", "error", "needs hardware", "skipped")]
         rows.append([name, *map(str, counts)])
     return rows
+
+
+def first_failure(found: Mapping[str, Results]) -> str:
+    """Why not all is good, in a line."""
+    for name, results in found.items():
+        for test, result in results.tests.items():
+            if result.outcome in ("failed", "error"):
+                return f"not all tests passed; the first: {name}: {test}: {' '.join(result.why.split())[:_SHORT]}"
+    return "no test passed: all were skipped"
 
 
 def _kind(result: Result) -> str:

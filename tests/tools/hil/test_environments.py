@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from labgrid import Environment
 
 from fleetune.edge.protocol.errors import ConfigError
 from fleetune.tools.cli import main
+from fleetune.tools.hil.environment import read_environment
 
 FLEET = """\
 schema: 1
@@ -60,6 +63,68 @@ def test_what_was_changed_by_hand_stays(inventory: Path, tmp_path: Path, capsys:
         str(tmp_path / "pi-1.yaml"): "new",
     }
     assert (tmp_path / "nano-1.yaml").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--power", "pdu"], "labgrid has no driver 'pdu'"),
+        (["--power", "ExternalPowerDriver"], "ExternalPowerDriver has to be told cmd_on, cmd_off"),
+        (["--place", "rack-{name}"], "--place: 'rack-{name}': only {id} is filled in"),
+    ],
+)
+def test_options_that_make_no_environment_are_named(
+    inventory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    assert write(inventory, tmp_path / "hil", *options) == ConfigError.exit_code
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "hil").exists()
+
+
+@pytest.fixture
+def coordinator(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """Where one would listen."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("LG_COORDINATOR", f"127.0.0.1:{listening.getsockname()[1]}")
+        yield listening
+
+
+def test_an_environment_says_which_device_it_is_once_a_coordinator_answers(
+    inventory: Path, tmp_path: Path, coordinator: socket.socket
+) -> None:
+    write(inventory, tmp_path)
+    with pytest.raises(ConfigError, match="no labgrid coordinator answers at 127") as caught:
+        read_environment(tmp_path / "orin-1.yaml")
+    assert "LG_COORDINATOR" in caught.value.remedy
+    coordinator.listen()
+    assert read_environment(tmp_path / "orin-1.yaml") == "orin-1"
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "said"),
+    [
+        ("- FleetuneStrategy: {}", "", "drivers has no FleetuneStrategy"),
+        ("imports: [fleetune.tools.hil.strategy]", "", "imports has no fleetune.tools.hil.strategy"),
+        ("fleetune_device: orin-1", "", "options.fleetune_device is missing"),
+        ("main:", "board:", "targets.main"),
+        ("targets:", "targets: [", "is not YAML"),
+        ("# coordinator_address: 192.168.1.2:20408", "coordinator_address: nowhere.invalid", "answers at nowhere.inv"),
+    ],
+)
+def test_an_environment_that_is_none_is_named_before_a_run_begins(
+    inventory: Path, tmp_path: Path, coordinator: socket.socket, was: str, becomes: str, said: str
+) -> None:
+    coordinator.listen()
+    write(inventory, tmp_path)
+    file = tmp_path / "orin-1.yaml"
+    text = file.read_text(encoding="utf-8")
+    assert was in text
+    file.write_text(text.replace(was, becomes), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        read_environment(file)
+    assert str(file) in caught.value.what
+    assert said in caught.value.what
 
 
 def test_a_board_without_a_template_is_named_and_nothing_is_written(inventory: Path, tmp_path: Path) -> None:

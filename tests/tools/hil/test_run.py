@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.errors import ConfigError, RunFailedError
+from fleetune.edge.protocol.errors import ConfigError, DataError, RunFailedError, RunFolderError
 from fleetune.tools.cli import main
+from fleetune.tools.waiting import wait_until
 from support.lacking import lacking
 
 FLEET = """\
@@ -24,17 +31,26 @@ devices:
 
 
 @pytest.fixture
-def lab(tiny_bert_pack: Pack, text_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def make_rigs(tiny_bert_pack: Pack, text_data: Path, tmp_path: Path) -> Callable[..., object]:
+    """Makes rigs, with more options, and returns the exit code."""
+    inventory = tmp_path / "fleet.yaml"
+    inventory.write_text(FLEET, encoding="utf-8")
+    usual = ["--inventory", inventory, "--pack", tiny_bert_pack.path, "--data", text_data, "--host", "localhost"]
+
+    def make(*options: str) -> object:
+        with pytest.raises(SystemExit) as ended:
+            main(["hil", "rig", *map(str, usual), "--out", str(tmp_path / "rigs"), *options])
+        return ended.value.code
+
+    return make
+
+
+@pytest.fixture
+def lab(make_rigs: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a rig, and an environment for each of two boards in ``hil``."""
     if shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/sbin") is None:
         lacking("needs Mosquitto: apt-get install mosquitto")
-    inventory = tmp_path / "fleet.yaml"
-    inventory.write_text(FLEET, encoding="utf-8")
-    pack, host = str(tiny_bert_pack.path), "localhost"
-    with pytest.raises(SystemExit) as ended:
-        main(["hil", "rig", "--inventory", str(inventory), "--pack", pack, "--data", str(text_data), "--host", host,
-              "--out", str(tmp_path / "rigs")])  # fmt: skip
-    assert not ended.value.code
+    assert not make_rigs()
     (tmp_path / "hil").mkdir()
     for name in ("nano-1", "nano-2"):
         environment(tmp_path, name)
@@ -43,9 +59,9 @@ def lab(tiny_bert_pack: Pack, text_data: Path, tmp_path: Path, monkeypatch: pyte
     return tmp_path
 
 
-def environment(folder: Path, name: str, *, silent: bool = False) -> None:
+def environment(folder: Path, name: str, **board: bool) -> None:
     document = {
-        "targets": {"main": {"drivers": [{"StandInDriver": {"silent": silent}}, {"FleetuneStrategy": {}}]}},
+        "targets": {"main": {"drivers": [{"StandInDriver": board}, {"FleetuneStrategy": {}}]}},
         "options": {"fleetune_device": name},
         "imports": ["fleetune.tools.hil.strategy", "support.standin"],
     }
@@ -75,12 +91,14 @@ def test_what_a_board_cannot_do_is_skipped_by_name_and_never_passes(
     assert {result["why"] for result in tests.values()} == {"needs hardware: power", "needs hardware: thermal"}
 
 
-def test_a_board_that_does_not_answer_fails_once_and_is_left_alone(lab: Path) -> None:
+def test_a_board_that_does_not_answer_fails_once_and_is_left_alone(
+    lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     environment(lab, "nano-1", silent=True)
     assert run("--env", "hil/nano-1.yaml", "--tests", "test_boot") == RunFailedError.exit_code
     outcomes = list(report(lab)["nano-1"].values())
     assert outcomes == ["error", *["skipped"] * (len(outcomes) - 1)]
-    assert "the board does not answer" in (lab / "runs/hil/nano-1/pytest.log").read_text(encoding="utf-8")
+    assert "TimeoutError: the board does not answer" in capsys.readouterr().err  # not that the strategy is broken
 
 
 def test_all_boards_are_in_one_report(lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,9 +137,14 @@ def test_a_protection_that_cannot_be_switched_off_shows_nothing(
         (["--env", "nowhere"], "there is no nowhere"),
         (["--env", "hil/nano-1.yaml", "--rigs", "elsewhere"], "there is no elsewhere/nano-1"),
         (["--all", "elsewhere"], "elsewhere has no environments"),
+        (["--env", "nano-1"], "name its environment: hil/nano-1.yaml"),
+        (["--all", "--env", "twin.yaml"], "two environments are of nano-1"),
+        (["--env", "hil/nano-1.yaml", "--build", "nothing.build.json"], "there is no nothing.build.json"),
+        (["--env", "hil/nano-1.yaml", "--tests", "nothing_like_it"], "'nothing_like_it' chooses no test"),
     ],
 )
 def test_what_is_missing_is_named(lab: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str) -> None:
+    shutil.copy(lab / "hil/nano-1.yaml", lab / "twin.yaml")
     assert run(*options) == ConfigError.exit_code
     assert said in capsys.readouterr().err
 
@@ -136,3 +159,74 @@ def test_without_qemu_it_says_what_to_install(
     assert ended.value.code == ConfigError.exit_code
     assert "apt-get install qemu-system-arm" in capsys.readouterr().err
     assert not (lab / "images").exists()  # nothing was built for it
+
+
+def test_when_it_is_ended_with_all_its_children_nothing_of_a_rig_stays(lab: Path) -> None:
+    environment(lab, "nano-1", hangs=True)
+    command = [sys.executable, "-m", "fleetune.tools.cli", "hil", "run", "--env", "hil/nano-1.yaml"]
+    running = subprocess.Popen(command, start_new_session=True)
+    try:
+        wait_until(
+            lambda: len(of_rig(lab)) >= 3, 60.0, lambda: AssertionError(of_rig(lab))
+        )  # pytest, broker, authority
+        os.killpg(running.pid, signal.SIGTERM)
+        running.wait(60.0)
+        assert of_rig(lab) == []
+    finally:
+        running.kill()
+
+
+def of_rig(lab: Path) -> list[str]:
+    """Command lines of processes that name the rig."""
+    lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    return [line for line in lines if str(lab / "rigs") in line]
+
+
+# --- tests of one's own -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--rig=rigs/nano-1"], "--lg-env=hil/NAME.yaml"),
+        (["--lg-env=hil/nano-1.yaml"], "--rig=rigs/NAME"),
+        (["--lg-env=hil/nano-1.yaml", "--rig=rigs"], "--rig: rigs is no rig"),
+    ],
+)
+def test_without_a_board_or_its_rig_no_run_looks_like_success(lab: Path, options: list[str], said: str) -> None:
+    (lab / "tests").mkdir()
+    (lab / "tests/conftest.py").write_text('pytest_plugins = ["fleetune.tools.hil.plugin"]\n', encoding="utf-8")
+    (lab / "tests/test_mine.py").write_text("def test_it(fleet_device): pass\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert said in done.stderr + done.stdout
+
+
+# --- rigs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rig_is_for_one_host(lab: Path, make_rigs: Callable[..., object], capsys: pytest.CaptureFixture[str]) -> None:
+    assert make_rigs("--host", "elsewhere") == RunFolderError.exit_code
+    assert "nano-1 was made for the host localhost" in capsys.readouterr().err
+    assert not make_rigs()
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_a_rig_is_made_with_data_of_two_classes(
+    lab: Path, make_rigs: Callable[..., object], text_data: Path, capsys: pytest.CaptureFixture[str], labels: int
+) -> None:
+    rows = [json.loads(line) for line in text_data.read_text(encoding="utf-8").splitlines()]
+    data = lab / "mine.jsonl"
+    text = "".join(json.dumps(row | {"label": number % labels}) + "\n" for number, row in enumerate(rows))
+    data.write_text(text, encoding="utf-8")
+    assert make_rigs("--out", str(lab / "others"), "--data", str(data)) == DataError.exit_code
+    assert f"mine.jsonl has {labels} classes" in capsys.readouterr().err
+    assert not (lab / "others").exists()
+
+
+def test_of_a_rig_that_cannot_be_made_nothing_stays(lab: Path, make_rigs: Callable[..., object]) -> None:
+    others = lab / "others"
+    assert make_rigs("--out", str(others), "--host", "no host") == ConfigError.exit_code
+    assert list(others.glob("*")) == []
+    assert not make_rigs("--out", str(others))

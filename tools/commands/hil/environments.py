@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
 from fleetune.tools.commands.options import add_command, add_inventory
+from fleetune.tools.text import say
+
+_CLASSES = 2
+"""That the suite's runs train."""
 
 
 def register(actions: Any) -> None:
@@ -62,6 +67,9 @@ def register(actions: Any) -> None:
 
 def _env(args: argparse.Namespace) -> None:
     from fleetune.profiles.fleet import read_fleet
+    from fleetune.tools.require import require_hil_extra
+
+    require_hil_extra()
     from fleetune.tools.hil.environment import write_environments
 
     made = write_environments(
@@ -70,22 +78,33 @@ def _env(args: argparse.Namespace) -> None:
     for state, names in made.items():
         for name in names:
             print(f"{state:4} {args.out / name}")  # noqa: T201
+    if made["kept"]:
+        say("what was kept is as it was, whatever the options say now: remove a file to have it written anew")
 
 
 def _rig(args: argparse.Namespace) -> None:
+    from fleetune.edge.engine.dataset import read_dataset
     from fleetune.edge.pack.pack import Pack
-    from fleetune.edge.protocol.errors import RunFolderError
+    from fleetune.edge.protocol.errors import DataError, RunFolderError
     from fleetune.profiles.fleet import Fleet, read_fleet
     from fleetune.tools.firstboot.seed import FLEET_FILE
-    from fleetune.tools.rig import make_rig, make_rig_seeds
+    from fleetune.tools.rig import make_rig, make_rig_seeds, rig_host
 
-    Pack.open(args.pack)
-    fleet = read_fleet(args.inventory)
+    fleet, another = read_fleet(args.inventory), "remove it, or name another --out"
+    if (classes := read_dataset(args.data, Pack.open(args.pack)).classes) != _CLASSES:
+        raise DataError(f"--data: {args.data} has {classes} classes", f"the suite trains {_CLASSES}: take those")
     for device in fleet.devices:
         folder = args.out / device.id
-        if folder.exists() and not (folder / FLEET_FILE).exists():
-            raise RunFolderError(f"{folder} is half a rig, or something else", "remove it, or name another --out")
-        if not folder.exists():
-            make_rig(folder, Fleet(fleet.name, (device,)), args.pack, args.data, args.host)
+        if folder.exists():
+            if not (folder / FLEET_FILE).exists():
+                raise RunFolderError(f"{folder} is half a rig, or something else", another)
+            if (host := rig_host(folder)) != args.host:
+                raise RunFolderError(f"{folder} was made for the host {host}", another)
+        else:
+            try:
+                make_rig(folder, Fleet(fleet.name, (device,)), args.pack, args.data, args.host)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
         (seed,) = make_rig_seeds(folder)
         print(f"{seed.state:4} {device.id:24} {seed.path}")  # noqa: T201

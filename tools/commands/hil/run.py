@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,14 +67,19 @@ def _run(args: argparse.Namespace) -> None:
 
     require_hil_extra()
     from fleetune.tools.hil.emulated import BOARDS
-    from fleetune.tools.hil.report import PAGE, REPORT, summary, write_report
-    from fleetune.tools.hil.run import run_suite
+    from fleetune.tools.hil.report import PAGE, REPORT, first_failure, summary, write_report
+    from fleetune.tools.hil.run import LOG, run_suite
 
     names = [*args.environments, *(map(str, sorted(args.all.glob("*.yaml"))) if args.all else ())]
     if not names:
         where = f"--all: {args.all} has no environments" if args.all else "no board is named"
-        raise ConfigError(where, f"--env {', --env '.join(BOARDS)}, or write some: `fleetune hil env`")
+        remedy = "or write environments: `fleetune hil env --inventory fleet.yaml`"
+        raise ConfigError(where, f"--env {', --env '.join(BOARDS)}, {remedy}")
+    if args.build is not None and not args.build.is_file():
+        raise ConfigError(f"--build: there is no {args.build}", "name a record, *.build.json: `fleetune flash build`")
     targets = [_target(name, args) for name in dict.fromkeys(names)]
+    if twins := [name for name, count in Counter(target.name for target in targets).items() if count > 1]:
+        raise ConfigError(f"two environments are of {twins[0]}", "name one of them: a board is tested once at a time")
     options = [*(["-k", args.tests] if args.tests else []), *(["--without"] if args.without else [])]
     found = run_suite(targets, args.out, options=options, say=say)
     good = write_report(found, args.out)
@@ -81,6 +87,8 @@ def _run(args: argparse.Namespace) -> None:
         sys.stdout.write((args.out / REPORT).read_text(encoding="utf-8"))
     else:
         print(f"{columns(summary(found))}\n{args.out / PAGE}")  # noqa: T201
+    if not any(results.tests for results in found.values()):
+        raise ConfigError(f"--tests: {args.tests!r} chooses no test", "see docs/hil.md, what is tested")
     if args.without:
         tests = [(f"{name}: {test}", one) for name, results in found.items() for test, one in results.tests.items()]
         for outcome, words, remedy in (
@@ -92,23 +100,27 @@ def _run(args: argparse.Namespace) -> None:
         if all(one.outcome == "skipped" for _, one in tests):
             raise RunFailedError("no test of a fault was tried", f"see {args.out / PAGE}")
     elif not good:
-        raise RunFailedError("not all tests passed", f"see {args.out / PAGE}")
+        raise RunFailedError(first_failure(found), f"see {args.out / PAGE}, and {LOG} of a board beside it")
 
 
 def _target(name: str, args: argparse.Namespace) -> Target:
     from fleetune.edge.protocol.errors import ConfigError
     from fleetune.tools.hil.emulated import BOARDS
+    from fleetune.tools.hil.environment import read_environment
     from fleetune.tools.hil.run import Target
 
     if name in BOARDS:
         return _emulated(name, args)
     file = Path(name)
     if not file.is_file():
-        raise ConfigError(f"--env: there is no {name}", f"choose from {', '.join(BOARDS)}, or name a file")
-    rig = args.rigs / file.stem
+        where = Path("hil", f"{name}.yaml")
+        others = f"name its environment: {where}" if where.is_file() else f"name a file, or {', '.join(BOARDS)}"
+        raise ConfigError(f"--env: there is no {name}", others)
+    device = read_environment(file)
+    rig = args.rigs / device
     if not rig.is_dir():
-        raise ConfigError(f"--rigs: there is no {rig}", "make it: `fleetune hil rig`")
-    return Target(file.stem, file, rig, args.build)
+        raise ConfigError(f"--rigs: there is no {rig}, for the device of {file}", "make it: `fleetune hil rig`")
+    return Target(device, file, rig, args.build)
 
 
 def _emulated(name: str, args: argparse.Namespace) -> Target:
