@@ -28,8 +28,9 @@ assert x509.load_pem_x509_csr(csr.encode()).is_signature_valid
 import iotcore, socket
 with socket.create_server(("127.0.0.1", 0)) as free:
     port = free.getsockname()[1]
-with iotcore.Broker(port=port, listen="127.0.0.1"):
-    socket.create_connection(("127.0.0.1", port)).close()
+broker = iotcore.Broker(port=port, listen="127.0.0.1").start(timeout=100.0)
+socket.create_connection(("127.0.0.1", port)).close()
+broker.stop()
 """,
     "msgspec": """
 import msgspec
