@@ -29,7 +29,7 @@ def _release(build: Path, device: DeviceUnderTest, rig: Rig) -> Rollout:
         rollout = publish(releases, [build], [], [device.name], 0.0)
     # Its timer may have started the updater before: that one has not seen the release.
     device.ask(f"systemctl restart {UPDATER}", timeout_s=_WITHIN_S)
-    device.wait_for_agent(within_s=_WITHIN_S)
+    device.wait_for_agent()
     return rollout
 
 
