@@ -10,8 +10,10 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fleetune.edge.engine.dataset import read_dataset
+from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.address import BrokerAddress
-from fleetune.edge.protocol.errors import RunFailedError
+from fleetune.edge.protocol.errors import DataError, RunFailedError
 from fleetune.edge.protocol.files import make_folder, write_atomic
 from fleetune.edge.protocol.identity.folder import read_identity
 from fleetune.edge.protocol.identity.signature import ENDING, PACK_FILE, sign_file
@@ -38,6 +40,12 @@ SAMPLES = f"/{STATE}/samples.jsonl"
 _SAMPLES = "samples.jsonl"
 _AUTHORITY, _RELEASES, SEEDS, _PACKS, _JOBS, _LOGS = "authority", "releases", "seeds", "packs", "jobs", "logs"
 _TOKENS_COUNT_H = 168.0
+
+CLASSES = 2
+"""Of the samples that boards train on here."""
+
+SMALL = ("--classes", str(CLASSES), "--global-rounds", "1", "--personal-rounds", "1", "--batch", "8")
+"""Options of a small run: a round of each stage."""
 
 
 @dataclass(frozen=True)
@@ -188,14 +196,17 @@ def make_rig(folder: Path, fleet: Fleet, pack: Path, samples: Path, host: str) -
         folder: For all of it; new or empty.
         fleet: The boards.
         pack: What they train. It is copied, and signed by this rig's publisher.
-        samples: What they train on, JSON lines; it is copied.
+        samples: What they train on, of two classes, JSON lines; it is copied.
         host: How the boards reach this machine.
 
     Raises:
         AuthorityError: There is one.
         ConfigError: A program is missing.
+        DataError: The samples are damaged, or of another number of classes.
         OSError: There is no room.
     """
+    if (found_classes := read_dataset(samples, Pack.open(pack)).classes) != CLASSES:
+        raise DataError(f"--data: {samples} has {found_classes} classes", f"{CLASSES} are trained here: take those")
     members, enrolment, web = free_ports(3)
     make_folder(folder)
     shutil.copyfile(samples, folder / _SAMPLES)

@@ -29,12 +29,12 @@ from fleetune.tools.emulator.observe import (
 from fleetune.tools.places import AGENT, UPDATER
 from fleetune.tools.release.publish import publish
 from fleetune.tools.release.repository import Releases
-from fleetune.tools.rig import Rig, open_rig
+from fleetune.tools.rig import SMALL, Rig, open_rig
 from fleetune.tools.trees import SHORT
 
 FLEET, DEVICE = "rehearsal", "nano"
 REPORT = "rehearsal.json"
-_JOB = ("--classes", "2", "--global-rounds", "1", "--personal-rounds", "1", "--batch", "8", "--max-depth", "2")
+_JOB = (*SMALL, "--max-depth", "2")
 _TRAINED_WITHIN_S, _RELEASED_WITHIN_S = 900.0, 1800.0
 
 

@@ -103,23 +103,25 @@ def read_environment(file: Path) -> str:
     Raises:
         ConfigError: It is none, or nobody answers who has its board.
     """
+    from labgrid.config import Config
+    from labgrid.exceptions import InvalidConfigError
+
+    read_bytes(file, _MAX)  # no larger than that
     try:
-        document = yaml.safe_load(read_bytes(file, _MAX).decode("utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}", "mend it there") from error
-    target = _check(document, str(file))
-    if _is_remote(target):
-        options = document["options"]
-        _ask_coordinator(options.get("coordinator_address") or os.environ.get("LG_COORDINATOR", COORDINATOR), file)
-    return str(document["options"][DEVICE_OPTION])
+        document = Config(str(file)).data  # with what `!template` stands for
+    except (InvalidConfigError, ValueError, TypeError) as error:
+        what = f"{file} is not YAML, or none of labgrid's: {' '.join(str(error).split())}"
+        raise ConfigError(what, "mend it there") from error
+    target, options = _check(document, str(file)), document["options"]
+    if "RemotePlace" in _named(target.get("resources")):
+        _ask_coordinator(str(options.get("coordinator_address") or os.environ.get("LG_COORDINATOR", COORDINATOR)), file)
+    return str(options[DEVICE_OPTION])
 
 
 def _check(document: Any, where: str) -> dict[str, Any]:
     """The target of an environment that is one."""
-    target = _inside(_inside(document, "targets"), "main")
-    drivers = target.get("drivers")
-    named = drivers if isinstance(drivers, dict) else dict(_pairs(drivers))
-    if STRATEGY not in named:
+    target = _inside(document, "targets", "main")
+    if STRATEGY not in _named(target.get("drivers")):
         raise ConfigError(f"{where}: targets.main.drivers has no {STRATEGY}", f"add `- {STRATEGY}: {{}}`")
     imports = _inside(document).get("imports")
     if not isinstance(imports, list) or MODULE not in imports:
@@ -136,22 +138,17 @@ def _inside(document: Any, *names: str) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
-def _pairs(entries: Any) -> list[tuple[str, Any]]:
-    """Entries of a list of mappings, as labgrid has drivers and resources."""
-    listed = entries if isinstance(entries, list) else []
-    return [pair for entry in listed if isinstance(entry, dict) for pair in entry.items()]
-
-
-def _is_remote(target: dict[str, Any]) -> bool:
-    resources = target.get("resources")
-    return "RemotePlace" in (resources if isinstance(resources, dict) else dict(_pairs(resources)))
+def _named(entries: Any) -> set[str]:
+    """Names of drivers, or resources: labgrid takes a mapping, or a list of mappings."""
+    listed = entries if isinstance(entries, list) else [entries]
+    return {name for entry in listed if isinstance(entry, dict) for name in entry}
 
 
 def _ask_coordinator(address: str, file: Path) -> None:
-    host, _, port = address.rpartition(":") if ":" in address else (address, "", "20408")
+    host, _, port = address.partition(":")
     remedy = f"start it, or say where it is: LG_COORDINATOR=HOST:PORT, or coordinator_address below options in {file}"
     try:
-        socket.create_connection((host, int(port)), _PATIENCE_S).close()
+        socket.create_connection((host, int(port or COORDINATOR.partition(":")[2])), _PATIENCE_S).close()
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: no labgrid coordinator answers at {address}: {error}", remedy) from error
 

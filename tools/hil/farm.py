@@ -28,13 +28,13 @@ from fleetune.tools.emulator.observe import BOOTS_WITHIN_S, explained, keep_meas
 from fleetune.tools.hil.emulated import BOARDS
 from fleetune.tools.network import FAST_KBIT, Network
 from fleetune.tools.plan.answer import Answer, answer
-from fleetune.tools.rig import Rig, open_rig
+from fleetune.tools.rig import CLASSES, Rig, open_rig
 
 FLEET, RIG, REPORT = "farm", "rig", "report.json"
 MEASURING = "measuring"
 """Folder of the board that measures for the others."""
 
-BATCH, CLASSES = 8, 2
+BATCH = 8
 GLOBAL_ROUNDS, PERSONAL_ROUNDS = 2, 1
 _TRAINED_WITHIN_S = 1800.0
 

@@ -93,10 +93,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     """The fleet's own side, running."""
+    folder: Path = request.config.getoption("rig")
     env = request.getfixturevalue("env")
-    with open_rig(
-        request.config.getoption("rig"), listen="127.0.0.1" if "emulated" in env.get_features() else ""
-    ) as running:
+    with open_rig(folder, listen="127.0.0.1" if "emulated" in env.get_features() else "") as running:
         yield running
 
 

@@ -99,6 +99,10 @@ def test_an_environment_says_which_device_it_is_once_a_coordinator_answers(
     assert "LG_COORDINATOR" in caught.value.remedy
     coordinator.listen()
     assert read_environment(tmp_path / "orin-1.yaml") == "orin-1"
+    text = (tmp_path / "orin-1.yaml").read_text(encoding="utf-8")
+    of_labgrids_own = text.replace("fleetune_tty: ttyTCU0", "mine: !template $LG_COORDINATOR")
+    (tmp_path / "orin-2.yaml").write_text(of_labgrids_own, encoding="utf-8")
+    assert read_environment(tmp_path / "orin-2.yaml") == "orin-1"
 
 
 @pytest.mark.parametrize(

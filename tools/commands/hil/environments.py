@@ -10,9 +10,6 @@ from typing import Any
 from fleetune.tools.commands.options import add_command, add_inventory
 from fleetune.tools.text import say
 
-_CLASSES = 2
-"""That the suite's runs train."""
-
 
 def register(actions: Any) -> None:
     """Add the actions."""
@@ -83,16 +80,12 @@ def _env(args: argparse.Namespace) -> None:
 
 
 def _rig(args: argparse.Namespace) -> None:
-    from fleetune.edge.engine.dataset import read_dataset
-    from fleetune.edge.pack.pack import Pack
-    from fleetune.edge.protocol.errors import DataError, RunFolderError
+    from fleetune.edge.protocol.errors import RunFolderError
     from fleetune.profiles.fleet import Fleet, read_fleet
     from fleetune.tools.firstboot.seed import FLEET_FILE
     from fleetune.tools.rig import make_rig, make_rig_seeds, rig_host
 
     fleet, another = read_fleet(args.inventory), "remove it, or name another --out"
-    if (classes := read_dataset(args.data, Pack.open(args.pack)).classes) != _CLASSES:
-        raise DataError(f"--data: {args.data} has {classes} classes", f"the suite trains {_CLASSES}: take those")
     for device in fleet.devices:
         folder = args.out / device.id
         if folder.exists():

@@ -12,9 +12,9 @@ from fleetune.profiles.profile import read_profile
 from fleetune.tools.hil.device import DeviceUnderTest
 from fleetune.tools.hil.plugin import Keep
 from fleetune.tools.hil.run import MEASURED
-from fleetune.tools.hil.suite.jobs import SMALL, Rounds
+from fleetune.tools.hil.suite.jobs import Rounds
 from fleetune.tools.places import STATE
-from fleetune.tools.rig import Rig
+from fleetune.tools.rig import SMALL, Rig
 
 pytest_plugins = ["fleetune.tools.hil.plugin"]
 

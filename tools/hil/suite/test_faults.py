@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 
 import pytest
-import safetensors.numpy
 
-from fleetune.edge.protocol.modelfile import FILE as MODEL_FILE
 from fleetune.tools.hil.device import FILLER, SCRATCH, DeviceUnderTest
 from fleetune.tools.hil.plugin import Measure, Serve
 from fleetune.tools.hil.protection import AgentOptions, KitLine, StartsAtBoot
-from fleetune.tools.hil.suite.jobs import DONE_WITHIN_S, LONG_S, SMALL, Rounds
+from fleetune.tools.hil.suite.jobs import DONE_WITHIN_S, LONG_S, Rounds, model
 from fleetune.tools.places import AGENT, STATE
-from fleetune.tools.rig import Job
+from fleetune.tools.rig import SMALL, Job
 from fleetune.tools.secured import Mosquitto
 
 _HOG = """\
@@ -123,7 +121,7 @@ def test_a_slow_link_is_enough(fleet_device: DeviceUnderTest, aggregator: Serve,
         updates = job.wait(60.0)
     measure("over 16 kbit/s", time.monotonic() - start, "s")
     update = max(one.manifest.payload.size for one in updates if one.manifest.payload is not None)
-    numbers = sum(tensor.size for tensor in safetensors.numpy.load_file(job.state / "fedms" / MODEL_FILE).values())
+    numbers = sum(tensor.size for tensor in model(job).values())
     measure("update", update, "bytes")
     assert update < numbers  # a byte each; the adapters of a larger pack would take minutes, had they four
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 
 from fleetune.edge.pack.pack import Pack
-from fleetune.edge.protocol.modelfile import FILE as MODEL_FILE
 from fleetune.profiles.measured import Measured
 from fleetune.server.broker import embedded_broker, free_port
 from fleetune.server.journal import Closed
 from fleetune.tools.firstboot.seed import FLEET_FILE
 from fleetune.tools.hil.device import DeviceUnderTest
 from fleetune.tools.hil.plugin import Measure, Serve
-from fleetune.tools.hil.suite.jobs import DONE_WITHIN_S, SMALL
+from fleetune.tools.hil.suite.jobs import DONE_WITHIN_S, model
 from fleetune.tools.places import AGENT
 from fleetune.tools.processes import processes
-from fleetune.tools.rig import Job, Rig
+from fleetune.tools.rig import SMALL, Job, Rig
 
 _MIB = 1 << 20
 _EXACT = ("--codec", "f32")
@@ -79,7 +77,7 @@ def test_it_trains_what_this_machine_trains(
             there.wait(DONE_WITHIN_S)
         here.wait(DONE_WITHIN_S)
     assert any(isinstance(record, Closed) for record in there.records())
-    found, wanted = (safetensors.numpy.load_file(job.state / "fedms" / MODEL_FILE) for job in (there, here))
+    found, wanted = model(there), model(here)
     assert found.keys() == wanted.keys()
     errors = {name: float(np.abs(found[name] - wanted[name]).max()) for name in wanted}
     measure("largest difference", max(errors.values()), "")

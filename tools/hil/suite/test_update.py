@@ -11,12 +11,12 @@ from fleetune.tools.hil.device import DeviceUnderTest
 from fleetune.tools.hil.plugin import Measure, Serve
 from fleetune.tools.hil.protection import KitLine
 from fleetune.tools.hil.releases import build_like, forget_wheels
-from fleetune.tools.hil.suite.jobs import DONE_WITHIN_S, SMALL
+from fleetune.tools.hil.suite.jobs import DONE_WITHIN_S
 from fleetune.tools.places import UPDATER
 from fleetune.tools.release.publish import publish
 from fleetune.tools.release.repository import Releases
 from fleetune.tools.release.rollout import Rollout
-from fleetune.tools.rig import Rig
+from fleetune.tools.rig import SMALL, Rig
 
 _WITHIN_S = 600.0
 
