@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -125,8 +124,8 @@ def run_suite(
                 pool.submit(_follow, process, out / name / LOG, prefix, say)
     finally:  # each brings its board into a known state
         for process in running.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
+            process.terminate()
+        for process in running.values():
             process.wait()
     for name, process in running.items():
         if process.returncode not in _FINE:
@@ -160,6 +159,7 @@ def _start(target: Target, out: Path, options: Sequence[str]) -> subprocess.Pope
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        start_new_session=True,  # or it would be interrupted twice, the second time while it clears up
         text=True,
         errors="replace",
     )

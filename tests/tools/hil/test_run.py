@@ -161,7 +161,8 @@ def test_without_qemu_it_says_what_to_install(
     assert not (lab / "images").exists()  # nothing was built for it
 
 
-def test_when_it_is_ended_with_all_its_children_nothing_of_a_rig_stays(lab: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_when_it_is_ended_with_its_group_nothing_of_a_rig_stays(lab: Path, number: signal.Signals) -> None:
     environment(lab, "nano-1", hangs=True)
     command = [sys.executable, "-m", "fleetune.tools.cli", "hil", "run", "--env", "hil/nano-1.yaml"]
     running = subprocess.Popen(command, start_new_session=True)
@@ -169,7 +170,7 @@ def test_when_it_is_ended_with_all_its_children_nothing_of_a_rig_stays(lab: Path
         wait_until(
             lambda: len(of_rig(lab)) >= 3, 60.0, lambda: AssertionError(of_rig(lab))
         )  # pytest, broker, authority
-        os.killpg(running.pid, signal.SIGTERM)
+        os.killpg(running.pid, number)
         running.wait(60.0)
         assert of_rig(lab) == []
     finally:
