@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from fleetune.edge.engine.dataset import read_dataset
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.address import BrokerAddress
-from fleetune.edge.protocol.errors import DataError, RunFailedError
+from fleetune.edge.protocol.errors import DataError, RunFailedError, RunFolderError
 from fleetune.edge.protocol.files import make_folder, write_atomic
 from fleetune.edge.protocol.identity.folder import read_identity
 from fleetune.edge.protocol.identity.signature import ENDING, PACK_FILE, sign_file
@@ -189,7 +190,9 @@ class Rig:
         return job
 
 
-def make_rig(folder: Path, fleet: Fleet, pack: Path, samples: Path, host: str) -> None:
+def make_rig(
+    folder: Path, fleet: Fleet, pack: Path, samples: Path, host: str, ports: Sequence[int] | None = None
+) -> None:
     """Make one.
 
     Args:
@@ -198,6 +201,7 @@ def make_rig(folder: Path, fleet: Fleet, pack: Path, samples: Path, host: str) -
         pack: What they train. It is copied, and signed by this rig's publisher.
         samples: What they train on, of two classes, JSON lines; it is copied.
         host: How the boards reach this machine.
+        ports: Of the broker for members, of the broker for devices with a token, of the releases; None for free ones.
 
     Raises:
         AuthorityError: There is one.
@@ -207,7 +211,7 @@ def make_rig(folder: Path, fleet: Fleet, pack: Path, samples: Path, host: str) -
     """
     if (found_classes := read_dataset(samples, Pack.open(pack)).classes) != CLASSES:
         raise DataError(f"--data: {samples} has {found_classes} classes", f"{CLASSES} are trained here: take those")
-    members, enrolment, web = free_ports(3)
+    members, enrolment, web = ports or free_ports(3)
     make_folder(folder)
     shutil.copyfile(samples, folder / _SAMPLES)
     site = Site(tuple(dict.fromkeys((host, "localhost"))), members, enrolment)
@@ -225,10 +229,34 @@ def make_rig(folder: Path, fleet: Fleet, pack: Path, samples: Path, host: str) -
         write_atomic(folder / name, data)
 
 
-def rig_host(folder: Path) -> str:
-    """How the boards of a rig reach the machine that it was made on."""
+def check_rig(folder: Path, pack: Path, samples: Path, host: str) -> None:
+    """See that a rig is as `make_rig` would make it of these now.
+
+    Raises:
+        RunFolderError: It is half a rig, or was made of others; says which.
+    """
+    another = "remove it, or name another --out"
+    if not (folder / FLEET_FILE).exists():
+        raise RunFolderError(f"{folder} is half a rig, or something else", another)
     with closing(Authority(folder / _AUTHORITY)) as authority:
-        return authority.site.hosts[0]
+        made_for = authority.site.hosts[0]
+    if made_for != host:
+        raise RunFolderError(f"{folder} was made for the host {made_for}, not {host}", another)
+    (copy,) = (folder / _PACKS).iterdir()
+    for name, mine, theirs in (
+        ("--pack", copy / PACK_FILE, pack / PACK_FILE),
+        ("--data", folder / _SAMPLES, samples),
+    ):
+        if not filecmp.cmp(mine, theirs, shallow=False):
+            raise RunFolderError(f"{folder} was made of another {name} than {theirs}", another)
+
+
+def rig_ports(folder: Path) -> tuple[int, int, int]:
+    """Ports of a rig, in `make_rig`'s order."""
+    with closing(Authority(folder / _AUTHORITY)) as authority:
+        site = authority.site
+    with Releases(folder / _RELEASES) as releases:
+        return site.port, site.enrolment_port, int(releases.url.rpartition(":")[2])
 
 
 def equipment(folder: Path) -> dict[str, Path]:
@@ -267,16 +295,13 @@ def open_rig(folder: Path, *, listen: str = "") -> Iterator[Rig]:
         RunFailedError: It does not start.
     """
     fleet, (pack,) = read_fleet(folder / FLEET_FILE), (folder / _PACKS).iterdir()
-    with closing(Authority(folder / _AUTHORITY)) as authority:
-        site = authority.site
-    with Releases(folder / _RELEASES) as releases:
-        port = int(releases.url.rpartition(":")[2])
-    address = BrokerAddress("localhost", site.port, tls=True)
+    members, _, web = rig_ports(folder)
+    address = BrokerAddress("localhost", members, tls=True)
     with ExitStack() as stack:
         broker = stack.enter_context(closing(Mosquitto(folder / _AUTHORITY / BROKER_FOLDER / CONFIG, address)))
         broker.start()
         running = stack.enter_context(processes())
-        stack.enter_context(serve_folder(folder / _RELEASES / PUBLIC, port, listen))
+        stack.enter_context(serve_folder(folder / _RELEASES / PUBLIC, web, listen))
         serve = ["fleet", "serve", "--authority", str(folder / _AUTHORITY), "--broker", str(address)]
         running.start("authority", folder / _LOGS / "authority.log", serve)
         yield Rig(folder, fleet, pack, address, broker, running)

@@ -10,6 +10,9 @@ from labgrid.driver import Driver
 from labgrid.driver.commandmixin import CommandMixin
 from labgrid.factory import target_factory
 from labgrid.protocol import CommandProtocol, DigitalOutputProtocol, PowerProtocol
+from labgrid.strategy import Strategy
+
+from fleetune.tools.hil.strategy import FleetuneStrategy
 
 
 @target_factory.reg_driver
@@ -31,6 +34,20 @@ class StandInDriver(CommandMixin, Driver, CommandProtocol):  # type: ignore[misc
 
     def get_status(self) -> int:
         return 1
+
+
+@target_factory.reg_driver
+@attr.s(eq=False)
+class LabStrategy(FleetuneStrategy):
+    """A lab's own."""
+
+
+@target_factory.reg_driver
+@attr.s(eq=False)
+class ForeignStrategy(Strategy):  # type: ignore[misc]
+    """One of another project."""
+
+    bindings = {}  # noqa: RUF012 (labgrid's)
 
 
 @attr.s(eq=False)

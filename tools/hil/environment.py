@@ -120,11 +120,11 @@ def read_environment(file: Path) -> str:
 
 def _check(document: Any, where: str) -> dict[str, Any]:
     """The target of an environment that is one."""
-    target = _inside(document, "targets", "main")
-    if STRATEGY not in _named(target.get("drivers")):
+    target, imports = _inside(document, "targets", "main"), _inside(document).get("imports")
+    modules, drivers = imports if isinstance(imports, list) else [], _named(target.get("drivers"))
+    if not any(name.endswith("Strategy") for name in drivers):  # STRATEGY, or one that a lab derives from it
         raise ConfigError(f"{where}: targets.main.drivers has no {STRATEGY}", f"add `- {STRATEGY}: {{}}`")
-    imports = _inside(document).get("imports")
-    if not isinstance(imports, list) or MODULE not in imports:
+    if MODULE not in modules and (STRATEGY in drivers or not modules):
         raise ConfigError(f"{where}: imports has no {MODULE}", f"add `imports: [{MODULE}]`")
     if not isinstance(_inside(document, "options").get(DEVICE_OPTION), str):
         raise ConfigError(f"{where}: options.{DEVICE_OPTION} is missing", "name the device of the fleet that it is")

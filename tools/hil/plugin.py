@@ -17,11 +17,13 @@ from typing import Any, NoReturn
 import pytest
 
 from fleetune.edge.pack.pack import Pack
+from fleetune.edge.protocol.errors import ConfigError
 from fleetune.edge.protocol.files import write_atomic
 from fleetune.tools.hil.device import DeviceUnderTest
-from fleetune.tools.hil.environment import DEVICE_OPTION, TTY_OPTION
+from fleetune.tools.hil.environment import DEVICE_OPTION, STRATEGY, TTY_OPTION
 from fleetune.tools.hil.protection import Protection
 from fleetune.tools.hil.run import TOLD
+from fleetune.tools.hil.strategy import FleetuneStrategy
 from fleetune.tools.rig import SEEDS, Job, Rig, equipment, open_rig
 from fleetune.tools.secured import Mosquitto
 
@@ -138,6 +140,8 @@ def aggregator(rig: Rig) -> Iterator[Serve]:
 def board(request: pytest.FixtureRequest, rig: Rig, env: Any, strategy: Any) -> DeviceUnderTest:
     """The board: up, and with what its rig gives it. ``env`` and ``strategy`` are labgrid's."""
     name = env.config.get_option(DEVICE_OPTION)
+    if not isinstance(strategy, FleetuneStrategy):
+        raise ConfigError(f"{name}: {type(strategy).__name__} is no {STRATEGY}", "derive it from that")
     device = DeviceUnderTest(name, strategy, frozenset(env.get_features() | env.get_target_features()))
     tell(request.config, f"{name} starts")
     device.bring("up")

@@ -18,6 +18,7 @@ import yaml
 from fleetune.edge.pack.pack import Pack
 from fleetune.edge.protocol.errors import ConfigError, DataError, RunFailedError, RunFolderError
 from fleetune.tools.cli import main
+from fleetune.tools.rig import rig_ports
 from fleetune.tools.waiting import wait_until
 from support.lacking import lacking
 
@@ -59,9 +60,9 @@ def lab(make_rigs: Callable[..., object], tmp_path: Path, monkeypatch: pytest.Mo
     return tmp_path
 
 
-def environment(folder: Path, name: str, **board: bool) -> None:
+def environment(folder: Path, name: str, strategy: str = "FleetuneStrategy", **board: bool) -> None:
     document = {
-        "targets": {"main": {"drivers": [{"StandInDriver": board}, {"FleetuneStrategy": {}}]}},
+        "targets": {"main": {"drivers": [{"StandInDriver": board}, {strategy: {}}]}},
         "options": {"fleetune_device": name},
         "imports": ["fleetune.tools.hil.strategy", "support.standin"],
     }
@@ -99,6 +100,21 @@ def test_a_board_that_does_not_answer_fails_once_and_is_left_alone(
     outcomes = list(report(lab)["nano-1"].values())
     assert outcomes == ["error", *["skipped"] * (len(outcomes) - 1)]
     assert "TimeoutError: the board does not answer" in capsys.readouterr().err  # not that the strategy is broken
+
+
+@pytest.mark.parametrize(
+    ("driver", "said"),
+    [
+        ("LabStrategy", "TimeoutError: the board does not answer"),
+        ("ForeignStrategy", "ConfigError: nano-1: ForeignStrategy is no FleetuneStrategy"),
+    ],
+)
+def test_a_lab_may_derive_a_strategy_of_its_own(
+    lab: Path, capsys: pytest.CaptureFixture[str], driver: str, said: str
+) -> None:
+    environment(lab, "nano-1", driver, silent=True)
+    assert run("--env", "hil/nano-1.yaml", "--tests", "looks_for_releases") == RunFailedError.exit_code
+    assert said in capsys.readouterr().err
 
 
 def test_all_boards_are_in_one_report(lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,8 +225,41 @@ def test_without_a_board_or_its_rig_no_run_looks_like_success(lab: Path, options
 
 def test_a_rig_is_for_one_host(lab: Path, make_rigs: Callable[..., object], capsys: pytest.CaptureFixture[str]) -> None:
     assert make_rigs("--host", "elsewhere") == RunFolderError.exit_code
-    assert "nano-1 was made for the host localhost" in capsys.readouterr().err
+    assert "nano-1 was made for the host localhost, not elsewhere" in capsys.readouterr().err
     assert not make_rigs()
+
+
+@pytest.mark.parametrize("option", ["--pack", "--data"])
+def test_a_rig_stays_as_it_was_made_or_another_is_asked_for(
+    lab: Path,
+    make_rigs: Callable[..., object],
+    text_data: Path,
+    tiny_bert_pack: Pack,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+) -> None:
+    other = lab / "other"
+    if option == "--data":
+        other.write_bytes(text_data.read_bytes() + text_data.read_bytes().splitlines(keepends=True)[0])
+    else:
+        shutil.copytree(tiny_bert_pack.path, other)
+        (other / "manifest.json").write_bytes((other / "manifest.json").read_bytes() + b"\n")
+    assert make_rigs(option, str(other)) == RunFolderError.exit_code
+    assert f"nano-1 was made of another {option} than {other}" in capsys.readouterr().err
+
+
+def test_rigs_take_the_ports_that_a_firewall_lets_through(
+    lab: Path, make_rigs: Callable[..., object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not make_rigs("--out", str(lab / "others"), "--ports", "20100")
+    ports = [rig_ports(lab / "others" / name) for name in ("nano-1", "nano-2")]
+    assert ports == [(20100, 20101, 20102), (20103, 20104, 20105)]
+    shutil.rmtree(lab / "others/nano-1")
+    assert not make_rigs("--out", str(lab / "others"), "--ports", "20102")
+    assert rig_ports(lab / "others/nano-1") == (20102, 20106, 20107)
+    for first in ("0", "65531"):
+        assert make_rigs("--out", str(lab / "none"), "--ports", first) == ConfigError.exit_code
+        assert f"--ports: 6 ports are not to be had from {first} up" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("labels", [1, 3])

@@ -58,6 +58,12 @@ def register(actions: Any) -> None:
     rig.add_argument("--pack", required=True, metavar="DIR", type=Path, help="what the boards train")
     rig.add_argument("--data", required=True, metavar="FILE", type=Path, help="what they train on, of two classes")
     rig.add_argument("--host", required=True, metavar="ADDRESS", help="how the boards reach this machine")
+    rig.add_argument(
+        "--ports",
+        metavar="FROM",
+        type=int,
+        help="ports of rigs that are new, three for each, from this one up (default: free ones)",
+    )
     rig.add_argument("--out", metavar="DIR", type=Path, default=Path("rigs"), help="(default: %(default)s)")
     rig.set_defaults(run=_rig)
 
@@ -80,24 +86,34 @@ def _env(args: argparse.Namespace) -> None:
 
 
 def _rig(args: argparse.Namespace) -> None:
-    from fleetune.edge.protocol.errors import RunFolderError
     from fleetune.profiles.fleet import Fleet, read_fleet
-    from fleetune.tools.firstboot.seed import FLEET_FILE
-    from fleetune.tools.rig import make_rig, make_rig_seeds, rig_host
+    from fleetune.tools.rig import check_rig, make_rig, make_rig_seeds, rig_ports
 
-    fleet, another = read_fleet(args.inventory), "remove it, or name another --out"
-    for device in fleet.devices:
-        folder = args.out / device.id
-        if folder.exists():
-            if not (folder / FLEET_FILE).exists():
-                raise RunFolderError(f"{folder} is half a rig, or something else", another)
-            if (host := rig_host(folder)) != args.host:
-                raise RunFolderError(f"{folder} was made for the host {host}", another)
-        else:
+    fleet = read_fleet(args.inventory)
+    devices = {args.out / device.id: device for device in fleet.devices}
+    there = [folder for folder in devices if folder.exists()]
+    for folder in there:
+        check_rig(folder, args.pack, args.data, args.host)
+    taken = {port for folder in there for port in rig_ports(folder)}
+    ports = _ports(args.ports, taken, len(devices) - len(there))
+    for folder, device in devices.items():
+        if folder not in there:
             try:
-                make_rig(folder, Fleet(fleet.name, (device,)), args.pack, args.data, args.host)
+                make_rig(folder, Fleet(fleet.name, (device,)), args.pack, args.data, args.host, ports.pop(0))
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
         (seed,) = make_rig_seeds(folder)
         print(f"{seed.state:4} {device.id:24} {seed.path}")  # noqa: T201
+
+
+def _ports(first: int | None, taken: set[int], rigs: int) -> list[list[int] | None]:
+    """Three of each new rig; None where any will do."""
+    from fleetune.edge.protocol.errors import ConfigError
+
+    if first is None:
+        return [None] * rigs
+    free = [port for port in range(max(first, 1), 65536) if port not in taken]
+    if first < 1 or len(free) < 3 * rigs:
+        raise ConfigError(f"--ports: {3 * rigs} ports are not to be had from {first} up", "choose from 1 to 65533")
+    return [free[3 * rig : 3 * rig + 3] for rig in range(rigs)]
