@@ -311,7 +311,7 @@ class Rounds:
             max_depth=min(settings.max_depth, self._pack.manifest.blocks),
         )
         if self._base_mib is None:
-            costs.growth_mib(
+            costs.model.growth_mib(
                 1, 1, 1, recompute=costs.trials[0].recompute
             )  # planning loads more of NumPy: that belongs to the base
             self._base_mib = peak_mib()

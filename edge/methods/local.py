@@ -197,14 +197,14 @@ class LocalRun:
     def _seconds(self, evaluated: int) -> tuple[float, float]:
         """Seconds and CPU seconds that evaluating some samples takes."""
         passes = evaluated * (self.active + self.prefix.recomputed)
-        return self.device.costs.forward_s(passes, self.micro_batch, float(self.device.dataset.lengths.mean()))
+        return self.device.costs.model.forward_s(passes, self.micro_batch, float(self.device.dataset.lengths.mean()))
 
     def _ease(self, expert: Expert, wanted_mib: float) -> bool:
         """Do with so much less memory; False if there is nothing to give back."""
         longest, recompute = int(self.device.dataset.lengths.max()), self.suffix.recompute
 
         def growth() -> float:
-            return self.device.costs.growth_mib(self.active, self.micro_batch, longest, recompute=recompute)
+            return self.device.costs.model.growth_mib(self.active, self.micro_batch, longest, recompute=recompute)
 
         before, was = growth(), (self.active, self.micro_batch)
         while before - growth() < wanted_mib:

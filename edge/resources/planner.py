@@ -60,7 +60,8 @@ def candidates(costs: Costs, workload: Workload, base_mib: float | None = None) 
         workload: What a round asks for.
         base_mib: Peak of the process that is to train, before it does; by default as in the trials.
     """
-    base = costs.base_mib if base_mib is None else base_mib
+    model = costs.model
+    base = model.base_mib if base_mib is None else base_mib
     found = []
     for depth in range(1, workload.max_depth + 1):
         for micro_batch, padded in workload.padded.items():
@@ -69,21 +70,21 @@ def candidates(costs: Costs, workload: Workload, base_mib: float | None = None) 
                     continue
                 full, rest = divmod(workload.train, workload.batch)
                 runs = full * math.ceil(workload.batch / micro_batch) + math.ceil(rest / micro_batch)
-                step, step_cpu = costs.step_s(depth, workload.train / runs, padded, recompute=recompute)
-                peak = base + costs.growth_mib(depth, micro_batch, workload.longest, recompute=recompute)
+                step, step_cpu = model.step_s(depth, workload.train / runs, padded, recompute=recompute)
+                peak = base + model.growth_mib(depth, micro_batch, workload.longest, recompute=recompute)
                 without = peak + _memory_without_cache(costs, workload, depth, micro_batch, recompute=recompute)
                 for cache, mib, sorted_, shuffled in _caches(workload, depth):
                     seconds, cpu = (
                         workload.epochs * runs * a_step + one + other
                         for a_step, one, other in zip(
                             (step, step_cpu),
-                            costs.forward_s(workload.evaluate * depth + sorted_, micro_batch, workload.length),
-                            costs.forward_s(shuffled, micro_batch, padded),
+                            model.forward_s(workload.evaluate * depth + sorted_, micro_batch, workload.length),
+                            model.forward_s(shuffled, micro_batch, padded),
                             strict=True,
                         )
                     )
                     memory = without if cache == "none" else peak
-                    joules = None if costs.watts is None else costs.watts * seconds
+                    joules = None if model.watts is None else model.watts * seconds
                     found.append(Plan(depth, micro_batch, recompute, cache, mib, memory, cpu, seconds, joules))
     return found
 
@@ -107,7 +108,7 @@ def _memory_without_cache(costs: Costs, workload: Workload, depth: int, micro_ba
     if recompute or depth == workload.blocks:
         return workload.batch_mib
     longest = workload.longest
-    held = [costs.growth_mib(active, micro_batch, longest, recompute=False) for active in (depth, depth + 1)]
+    held = [costs.model.growth_mib(active, micro_batch, longest, recompute=False) for active in (depth, depth + 1)]
     return workload.batch_mib + max(0.0, held[1] - held[0])  # with activations, which it has not: rather too much
 
 
@@ -130,7 +131,7 @@ def options(costs: Costs, workload: Workload, budget: Budget, base_mib: float | 
     Raises:
         BudgetError: The budget limits energy, and the trials had no sensor for it.
     """
-    if budget.joules < math.inf and costs.watts is None:
+    if budget.joules < math.inf and costs.model.watts is None:
         raise BudgetError(
             f"budget: energy: {budget.joules:g} joules are given, but no sensor of this device measures energy",
             "leave the limit out, and limit CPU seconds instead",

@@ -131,16 +131,16 @@ def test_the_model_recovers_the_formula_away_from_the_trials(
     costs = costs_of(memory=(keep, recompute), seconds=(recompute, keep))
     for policy, memory, seconds in ((False, keep, recompute), (True, recompute, keep)):
         wanted = formula(memory, depth, micro_batch, length)
-        assert costs.growth_mib(depth, micro_batch, length, recompute=policy) == pytest.approx(wanted, abs=1e-4)
+        assert costs.model.growth_mib(depth, micro_batch, length, recompute=policy) == pytest.approx(wanted, abs=1e-4)
         wanted = formula(seconds, depth, micro_batch, length)
-        found = costs.step_s(depth, micro_batch, length, recompute=policy)
+        found = costs.model.step_s(depth, micro_batch, length, recompute=policy)
         assert found == pytest.approx((wanted / 2, wanted), abs=1e-4)
 
 
 @pytest.mark.parametrize(("samples", "micro_batch", "length"), [(32, 4, 8), (7, 1, 30), (1000, 16, 5)])
 def test_a_forward_pass_costs_its_tokens(samples: int, micro_batch: int, length: int) -> None:
     wanted = samples * length * TOKEN_S
-    assert COSTS.forward_s(samples, micro_batch, length) == pytest.approx((wanted / 2, wanted))
+    assert COSTS.model.forward_s(samples, micro_batch, length) == pytest.approx((wanted / 2, wanted))
 
 
 def test_a_round_costs_its_steps_the_frozen_blocks_of_the_job_and_its_evaluation() -> None:

@@ -55,13 +55,16 @@ def test_the_agent_prints_it_with_absolute_paths(tmp_path: Path) -> None:
     fleet = tmp_path / "fleet.yaml"
     fleet.write_text("schema: 1\nfleet: lab\ndevices:\n  - {id: n, profile: raspberry-pi-5, budget: {memory: 1GiB}}\n")
     command = [sys.executable, "-m", "fleetune.tools.cli", "agent", "--fleet", "fleet.yaml", "--id", "n"]
+    (tmp_path / "hot/sys").mkdir(parents=True)
     command += ["--pack", "pack", "--data", "data.jsonl", "--state", "state", "--codec", "int4+zlib", "--unit"]
+    command += ["--sensors", "hot"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for word in (
         f"--fleet {fleet}",
         f"--pack {tmp_path / 'pack'}",
         f"--state {tmp_path / 'state'}",
+        f"--sensors {tmp_path / 'hot'}",
         "--codec int4+zlib",
     ):
         assert word in done.stdout

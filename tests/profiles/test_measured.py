@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -64,10 +66,22 @@ def test_a_profile_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert msgspec.structs.replace(found, measured=()) == msgspec.structs.replace(written, measured=())
     (measured,) = found.measured
     assert measured.costs.trials[0].base_mib == pytest.approx(40.1234567, rel=1e-5)
-    assert measured.costs.growth_mib(2, 4, 16, recompute=True) == pytest.approx(
-        COSTS.growth_mib(2, 4, 16, recompute=True), rel=1e-3
+    assert measured.costs.model.growth_mib(2, 4, 16, recompute=True) == pytest.approx(
+        COSTS.model.growth_mib(2, 4, 16, recompute=True), rel=1e-3
     )
     assert len(file.read_text().splitlines()) < 100  # a line a trial
+
+
+def test_who_reads_a_profile_needs_no_numpy(tmp_path: Path) -> None:
+    """A board's first boot, for one: NumPy takes it longer than all else that it loads."""
+    file = tmp_path / "cam.yaml"
+    write(file, MEASURED)
+    script = (
+        "import sys; from fleetune.profiles.fleet import read_profile; from fleetune.tools.firstboot import steps; "
+    )
+    script += "assert read_profile(sys.argv[1]).measured[0].costs.trials; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script, file], capture_output=True, text=True, check=True, timeout=60)
+    assert not {"numpy", "onnxruntime"} & set(done.stdout.split())
 
 
 def test_the_signature_is_not_part_of_what_is_signed() -> None:

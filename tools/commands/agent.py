@@ -96,9 +96,6 @@ def _run(args: argparse.Namespace) -> None:
     # ONNX Runtime computes what takes time; threads of NumPy's own hold 2 MiB. Read once, when NumPy is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-    from fleetune.edge.agent.agent import Agent
-    from fleetune.edge.agent.config import AgentConfig
-    from fleetune.edge.agent.rounds import Rounds, RoundsConfig
     from fleetune.edge.agent.unit import systemd_unit
     from fleetune.edge.protocol.identity.credential import Sender
     from fleetune.edge.resources.costs import read_costs
@@ -126,6 +123,11 @@ def _run(args: argparse.Namespace) -> None:
     if args.unit:
         print(systemd_unit(device.id, _command(args), args.state.resolve()), end="")  # noqa: T201
         return
+
+    from fleetune.edge.agent.agent import Agent  # with NumPy and all that trains, which a unit needs not
+    from fleetune.edge.agent.config import AgentConfig
+    from fleetune.edge.agent.rounds import Rounds, RoundsConfig
+
     check_pack(args, identity)
     config = AgentConfig(
         device=device.id,
@@ -179,6 +181,7 @@ def _command(args: argparse.Namespace) -> list[str]:
         if (path := getattr(args, name)) is not None:
             words += [f"--{name}", str(path.resolve())]
     words += ["--insecure"] if args.insecure else []
+    words += ["--sensors", str(args.sensors.resolve())] if args.sensors != Path("/") else []
     for name in ("dp_min_noise", "dp_max_updates"):
         if (value := getattr(args, name)) is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]

@@ -119,7 +119,7 @@ def _run(args: argparse.Namespace) -> None:
     print(  # noqa: T201
         f"{path}: {title}\n"
         f"{len(costs.trials)} trials, {threads_in_words(costs)}; "
-        f"before training a process takes {costs.base_mib:.0f} MiB\n"
+        f"before training a process takes {costs.model.base_mib:.0f} MiB\n"
         f"error of the model, median and worst: {errors.peak[0]:.1%}, {errors.peak[1]:.1%} of the peak;\n"
         f"{errors.step[0]:.1%}, {errors.step[1]:.1%} of a step's time\n\n"
         f"peak and seconds of a step, samples of {costs.length} tokens, by micro-batch"

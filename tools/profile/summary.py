@@ -55,7 +55,7 @@ def errors(costs: Costs, trials: Sequence[Trial]) -> tuple[list[float], list[flo
     peaks, steps = list[float](), list[float]()
     for trial in trials:
         cell = predict(costs, trial.depth, trial.micro_batch, trial.length, recompute=trial.recompute)
-        peak_mib = trial.base_mib - costs.base_mib + cell.peak_mib  # a process begins with what it has loaded
+        peak_mib = trial.base_mib - costs.model.base_mib + cell.peak_mib  # a process begins with what it has loaded
         peaks.append(abs(peak_mib / trial.peak_mib - 1))
         steps.append(abs(cell.step_s / trial.step_s - 1))
     return peaks, steps
@@ -63,9 +63,9 @@ def errors(costs: Costs, trials: Sequence[Trial]) -> tuple[list[float], list[flo
 
 def predict(costs: Costs, depth: int, micro_batch: int, length: int, *, recompute: bool) -> Cell:
     """One prediction."""
-    seconds, cpu = costs.step_s(depth, micro_batch, length, recompute=recompute)
-    growth = costs.growth_mib(depth, micro_batch, length, recompute=recompute)
-    return Cell(depth, recompute, micro_batch, length, costs.base_mib + growth, seconds, cpu)
+    seconds, cpu = costs.model.step_s(depth, micro_batch, length, recompute=recompute)
+    growth = costs.model.growth_mib(depth, micro_batch, length, recompute=recompute)
+    return Cell(depth, recompute, micro_batch, length, costs.model.base_mib + growth, seconds, cpu)
 
 
 def table(costs: Costs, blocks: int) -> list[Cell]:

@@ -291,7 +291,7 @@ def costs(data: bytes, folder: Path) -> None:
     lengths = np.array([8, 16, 12, 9])
     workload = Workload.of_lengths(lengths, lengths, MANIFEST, epochs=1, batch=4, max_depth=2)
     if not found.stale(pack, length=16, here=False):
-        assert found.growth_mib(1, 1, 1, recompute=found.trials[0].recompute) > -1e12
+        assert found.model.growth_mib(1, 1, 1, recompute=found.trials[0].recompute) > -1e12
         choose(found, workload, Budget(512.0))
 
 

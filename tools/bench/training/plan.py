@@ -147,7 +147,7 @@ def _guard(task: Task, costs: Costs) -> Figure:
     """What asking the guard costs, as a share of the cheapest step that a plan of MiniLM at depth 2 would make."""
     watch = MemoryWatch(1e9)
     guard, shares = Guard(1e9, seconds=1e9, excess_mib=watch.excess_mib), list[float]()
-    step_s = costs.step_s(2, task.micro_batch, costs.length, recompute=False)[0] * BATCH / task.micro_batch
+    step_s = costs.model.step_s(2, task.micro_batch, costs.length, recompute=False)[0] * BATCH / task.micro_batch
     for _ in range(5):
         start = time.perf_counter()
         for _ in range(200):
