@@ -66,7 +66,7 @@ class Guest:
                 return bool(state["exited"])
 
             late = RunFailedError(f"{command[0]} did not end in {timeout_s:.0f} s on the board", f"see {self.log}")
-            wait_until(has_ended, timeout_s, lambda: late, every_s=0.05)
+            wait_until(has_ended, timeout_s, lambda: late, every_s=0.1)
         out, err = (
             base64.b64decode(state.get(name, "")).decode("utf-8", "replace") for name in ("out-data", "err-data")
         )

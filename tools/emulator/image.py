@@ -45,6 +45,16 @@ PACKAGES = (
 )
 """Of the emulated board, beside what Debian cannot do without."""
 
+CHORES = (
+    "apt-daily-upgrade.timer",
+    "apt-daily.timer",
+    "dpkg-db-backup.timer",
+    "e2scrub_all.timer",
+    "e2scrub_reap.service",
+    "fstrim.timer",
+)
+"""What a system in use does for itself. Here each jump of the clock would start it, in the midst of a test."""
+
 KERNEL, INITRD, ROOTFS = "vmlinuz", "initrd.img", "rootfs.ext4"
 
 _MIRROR = "apt-get update on Debian, elsewhere set FLEETUNE_DEBIAN to a mirror's address"
@@ -182,7 +192,7 @@ def _stands(record: Path, key: str, image: Image) -> bool:
 
 def _base_key() -> str:
     """What a base is made of, in one word."""
-    digest = hashlib.sha256(" ".join([SUITE, *PACKAGES, *_LEFT_OUT]).encode())
+    digest = hashlib.sha256(" ".join([SUITE, *PACKAGES, *CHORES, *_LEFT_OUT]).encode())
     here = Path(__file__).with_name("tree")
     for path in walk(here):
         if path.is_file():
@@ -226,6 +236,7 @@ def _make_base(root: Path, folder: Path, say: Callable[[str], None]) -> None:
                 *(f"--dpkgopt=path-exclude={pattern}" for pattern in _LEFT_OUT),
                 f"--setup-hook=tar-in {scratch / 'own.tar'} /",
                 '--customize-hook=chroot "$1" systemctl enable systemd-networkd',
+                f'--customize-hook=chroot "$1" systemctl mask {" ".join(CHORES)}',
                 f"--customize-hook=copy-out /boot {scratch}",
                 *(SUITE, str(made / "base.tar"), archive),
             ],

@@ -201,7 +201,7 @@ class DeviceUnderTest:
                 f"journalctl -u {AGENT} on {self.name}",
             )
 
-        wait_until(is_so, within_s, late)
+        wait_until(is_so, within_s, late, every_s=1.0)
 
     def mark(self) -> str:
         """Now, in the journal."""
