@@ -99,7 +99,10 @@ class State:
             self.counters = self.read("counters.json", Counters) or Counters()
             self._outbox = self._load_outbox()
             self._acknowledged: set[str] = set()
-            for manifest in self._outbox.values():  # a power cut may have come before the counters were written
+            for manifest in list(self._outbox.values()):  # a power cut may have come before the counters were written
+                if self._known(manifest.run) is None and len(self.counters.runs) >= _KEEP_RUNS:
+                    self._let_go(manifest.run)  # or when the run was to be let go
+                    continue
                 record = self.enter(manifest.run)
                 record.answered[manifest.job] = max(manifest.version, record.answered.get(manifest.job, -1))
                 heard = self.counters.heard
@@ -159,17 +162,28 @@ class State:
         return -1 if known is None else known.answered.get(job, -1)
 
     def enter(self, run: str) -> RunRecord:
-        """The record of a run; a new one takes the place of the oldest, whose tensors and updates are let go."""
+        """The record of a run; a new one takes the place of the oldest, whose tensors and updates are let go.
+
+        Raises:
+            OSError: There is no room for the record. Nothing is let go then, and the run is not entered.
+        """
         known = self._known(run)
         if known is None:
-            known = RunRecord(run)
-            runs = [*self.counters.runs, known]
-            self.counters.runs, gone = runs[-_KEEP_RUNS:], [some.id for some in runs[:-_KEEP_RUNS]]
-            self.save_counters()
-            for old in gone:
-                shutil.rmtree(self.folder / "runs" / old, ignore_errors=True)
-                self.drop_updates(old)
+            known, before = RunRecord(run), self.counters.runs
+            runs = [*before, known]
+            self.counters.runs = runs[-_KEEP_RUNS:]
+            try:
+                self.save_counters()
+            except OSError:
+                self.counters.runs = before
+                raise
+            for old in runs[:-_KEEP_RUNS]:
+                self._let_go(old.id)
         return known
+
+    def _let_go(self, run: str) -> None:
+        shutil.rmtree(self.folder / "runs" / run, ignore_errors=True)
+        self.drop_updates(run)
 
     def store(self, run: str, job: str) -> JobStore:
         """The private tensors of a job."""

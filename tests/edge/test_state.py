@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
@@ -409,6 +410,36 @@ def test_the_oldest_runs_tensors_are_let_go_and_the_newest_stay(state: State) ->
     assert kept == [0, 1, 2, 3]
     assert sorted(folder.name for folder in (state.folder / "runs").iterdir()) == [f"run-{n}" for n in kept]
     assert state.outbox() == []
+
+
+def test_a_run_without_room_for_its_record_is_not_entered(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        state.enter(f"run-{number}")
+        state.put_outbox(msgspec.structs.replace(update(f"u-{number}"), run=f"run-{number}"), b"")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space"):
+            state.enter("run-4")
+    monkeypatch.undo()
+    assert [manifest.run for manifest in state.outbox()] == [f"run-{number}" for number in range(4)]
+    state.enter("run-4")
+    assert sorted(manifest.run for manifest in again(state).outbox()) == [f"run-{number}" for number in (1, 2, 3)]
+
+
+def test_what_is_left_of_a_run_that_was_let_go_takes_no_other_runs_place(state: State) -> None:
+    """As when the power is cut between the counters, which know it no more, and its updates."""
+    state.put_outbox(update("u-9"), b"")  # of the run "r"
+    state.put_outbox(update("u-8"), b"")
+    for number in range(4):
+        state.enter(f"run-{number}")
+        state.put_outbox(msgspec.structs.replace(update(f"u-{number}"), run=f"run-{number}"), b"")
+    state = again(again(state))
+    assert sorted(manifest.run for manifest in state.outbox()) == [f"run-{number}" for number in range(4)]
+    assert not (state.folder / "outbox" / "u-9.update").exists()
 
 
 # --- a method's private tensors -----------------------------------------------------------------------------
