@@ -169,10 +169,15 @@ class DeviceUnderTest:
         """Start the agent anew, and wait until it is up.
 
         Raises:
-            RunFailedError: It does not come up in time.
+            RunFailedError: It does not come up in time, or not at the first attempt.
         """
         self.run(f"systemctl reset-failed {AGENT}; systemctl restart --no-block {AGENT}")
         self.wait_for_agent(within_s=within_s)
+        if attempts := self.restarts:
+            raise RunFailedError(
+                f"the agent of {self.name} came up at attempt {attempts + 1} only",
+                f"see why: journalctl -u {AGENT} on {self.name}",
+            )
 
     def wait_for_agent(self, *, within_s: float = 300.0) -> None:
         """Wait until the agent is up.
