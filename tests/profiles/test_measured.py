@@ -77,9 +77,9 @@ def test_who_reads_a_profile_needs_no_numpy(tmp_path: Path) -> None:
     file = tmp_path / "cam.yaml"
     write(file, MEASURED)
     script = (
-        "import sys; from fleetune.profiles.fleet import read_profile; from fleetune.tools.firstboot import steps; "
+        "import sys; from fleetune.profiles.profile import read_profile; import fleetune.tools.firstboot.steps; "
+        "assert read_profile(sys.argv[1]).measured[0].costs.trials; print(*sys.modules)"
     )
-    script += "assert read_profile(sys.argv[1]).measured[0].costs.trials; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script, file], capture_output=True, text=True, check=True, timeout=60)
     assert not {"numpy", "onnxruntime"} & set(done.stdout.split())
 

@@ -63,9 +63,10 @@ def errors(costs: Costs, trials: Sequence[Trial]) -> tuple[list[float], list[flo
 
 def predict(costs: Costs, depth: int, micro_batch: int, length: int, *, recompute: bool) -> Cell:
     """One prediction."""
-    seconds, cpu = costs.model.step_s(depth, micro_batch, length, recompute=recompute)
-    growth = costs.model.growth_mib(depth, micro_batch, length, recompute=recompute)
-    return Cell(depth, recompute, micro_batch, length, costs.model.base_mib + growth, seconds, cpu)
+    model = costs.model
+    seconds, cpu = model.step_s(depth, micro_batch, length, recompute=recompute)
+    growth = model.growth_mib(depth, micro_batch, length, recompute=recompute)
+    return Cell(depth, recompute, micro_batch, length, model.base_mib + growth, seconds, cpu)
 
 
 def table(costs: Costs, blocks: int) -> list[Cell]:

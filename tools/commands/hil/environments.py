@@ -87,15 +87,14 @@ def _env(args: argparse.Namespace) -> None:
 
 def _rig(args: argparse.Namespace) -> None:
     from fleetune.profiles.fleet import Fleet, read_fleet
-    from fleetune.tools.rig import check_rig, make_rig, make_rig_seeds, rig_ports
+    from fleetune.tools.rig import check_rig, make_rig, make_rig_seeds
 
     fleet = read_fleet(args.inventory)
     devices = {args.out / device.id: device for device in fleet.devices}
     there = [folder for folder in devices if folder.exists()]
     for folder in there:
         check_rig(folder, args.pack, args.data, args.host)
-    taken = {port for folder in there for port in rig_ports(folder)}
-    ports = _ports(args.ports, taken, len(devices) - len(there))
+    ports = _ports(args.ports, there, len(devices) - len(there))
     for folder, device in devices.items():
         if folder not in there:
             try:
@@ -107,12 +106,14 @@ def _rig(args: argparse.Namespace) -> None:
         print(f"{seed.state:4} {device.id:24} {seed.path}")  # noqa: T201
 
 
-def _ports(first: int | None, taken: set[int], rigs: int) -> list[list[int] | None]:
-    """Three of each new rig; None where any will do."""
+def _ports(first: int | None, there: list[Path], rigs: int) -> list[list[int] | None]:
+    """Three of each new rig, beside those of rigs that are there; None where any will do."""
     from fleetune.edge.protocol.errors import ConfigError
+    from fleetune.tools.rig import rig_ports
 
     if first is None:
         return [None] * rigs
+    taken = {port for folder in there for port in rig_ports(folder)}
     free = [port for port in range(max(first, 1), 65536) if port not in taken]
     if first < 1 or len(free) < 3 * rigs:
         raise ConfigError(f"--ports: {3 * rigs} ports are not to be had from {first} up", "choose from 1 to 65533")
